@@ -1,0 +1,12 @@
+"""MotionClone in plain PyTorch: the motion of a reference video, in a new video of a prompt."""
+from .checkpoint import load_model, save_model
+from .config import ModelConfig, SampleConfig
+from .errors import InputError, NumericalError
+from .model import Model
+from .motion import Motion, extract_motion, motion_loss
+from .sampler import State, sample
+from .video import read_video, write_video
+
+__all__ = ["InputError", "Model", "ModelConfig", "Motion", "NumericalError", "SampleConfig",
+           "State", "extract_motion", "load_model", "motion_loss", "read_video", "sample",
+           "save_model", "write_video"]

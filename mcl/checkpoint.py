@@ -1,0 +1,128 @@
+"""One self-describing safetensors file per model; written whole, read strictly."""
+import hashlib
+import json
+from pathlib import Path
+from typing import Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .config import ModelConfig, from_dict, to_dict
+from .errors import InputError
+from .files import save_safetensors
+from .model import Model, build_model
+
+FORMAT = "mcl-model-1"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PARTS = ("unet", "vae", "text_encoder")
+
+
+def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
+    """A model from a file that `save_model` or convert_weights.py wrote, ready to sample.
+
+    device   "auto" takes cuda, then mps, then cpu
+    dtype    "float32", "float16", "bfloat16"; "auto" is float32 on the cpu, else float16
+
+    Raises InputError, naming the file, where it is missing, damaged or of another kind, where a
+    tensor is missing, extra, mis-shaped or not finite, and for a device that is not there.
+    """
+    path = Path(path)
+    chosen = pick_device(device)
+    kind = pick_dtype(dtype, chosen)
+    config = read_header(path)
+    with torch.device("meta"):
+        model = build_model(config)
+    shapes = {f"{part}.{name}": tensor.shape for part in PARTS
+              for name, tensor in getattr(model, part).state_dict().items()}
+    with safe_open(path, framework="pt", device=str(chosen)) as file:
+        check_names(path, set(file.keys()), shapes)
+        for part in PARTS:
+            state = {}
+            for name in getattr(model, part).state_dict():
+                tensor = file.get_tensor(f"{part}.{name}")
+                check_tensor(path, f"{part}.{name}", tensor, shapes[f"{part}.{name}"])
+                state[name] = tensor.to(kind)
+            place(getattr(model, part), state)
+    with open(path, "rb") as binary:
+        sha256 = hashlib.file_digest(binary, "sha256").hexdigest()
+    return Model(model.unet, model.vae, model.text_encoder, model.tokenizer, model.schedule,
+                 config, sha256)
+
+
+def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapping[str, str]
+               ) -> None:
+    """Writes a model with its config; `sources` are the files that it was made of, by sha256."""
+    tensors = {f"{part}.{name}": tensor.detach().cpu().to(dtype) for part in PARTS
+               for name, tensor in getattr(model, part).state_dict().items()}
+    save_safetensors(path, tensors, {
+        "format": FORMAT, "config": json.dumps(to_dict(model.config)),
+        "sources": json.dumps(dict(sources))})
+
+
+def read_header(path: str | Path) -> ModelConfig:
+    """The config of a model file, without its weights. Raises InputError as `load_model` does."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file; convert_weights.py makes them, and "
+                         "without --weights the embedded model runs")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return read_config(path, file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a safetensors file that can be read ({error}); a broken "
+                         "download should be fetched again") from error
+
+
+def read_config(path: Path, metadata: Mapping[str, str]) -> ModelConfig:
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path}: a safetensors file, but not one of {FORMAT}: "
+                         "convert_weights.py makes one of community checkpoints")
+    try:
+        return from_dict(ModelConfig, json.loads(metadata["config"]))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: its config cannot be read ({error})") from error
+
+
+def check_names(path: Path, found: set[str], shapes: Mapping[str, torch.Size]) -> None:
+    for name in sorted(set(shapes) - found):
+        raise InputError(f"{path}: the tensor {name} is missing")
+    for name in sorted(found - set(shapes)):
+        raise InputError(f"{path}: the tensor {name} belongs to no part of the model")
+
+
+def check_tensor(path: Path, name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise InputError(f"{path}: the tensor {name} is {tuple(tensor.shape)}, "
+                         f"the config says {tuple(shape)}")
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{path}: the tensor {name} holds values that are not finite")
+
+
+def place(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Puts the weights into a module on the meta device; only inputs will have gradients."""
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+def pick_device(name: str) -> torch.device:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        name = next(device for device, is_there in there.items() if is_there)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} is not known: auto, {', '.join(there)}") from error
+    if not there.get(device.type, False):
+        raise InputError(f"device {name!r} is not there: this machine has "
+                         f"{', '.join(d for d, is_there in there.items() if is_there)}")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "float16"
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not known: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

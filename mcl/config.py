@@ -1,0 +1,165 @@
+"""Every number in one place: the sizes of the networks and the settings of the method.
+
+All are frozen dataclasses. `from_dict` refuses unknown keys; impossible values are refused with
+the value and the legal range before any weight is read.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Mapping, TypeVar
+
+from .errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """SD1.5's UNet with AnimateDiff's v3 motion modules, unless told otherwise."""
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    heads: int = 8
+    text_channels: int = 768
+    norm_groups: int = 32
+
+    motion_modules: bool = True
+    motion_heads: int = 8
+    motion_mid_block: bool = False      # v2 has one more module, in the middle
+    norm_per_frame: bool = True         # v1 normalises residual blocks over the whole clip
+    max_frames: int = 32                # length of the positional encoding; v1: 24
+
+    @property
+    def time_channels(self) -> int:
+        return 4 * self.block_out_channels[0]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels to the side of one latent position."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    layers: int = 12
+    heads: int = 12
+    max_length: int = 77
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Betas linear in beta itself: AnimateDiff's, not Stable Diffusion's own."""
+    train_steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Every number of the method; the defaults are the published ones for camera motion."""
+    steps: int = 100
+    guidance_steps: int = 50            # the first steps, which the motion guides
+    guidance_span: float = 0.3          # the share of the noise range that they cover
+    spacing: str = "uneven"             # or "linspace", "leading": of the timesteps
+    cfg_scale: float = 8.5              # uncond + s * (cond - uncond)
+
+    motion_scale: float = 2000.0        # lambda, at 16 frames of 512x512
+    warmup: int = 10                    # guided steps over which lambda rises at the start
+    cooldown: int = 10                  # and falls at the end
+
+    extract_t: int = 400                # t_alpha: the noise under which the reference is read
+    top_k: int = 1                      # values kept of each row of a map
+    blocks: tuple[str, ...] = ("up_blocks.1",)
+
+    frames: int = 16
+    height: int = 512                   # of the picture, in pixels
+    width: int = 512
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        legal: dict[str, tuple[bool, str]] = {
+            "steps": (1 <= self.steps <= 1000, "1 to 1000"),
+            "guidance_steps": (0 <= self.guidance_steps <= self.steps,
+                               f"0 to the number of steps, {self.steps}"),
+            "guidance_span": (0 < self.guidance_span <= 1, "above 0, up to 1"),
+            "spacing": (self.spacing in SPACINGS, "one of " + ", ".join(SPACINGS)),
+            "cfg_scale": (0 <= self.cfg_scale < math.inf, "0 or more"),
+            "motion_scale": (0 <= self.motion_scale < math.inf, "0 or more"),
+            "warmup": (self.warmup >= 0, "0 or more"),
+            "cooldown": (self.cooldown >= 0, "0 or more"),
+            "extract_t": (0 <= self.extract_t <= 999, "0 to 999"),
+            "frames": (self.frames >= 1, "1 or more"),
+            "top_k": (1 <= self.top_k <= self.frames, f"1 to the number of frames, {self.frames}"),
+            "blocks": (len(self.blocks) > 0, "at least one block"),
+            "height": (self.height >= 1, "1 or more"),
+            "width": (self.width >= 1, "1 or more"),
+        }
+        for name, (holds, values) in legal.items():
+            if not holds:
+                raise InputError(f"{name} = {getattr(self, name)!r} is not possible: {values}")
+
+
+SPACINGS = ("uneven", "linspace", "leading")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model, and the settings that suit it. The defaults are SD1.5 + AnimateDiff v3."""
+    name: str = "sd15"
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    fps: int = 8
+    vocabulary: tuple[str, ...] = ()    # the words it was trained on, if they can be listed
+
+
+SD15 = ModelConfig()
+SD15_V2 = dataclasses.replace(SD15, unet=UNetConfig(motion_mid_block=True))
+SD15_V1 = dataclasses.replace(SD15, unet=UNetConfig(norm_per_frame=False, max_frames=24))
+
+TINY = ModelConfig(
+    name="tiny",
+    unet=UNetConfig(block_out_channels=(48, 96, 128), layers_per_block=1, heads=2,
+                    text_channels=64, norm_groups=8, motion_heads=4, max_frames=16),
+    vae=VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8,
+                  scaling_factor=1.0),
+    text=TextConfig(hidden_size=64, intermediate_size=256, layers=2, heads=4),
+    sample=SampleConfig(height=128, width=128))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain dicts and lists, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A config of the given kind; what is left out keeps its default.
+
+    Raises InputError for a key that the kind does not have, and for values it refuses.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}      # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise InputError(f"unknown setting {unknown[0]!r} in {kind.__name__}: "
+                         f"it has {', '.join(fields)}")
+    parsed = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(fields[key].type):
+            value = from_dict(fields[key].type, value)          # type: ignore[arg-type]
+        parsed[key] = tuple(value) if isinstance(value, list) else value
+    return kind(**parsed)

@@ -1,0 +1,186 @@
+"""The building blocks that Stable Diffusion's UNet and VAE are made of.
+
+Letters used in every shape and einops string of this project:
+    b batch    f frames    c channels    h w rows and columns of the latent (H W of the picture)
+    n tokens   m tokens of the text      d width of one attention head
+Attention itself is one free function, `attention`, which every block calls. Parameter names are
+those of the diffusers / AnimateDiff checkpoints.
+"""
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, want_map: bool = False,
+              causal: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Multi-head attention, softmax(q k^T / sqrt(d)) v.
+
+    q (b, n, heads*d), k and v (b, m, heads*d) -> output (b, n, heads*d), and the map
+    (b, heads, n, m), whose rows sum to 1, if it was asked for, else None. The map is float32
+    whatever the dtype of q: half precision overflows in it and in the loss read from it.
+    `causal` lets a token see itself and those before it; such a layer has no map to give.
+    """
+    q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=heads) for x in (q, k, v))
+    if want_map:
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q.float() @ k.float().transpose(-1, -2)
+            probs = (scores * q.shape[-1] ** -0.5).softmax(dim=-1)
+        out = probs.to(v.dtype) @ v
+    else:
+        probs = None
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return rearrange(out, "b heads n d -> b n (heads d)"), probs
+
+
+class Attention(nn.Module):
+    """Projections around `attention`; self-attention where no context is given."""
+
+    def __init__(self, channels: int, heads: int, context_channels: int | None = None):
+        super().__init__()
+        self.heads = heads
+        context_channels = context_channels or channels
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None, want_map: bool = False
+                ) -> tuple[Tensor, Tensor | None]:
+        context = x if context is None else context
+        out, probs = attention(self.to_q(x), self.to_k(context), self.to_v(context),
+                               self.heads, want_map)
+        return self.to_out[0](out), probs
+
+
+class GEGLU(nn.Module):
+    """value * gelu(gate), with the exact (erf) gelu; the projection holds [value | gate]."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU, four times as wide inside; `net.1` is where the checkpoints keep a dropout."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(),
+                                  nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class FrameNorm(nn.GroupNorm):
+    """Group norm of (b*f, c, h, w): of each frame by itself, or of all the frames of a clip.
+
+    AnimateDiff's v2 and v3 modules were trained with per-frame statistics ("inflated" group
+    norm), its v1 modules with statistics over the whole clip.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float, per_frame: bool = True):
+        super().__init__(groups, channels, eps=eps)
+        self.per_frame = per_frame
+
+    def forward(self, x: Tensor, frames: int = 1) -> Tensor:
+        if self.per_frame or frames == 1:
+            return super().forward(x)
+        clip = rearrange(x, "(b f) c h w -> b c f h w", f=frames)
+        return rearrange(super().forward(clip), "b c f h w -> (b f) c h w")
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, + time embedding, norm, SiLU, conv, + shortcut; per frame.
+
+    x (b*f, c, h, w), time embedding (b*f, time_channels) or None in the VAE.
+    """
+
+    def __init__(self, c_in: int, c_out: int, groups: int, eps: float,
+                 time_channels: int | None = None, norm_per_frame: bool = True):
+        super().__init__()
+        self.norm1 = FrameNorm(groups, c_in, eps, norm_per_frame)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if time_channels is not None:
+            self.time_emb_proj = nn.Linear(time_channels, c_out)
+        self.norm2 = FrameNorm(groups, c_out, eps, norm_per_frame)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None, frames: int = 1) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x, frames)))
+        if time is not None:
+            y = y + rearrange(self.time_emb_proj(F.silu(time)), "b c -> b c 1 1")
+        y = self.conv2(F.silu(self.norm2(y, frames)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Half the size by a strided convolution.
+
+    The UNet pads all four sides, the VAE's encoder only right and bottom; padding the VAE
+    evenly would shift the picture by half a pixel at every level.
+    """
+
+    def __init__(self, channels: int, pad_all_sides: bool):
+        super().__init__()
+        self.pad_all_sides = pad_all_sides
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_sides else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.pad_all_sides else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size (or exactly `size`, for odd latents), nearest, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        scale = 2.0 if size is None else None
+        return self.conv(F.interpolate(x, size=size, scale_factor=scale, mode="nearest"))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention over the positions of one frame, attention to the text, feed-forward."""
+
+    def __init__(self, channels: int, heads: int, text_channels: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, text_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        b, n = text.shape[0], x.shape[1]
+        x = x + self.attn1(self.norm1(x))[0]
+        # All frames of a clip attend to one text: its keys and values are computed once.
+        y = rearrange(self.norm2(x), "(b f) n c -> b (f n) c", b=b)
+        x = x + rearrange(self.attn2(y, text)[0], "b (f n) c -> (b f) n c", n=n)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """The transformer of one frame: x (b*f, c, h, w) and text (b, m, text_channels) -> like x."""
+
+    def __init__(self, channels: int, heads: int, text_channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, text_channels)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        h = x.shape[2]
+        y = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        y = self.transformer_blocks[0](y, text)
+        return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h))

@@ -1,0 +1,102 @@
+"""The motion of a clip: the strongest temporal attention in it (arXiv 2406.05338, section 4)."""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import InputError
+from .files import save_safetensors
+from .model import Model
+
+FORMAT = "mcl-motion-1"
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What is kept of a reference clip: H = {L, M} of eq. 6.
+
+    values   layer -> (b*h*w, heads, f, k) float32, the k largest attention weights of each row
+    indices  layer -> (b*h*w, heads, f, k) int64, the frames that they point at
+    info     where it comes from: model (sha256), t, k, blocks, frames, height, width (of the
+             latents), and whatever the caller wants to remember
+    """
+    values: dict[str, Tensor]
+    indices: dict[str, Tensor]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(self.values)
+
+    def to(self, device: torch.device | str) -> "Motion":
+        return Motion({name: v.to(device) for name, v in self.values.items()},
+                      {name: i.to(device) for name, i in self.indices.items()}, self.info)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file; frame numbers are stored as bytes."""
+        tensors = {f"values.{name}": v.half().cpu() for name, v in self.values.items()}
+        tensors |= {f"indices.{name}": i.to(torch.uint8).cpu() for name, i in self.indices.items()}
+        save_safetensors(path, tensors, {"format": FORMAT, "info": json.dumps(self.info)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Motion":
+        """Reads what `save` wrote. Raises InputError for any other file."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: not a motion file that can be read ({error})") from error
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{path}: not a motion file, which --save-motion writes")
+        split: dict[str, dict[str, Tensor]] = {"values": {}, "indices": {}}
+        for key, tensor in tensors.items():
+            kind, _, layer = key.partition(".")
+            split[kind][layer] = tensor.float() if kind == "values" else tensor.long()
+        return cls(split["values"], split["indices"], json.loads(metadata["info"]))
+
+
+@torch.no_grad()
+def extract_motion(model: Model, latents: Tensor, *, noise: Tensor | None = None,
+                   generator: torch.Generator | None = None, t: int = 400, k: int = 1,
+                   blocks: Sequence[str] = ("up_blocks.1",)) -> Motion:
+    """Reads the motion of a clip off one noised pass of the UNet, without inversion.
+
+    latents    (1, c, f, h, w), scaled, of the reference
+    noise      like latents, standard normal; drawn from the CPU `generator` where not given
+    t          timestep to which the latents are noised (t_alpha), 0 to 999
+    k          values kept of each row of a map, 1 to f
+    blocks     blocks, motion modules or layers to read
+
+    The null prompt, conditional branch only; the pass ends after the last block that is read.
+    Raises InputError for a block without temporal attention and for a k that cannot be.
+    """
+    frames = latents.shape[2]
+    if not 1 <= k <= frames:
+        raise InputError(f"top_k = {k} is not possible: 1 to the number of frames, {frames}")
+    if noise is None:
+        noise = torch.randn(latents.shape, generator=generator)
+    z = model.schedule.add_noise(latents.float(), noise.to(latents.device).float(), t)
+    _, maps = model.unet(z.to(model.dtype), t, model.encode_text([""]), maps_of=blocks,
+                         need_eps=False)
+    top = {name: probs.topk(k, dim=-1) for name, probs in maps.items()}         # eq. 4, 5
+    info = {"model": model.sha256, "t": t, "k": k, "blocks": list(blocks), "frames": frames,
+            "height": latents.shape[3], "width": latents.shape[4]}
+    return Motion({name: found.values for name, found in top.items()},
+                  {name: found.indices for name, found in top.items()}, info)
+
+
+def motion_loss(maps: dict[str, Tensor], motion: Motion) -> Tensor:
+    """How far the maps are from the motion, at its indices alone: a float32 scalar (eq. 3, 6).
+
+    The sum over layers of the mean square difference, in the published code's scaling.
+    """
+    losses = []
+    for name, values in motion.values.items():
+        generated = maps[name].gather(-1, motion.indices[name])
+        losses.append((generated - values).square().mean())
+    return torch.stack(losses).sum()

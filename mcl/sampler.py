@@ -1,0 +1,130 @@
+"""The guided sampling loop: DDIM, steered by the gradient of the motion loss."""
+import dataclasses
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from .config import SampleConfig
+from .errors import InputError, NumericalError
+from .model import Model
+from .motion import Motion, motion_loss
+from .schedule import ddim_step
+
+# The size at which the published weights were tuned: 16 frames of 512x512, in latent elements.
+PUBLISHED_SIZE = 16 * 64 * 64
+
+
+@dataclass(frozen=True)
+class State:
+    """One step of sampling, just taken."""
+    step: int               # 0 to steps - 1
+    t: int                  # the timestep that it started from
+    latents: Tensor         # (1, c, f, h, w) float32, scaled, after the step
+    loss: float | None      # the motion loss before weighting, in guided steps
+    grad_norm: float | None
+
+
+def guidance_weight(step: int, config: SampleConfig, elements: int) -> float:
+    """lambda at one step: it rises over the first guided steps and falls over the last.
+
+    `elements` is f*h*w of the latents. The gradient per element of a mean falls with their number,
+    so that one weight would drive small clips harder; at the published size the factor is 1.
+    """
+    up = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    down = min(1.0, (config.guidance_steps - step) / config.cooldown) if config.cooldown else 1.0
+    return config.motion_scale * up * down * elements / PUBLISHED_SIZE
+
+
+def sample(model: Model, prompt: str, motion: Motion | None = None, *,
+           config: SampleConfig = SampleConfig(), latents: Tensor | None = None,
+           generator: torch.Generator | None = None) -> Iterator[State]:
+    """Samples a clip of the prompt that moves like the reference, one state per step.
+
+    motion     of the reference, from `extract_motion`; None samples without guidance
+    latents    the starting noise (1, c, f, h, w), standard normal; drawn from the CPU
+               `generator` where not given, so that a seed means the same on every device
+
+    Raises InputError where the motion does not fit the model or the size, NumericalError where
+    the loss or the latents cease to be finite.
+    """
+    s, c = model.config.vae.downsampling, model.config.unet.in_channels
+    if config.height % s or config.width % s:
+        raise InputError(f"{config.height}x{config.width} is not possible: height and width must "
+                         f"be multiples of {s}")
+    shape = (1, c, config.frames, config.height // s, config.width // s)
+    if latents is None:
+        latents = torch.randn(shape, generator=generator)
+    if latents.shape != shape:
+        raise InputError(f"latents of shape {tuple(latents.shape)} for a clip of {shape}")
+    if motion is not None and config.motion_scale > 0:
+        check_fit(motion, model, shape)
+        motion = motion.to(model.device)
+    else:
+        motion = None
+
+    text, null = model.encode_text([prompt, config.negative_prompt]).split(1)
+    timesteps = model.schedule.timesteps(config.steps, config.spacing, config.guidance_steps,
+                                         config.guidance_span)
+    z = latents.to(model.device, torch.float32)
+    for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:] + [-1])):
+        abar, abar_prev = model.schedule.abar(t), model.schedule.abar(t_prev)
+        loss = grad = None
+
+        # 1. The noise under the prompt, and, in the first steps, how its maps differ in motion.
+        if motion is not None and i < config.guidance_steps:
+            weight = guidance_weight(i, config, shape[2] * shape[3] * shape[4])
+            eps, loss, grad = guided_noise(model, z, t, text, motion, weight)
+        else:
+            eps = noise(model, z, t, text)
+
+        # 2. Classifier-free guidance.
+        if config.cfg_scale != 1:
+            eps_null = noise(model, z, t, null)
+            eps = eps_null + config.cfg_scale * (eps - eps_null)
+
+        # 3. DDIM; motion guidance moves the direction, not the predicted clean clip.
+        direction = eps if grad is None else eps - (1 - abar).sqrt() * grad
+        z = ddim_step(z, eps, direction, abar, abar_prev)
+
+        if not torch.isfinite(z).all() or (loss is not None and not torch.isfinite(loss)):
+            raise NumericalError(f"not finite at step {i + 1} of {config.steps} (timestep {t}): "
+                                 "a smaller --motion-scale or --dtype float32 may mend it")
+        yield State(i, t, z, None if loss is None else float(loss),
+                    None if grad is None else float(grad.norm()))
+
+
+@torch.no_grad()
+def noise(model: Model, z: Tensor, t: int, text: Tensor) -> Tensor:
+    """The UNet's estimate of the noise in z, like z."""
+    eps, _ = model.unet(z.to(model.dtype), t, text)
+    return eps.float()
+
+
+def guided_noise(model: Model, z: Tensor, t: int, text: Tensor, motion: Motion, weight: float
+                 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The noise, the motion loss g, and the gradient of weight * g with respect to z."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        eps, maps = model.unet(z.to(model.dtype), t, text, maps_of=motion.layers)
+        loss = motion_loss(maps, motion)
+        grad, = torch.autograd.grad(weight * loss, z)
+    return eps.detach().float(), loss.detach(), grad
+
+
+def check_fit(motion: Motion, model: Model, shape: tuple[int, ...]) -> None:
+    """Raises InputError where a motion was read from another model or at another size."""
+    if motion.info.get("model", model.sha256) != model.sha256:
+        raise InputError("this motion was read from another model: extract it again with this one")
+    known = (motion.info["frames"], motion.info["height"], motion.info["width"])
+    if known != shape[2:]:
+        raise InputError("this motion was read from {} frames of {}x{} latents, not {} of {}x{}"
+                         .format(*known, *shape[2:]))
+
+
+def final(states: Iterator[State]) -> State:
+    """Runs a sampling to its end: the last state."""
+    for state in states:
+        last = state
+    return dataclasses.replace(last)

@@ -1,0 +1,57 @@
+"""The noise schedule, and DDIM over it (arXiv 2010.02502). Knows nothing of motion."""
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import ScheduleConfig
+
+
+class Schedule:
+    """`abar[t]`, the cumulative product of 1 - beta, for t = 0 ... 999, and 1 beyond the end."""
+
+    def __init__(self, config: ScheduleConfig):
+        self.config = config
+        betas = torch.linspace(config.beta_start, config.beta_end, config.train_steps)
+        self.alphas_cumprod = (1 - betas).cumprod(dim=0)
+
+    def abar(self, t: int) -> Tensor:
+        """A float32 scalar. t = -1, where the last step leads, is the clean picture: 1."""
+        return self.alphas_cumprod[t] if t >= 0 else torch.ones(())
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: int) -> Tensor:
+        """q(z_t | x0): sqrt(abar) x0 + sqrt(1 - abar) noise (DDIM eq. 4)."""
+        abar = self.abar(t)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+    def timesteps(self, steps: int, spacing: str, guidance_steps: int, guidance_span: float
+                  ) -> list[int]:
+        """`steps` timesteps, descending; each step leads to the next one, the last to -1.
+
+        uneven    MotionClone's: the first `guidance_steps` evenly over the noisiest
+                  `guidance_span` of the range, ends included, the rest over what is left
+        linspace  evenly over the whole range, ends included
+        leading   AnimateDiff's: multiples of 1000 // steps, plus one
+        """
+        total = self.config.train_steps
+        if spacing == "leading":
+            ascending = np.arange(steps) * (total // steps) + 1
+        elif spacing == "linspace" or guidance_steps == 0:
+            ascending = np.linspace(0, total - 1, steps).round()
+        else:
+            border = int((1 - guidance_span) * total)
+            ascending = np.concatenate([
+                np.linspace(0, border - 1, steps - guidance_steps).round(),
+                np.linspace(border, total - 1, guidance_steps).round()])
+        return [int(t) for t in ascending[::-1]]
+
+
+def ddim_step(z: Tensor, eps: Tensor, direction: Tensor, abar: Tensor, abar_prev: Tensor
+              ) -> Tensor:
+    """One step of DDIM with eta = 0 (eq. 12): z_t -> z_{t-1}.
+
+    The clean picture is predicted with `eps`, and noise of the next level is put back with
+    `direction`. They are the same but under guidance, which moves only the direction: a guided
+    noise in both places would cancel most of the guidance and turn the rest around.
+    """
+    x0 = (z - (1 - abar).sqrt() * eps) / abar.sqrt()
+    return abar_prev.sqrt() * x0 + (1 - abar_prev).sqrt() * direction

@@ -1,0 +1,1 @@
+"""The embedded model: its world of scenes, its training and its evaluation."""

@@ -1,0 +1,279 @@
+"""Clips on disk to frames in [-1, 1], and back; (h, w) as stored, (H, W) as asked for."""
+
+import os
+import re
+import struct
+import warnings
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterator
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from einops import rearrange
+from PIL import Image, ImageSequence
+
+from .errors import InputError
+from .files import atomic, check_folder
+
+FITS = ("crop", "pad", "stretch")
+VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".mpg", ".mpeg")
+ANIMATIONS = (".gif", ".webp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+UNTIMED_FPS = 8  # for frames that carry no time: a folder, a gif without delays
+
+# On screen from, and to, in seconds from the start of the clip; decodes it to (h, w, 4) uint8.
+Picture = tuple[float, float, Callable[[], np.ndarray]]
+
+# All but the first come from Pillow's parsers of broken files.
+PILLOW_ERRORS = (OSError, IndexError, SyntaxError, ValueError, struct.error,
+                 Image.DecompressionBombError)
+
+
+def read_video(path: str | os.PathLike, frames: int, size: tuple[int, int], start: float = 0.0,
+               duration: float | None = None, fit: str = "crop") -> torch.Tensor:
+    """Read `frames` frames, spread evenly in time, as (f, 3, H, W) float32 in [-1, 1].
+
+    Frame i is the one on screen (or due within a quarter of a frame, as files round their
+    times) at `start + i * T / frames` seconds; T is `duration`, or the rest of the clip. So a
+    window of `frames` frames is taken one to one; one of fewer repeats them, with a warning.
+
+    path: mp4, mov, avi, webm, mkv, gif, webp, or a folder of images (png, jpg, webp, bmp),
+        all of one size, taken in natural order (2 before 10) at 8 frames per second.
+    size: (H, W). fit: "crop" takes the largest central part of that aspect ratio, "pad" adds
+        black bars, "stretch" changes the aspect ratio. Pixels are taken to be square.
+
+    The file is decoded twice, so that of a long clip only the chosen frames are held.
+    Transparent parts become black. Raises InputError where the file or a number is unusable.
+    """
+    if min(frames, *size) < 1:
+        raise InputError(f"frames is {frames} and size {size[0]}x{size[1]}; "
+                         "each number must be 1 or more")
+    if not start >= 0 or not (duration is None or duration > 0):
+        raise InputError(f"start is {start} s and duration {duration} s; "
+                         "start must be 0 or more, and duration above 0")
+    if fit not in FITS:
+        raise InputError(f"fit is {fit!r}; it must be one of {', '.join(FITS)}")
+    path = Path(path)
+    begins, end = _timeline(path, float("inf") if duration is None else start + duration)
+    if start >= end:
+        raise InputError(f"{path}: start {start:g} s is past the end; the clip is {end:.2f} s long")
+
+    slack = np.median(np.diff([*begins, end])) / 4
+    moments = start + (end - start) * np.arange(frames) / frames + slack
+    chosen = (np.searchsorted(begins, moments) - 1).tolist()
+    if len(set(chosen)) < frames:
+        warnings.warn(f"{path}: only {len(set(chosen))} different frames for the {frames} asked "
+                      "for; some are repeated", stacklevel=2)
+    fitted = {index: _fit(_on_black(rgba()), size, fit)
+              for index, (_, _, rgba) in zip(range(chosen[-1] + 1), _pictures(path))
+              if index in chosen}
+    return torch.cat([fitted[index] for index in chosen])
+
+
+def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> None:
+    """Write frames (f, 3, H, W) in [-1, 1], clamped, of any float type and device.
+
+    By the extension of `path`: .mp4 (H.264), .gif, .webp (lossless), or none for a folder of
+    00000.png, 00001.png, ... (which carries no time). The same frames give the same bytes. The
+    whole is written beside the target and renamed, so that a failure leaves what was there.
+    fps: frames per second, 0.1 to 100. Raises InputError where `path` cannot be written.
+    """
+    target = Path(path)
+    check_writable(target)
+    if not 0.1 <= fps <= 100:
+        raise InputError(f"fps is {fps}; it must be from 0.1 to 100")
+    if target.suffix.lower() == ".mp4" and any(side % 2 for side in frames.shape[-2:]):
+        raise InputError(f"{target}: mp4 needs an even height and width; change the size from "
+                         f"{frames.shape[-2]}x{frames.shape[-1]}, or write .gif or .webp")
+    levels = (frames.cpu().float().clamp(-1, 1) + 1) * 127.5
+    pixels = rearrange(levels.round().to(torch.uint8), "f c H W -> f H W c").numpy()
+    with atomic(target) as temporary:
+        try:
+            WRITERS[target.suffix.lower()](temporary, pixels, fps)
+        except av.FFmpegError as error:
+            raise InputError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise InputError if `write_video` could not write to `path`; touches nothing."""
+    target = Path(path)
+    suffix = target.suffix.lower()
+    if suffix not in WRITERS:
+        raise InputError(f"{target}: cannot write {suffix} files; end the name in .mp4, .gif or "
+                         ".webp, or in no extension for a folder of PNG frames")
+    check_folder(target)
+    if target.is_dir() == bool(suffix) and target.exists():
+        raise InputError(f"{target}: exists and is {'a folder' if suffix else 'a file'}; a name "
+                         "with an extension means a file, and one without a folder")
+    foreign = sorted(item.name for item in target.glob("*")
+                     if not re.fullmatch(r"\d{5,}\.png", item.name))
+    if foreign:
+        raise InputError(f"{target}: holds {foreign[0]}, which is not a frame of an earlier run; "
+                         "give a new or an empty folder")
+
+
+def _timeline(path: Path, stop: float) -> tuple[list[float], float]:
+    """When each frame before `stop` begins, and `stop` or the end of the clip, in seconds."""
+    begins: list[float] = []
+    for begin, end, _ in _pictures(path):
+        if begin >= stop:
+            return begins, stop
+        begins.append(begin)
+    if not begins:
+        raise InputError(f"{path}: holds no frame that can be decoded; give a clip that plays")
+    return begins, min(stop, end)
+
+
+def _pictures(path: Path) -> Iterator[Picture]:
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: no such file or folder, or no permission to read it")
+    if path.is_dir():
+        return _folder_pictures(path)
+    if path.suffix.lower() in VIDEOS:
+        return _video_pictures(path)
+    if path.suffix.lower() in ANIMATIONS:
+        return _animation_pictures(path)
+    raise InputError(f"{path}: not a clip; give a folder of images or one of "
+                     f"{', '.join(VIDEOS + ANIMATIONS)}")
+
+
+def _video_pictures(path: Path) -> Iterator[Picture]:
+    count, first, begin, end = 0, 0.0, -1.0, 0.0
+    try:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise InputError(f"{path}: holds no video; give a clip that plays")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            step = float(1 / (stream.average_rate or UNTIMED_FPS))
+            # AVI stores no presentation times; what FFmpeg makes up for it is out of order.
+            timed = container.format.name != "avi"
+            for count, frame in enumerate(container.decode(stream), start=1):
+                stamp = frame.time if timed and frame.pts is not None else first + end
+                first = stamp if count == 1 else first
+                # Joined recordings start their clock again: go on where the last frame ended.
+                begin = stamp - first if stamp - first > begin else end
+                end = begin + step
+                yield begin, end, partial(_video_rgba, frame)
+            if 0 < count < stream.frames:
+                warnings.warn(f"{path}: promises {stream.frames} frames, but {count} could be "
+                              "decoded; the file may be cut short")
+    except av.FFmpegError as error:
+        place = f"at about frame {count}, {end:.2f} s" if count else "from its start"
+        raise InputError(f"{path}: cannot be decoded {place} ({error.strerror}): it is damaged, "
+                         "cut short or not a video; encode it again, or read only a part before "
+                         "that with a shorter duration (--duration)") from error
+
+
+def _video_rgba(frame: av.VideoFrame) -> np.ndarray:
+    return np.rot90(frame.to_ndarray(format="rgba"), round(frame.rotation / 90))
+
+
+def _animation_pictures(path: Path) -> Iterator[Picture]:
+    end = 0.0
+    with _opened(path) as image:
+        for frame in ImageSequence.Iterator(image):
+            rgba = frame.convert("RGBA")  # also decodes, before which webp has no delay
+            begin = end
+            end = begin + (frame.info.get("duration") or 1000 / UNTIMED_FPS) / 1000
+            yield begin, end, partial(np.asarray, rgba)
+
+
+def _folder_pictures(folder: Path) -> Iterator[Picture]:
+    names = [name for name in sorted(os.listdir(folder))
+             if name.lower().endswith(IMAGES) and not name.startswith(".")]
+    if not names:
+        raise InputError(f"{folder}: holds no image; give a folder of {', '.join(IMAGES)} files")
+    names.sort(key=lambda name: [int(part) if part.isdecimal() else part
+                                 for part in re.split(r"(\d+)", name)])
+    sizes = set()
+    for index, name in enumerate(names):
+        with _opened(folder / name) as image:
+            sizes.add(image.size)
+        if len(sizes) > 1:
+            raise InputError(f"{folder}: {name} differs in size from {names[0]}; "
+                             "the images of a folder must all have one size")
+        yield index / UNTIMED_FPS, (index + 1) / UNTIMED_FPS, partial(_image_rgba, folder / name)
+
+
+def _image_rgba(path: Path) -> np.ndarray:
+    with _opened(path) as image:
+        if image.mode == "I;16":  # convert alone would clip 16-bit grey to white
+            image = image.convert("I").point(lambda level: level / 257).convert("L")
+        return np.asarray(image.convert("RGBA"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except PILLOW_ERRORS as error:
+        raise InputError(f"{path}: cannot be decoded ({error}); it is damaged, cut short or not "
+                         "what its name says; give one that opens elsewhere") from error
+
+
+def _on_black(rgba: np.ndarray) -> torch.Tensor:
+    """(h, w, 4) uint8 to (1, 3, h, w) in [-1, 1], transparency laid over black."""
+    pixels = rearrange(torch.from_numpy(rgba.copy()).float(), "h w c -> 1 c h w")
+    return pixels[:, :3] * (pixels[:, 3:] / 255) / 127.5 - 1
+
+
+def _fit(picture: torch.Tensor, size: tuple[int, int], fit: str) -> torch.Tensor:
+    """(1, 3, h, w) to (1, 3, H, W)."""
+    (h, w), (H, W) = picture.shape[-2:], size
+    inner_h, inner_w = size
+    if fit == "crop":
+        scale = max(H / h, W / w)
+        crop_h, crop_w = max(1, round(H / scale)), max(1, round(W / scale))
+        top, left = (h - crop_h) // 2, (w - crop_w) // 2
+        picture = picture[..., top:top + crop_h, left:left + crop_w]
+    if fit == "pad":
+        scale = min(H / h, W / w)
+        inner_h, inner_w = max(1, round(h * scale)), max(1, round(w * scale))
+    inner = F.interpolate(picture, (inner_h, inner_w), mode="bilinear", antialias=True)
+    top, left = (H - inner_h) // 2, (W - inner_w) // 2
+    bars = (left, W - inner_w - left, top, H - inner_h - top)
+    return F.pad(inner.clamp(-1, 1), bars, value=-1.0)  # the filter overshoots by rounding
+
+
+def _write_mp4(path: Path, pixels: np.ndarray, fps: float) -> None:
+    with av.open(f"file:{path}", "w", options={"movflags": "faststart"}) as container:
+        # One thread, as x264 divides the picture by threads and the bytes depend on it.
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
+                                      options={"crf": "14", "threads": "1"})
+        _, stream.height, stream.width, _ = pixels.shape
+        stream.pix_fmt = "yuv420p"
+        codec = stream.codec_context  # players guess the colours of a file that does not say
+        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for picture in pixels:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _write_animation(path: Path, pixels: np.ndarray, fps: float) -> None:
+    tick = 10 if path.suffix.lower() == ".gif" else 1  # milliseconds, the format's unit of time
+    turns = np.rint(np.arange(len(pixels) + 1) * 1000 / fps / tick).astype(int)
+    delays = (np.diff(turns) * tick).tolist()
+    first, *rest = [Image.fromarray(picture) for picture in pixels]
+    first.save(path, save_all=True, append_images=rest, duration=delays, loop=0, lossless=True)
+
+
+def _write_folder(path: Path, pixels: np.ndarray, fps: float) -> None:
+    path.mkdir()
+    for index, picture in enumerate(pixels):
+        Image.fromarray(picture).save(path / f"{index:05d}.png")
+
+
+WRITERS = {".mp4": _write_mp4, ".gif": _write_animation, ".webp": _write_animation,
+           "": _write_folder}

@@ -1,0 +1,244 @@
+"""Clones the motion of a reference video into a new video of a prompt.
+
+    python sample.py --ref examples/figure_eight.mp4 --prompt "a red star on a navy background"
+"""
+import argparse
+import dataclasses
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from mcl import (InputError, Model, Motion, NumericalError, SampleConfig, extract_motion,
+                 load_model, read_video, sample, write_video)
+from mcl.checkpoint import DTYPES, read_header
+from mcl.files import atomic, check_file
+from mcl.unet import UNet3D
+from mcl.video import FITS, check_writable
+
+EMBEDDED = Path(__file__).parent / "weights" / "tiny.safetensors"
+# The published settings (arXiv 2406.05338): steps, guided steps, their share of the noise range.
+PRESETS = {"camera": (100, 50, 0.3), "object": (300, 180, 0.4)}
+# The reference is noised with a stream of its own, so that a seed starts a clip from the same
+# noise whether its motion is read from a video or from a file.
+REFERENCE_STREAM = 1 << 32
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is one line, like every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (python {self.prog} --help lists the options)")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = Parser(prog="sample.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = p.add_argument
+    add("--ref", type=Path, help="reference video, gif or folder of images")
+    add("--prompt", required=True, help="what the new video shows; may be empty")
+    add("--negative-prompt", help="what it should not show")
+    add("--weights", type=Path, help="model file; the embedded one without it")
+    add("--out", type=Path, default=Path("out.mp4"),
+        help=".mp4, .gif, .webp, or a folder of PNGs (default: %(default)s)")
+    add("--compare", action="store_true", help="also write reference and result side by side")
+    add("--seed", type=int, default=0)
+    add("--num-samples", type=int, default=1, help="this many, with seeds counted up")
+
+    group = p.add_argument_group("method; the defaults are kept with the weights")
+    add = group.add_argument
+    add("--preset", choices=PRESETS, help="published steps for camera or object motion")
+    add("--steps", type=int, help="of DDIM")
+    add("--guidance-steps", type=int, help="how many of them, the first, are guided")
+    add("--guidance-span", type=float, help="share of the noise range that these cover")
+    add("--cfg-scale", type=float, help="classifier-free guidance, uncond + s (cond - uncond)")
+    add("--motion-scale", type=float, help="weight of the motion guidance; 0 turns it off")
+    add("--top-k", type=int, help="values kept of each row of an attention map")
+    add("--blocks", type=lambda text: tuple(text.split(",")),
+        help="UNet blocks whose temporal attention is cloned, with commas between")
+
+    group = p.add_argument_group("reference and video")
+    add = group.add_argument
+    add("--frames", type=int)
+    add("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="in pixels")
+    add("--start", type=float, default=0.0, help="seconds into the reference")
+    add("--duration", type=float, help="seconds of the reference; all the rest without it")
+    add("--fit", choices=FITS, default="crop", help="how the reference is brought to size")
+    add("--fps", type=float, help="of the video written")
+    add("--save-motion", type=Path, metavar="FILE", help="keep the reference's motion")
+    add("--motion", type=Path, metavar="FILE", help="use a kept motion in place of --ref")
+
+    group = p.add_argument_group("machine")
+    add = group.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", default="auto", choices=("auto", *DTYPES))
+    return p.parse_args(argv)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """"512x320" -> (width, height)."""
+    width, x, height = text.partition("x")
+    if not (x and width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 512x512")
+    return int(width), int(height)
+
+
+def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
+    """The settings that suit the weights, with the preset's and then the options' over them."""
+    given: dict[str, Any] = {}
+    if args.preset:
+        names = ("steps", "guidance_steps", "guidance_span")
+        given.update(zip(names, PRESETS[args.preset]))
+    for field in dataclasses.fields(SampleConfig):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            given[field.name] = value
+    if args.size:
+        given["width"], given["height"] = args.size
+    return dataclasses.replace(default, **given)
+
+
+def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
+    """Everything that can be wrong and can be known before weights are read."""
+    if args.weights is None:
+        args.weights = EMBEDDED
+        print("no --weights: the embedded model runs, which knows coloured shapes on grounds",
+              file=sys.stderr)
+    if (args.ref is None) == (args.motion is None):
+        raise InputError("give the reference with --ref, or its kept motion with --motion")
+    if args.num_samples < 1:
+        raise InputError(f"--num-samples {args.num_samples} is not possible: 1 or more")
+    if args.compare and args.ref is None:
+        raise InputError("--compare shows the reference: give it with --ref")
+    model_config = read_header(args.weights)
+    config = settings(args, model_config.sample)
+    step = model_config.vae.downsampling
+    if config.height % step or config.width % step:
+        raise InputError(f"--size {config.width}x{config.height} is not possible: "
+                         f"width and height must be multiples of {step}")
+    with torch.device("meta"):
+        UNet3D(model_config.unet).temporal_layers(config.blocks)
+    fps = args.fps or model_config.fps
+    if not 0 < fps <= 1000:
+        raise InputError(f"--fps {fps} is not possible: above 0, up to 1000")
+    for path in outputs(args):
+        check_writable(path)
+    for path in (args.save_motion, args.out.with_suffix(".json")):
+        if path is not None:
+            check_file(path)
+    return config, fps
+
+
+def outputs(args: argparse.Namespace) -> list[Path]:
+    """Where each sample goes: out.mp4, or out-0.mp4, out-1.mp4, ... by seed where there are more."""
+    if args.num_samples == 1:
+        return [args.out]
+    return [args.out.with_stem(f"{args.out.stem}-{args.seed + i}")
+            for i in range(args.num_samples)]
+
+
+def run(args: argparse.Namespace) -> None:
+    config, fps = check(args)
+    timing: dict[str, float] = {}
+    clock = time.perf_counter
+
+    began = clock()
+    reference = None
+    if args.ref is not None:
+        reference = read_video(args.ref, config.frames, (config.height, config.width),
+                               start=args.start, duration=args.duration, fit=args.fit)
+    timing["read"] = clock() - began
+
+    began = clock()
+    model = load_model(args.weights, args.device, args.dtype)
+    timing["load"] = clock() - began
+    warn_unknown(model, args.prompt)
+
+    began = clock()
+    motion = (Motion.load(args.motion) if reference is None
+              else read_motion(args, model, reference, config))
+    timing["extract"] = clock() - began
+
+    for i, out in enumerate(outputs(args)):
+        seed = args.seed + i
+        began = clock()
+        generator = torch.Generator().manual_seed(seed)
+        bar = tqdm(sample(model, args.prompt, motion, config=config, generator=generator),
+                   total=config.steps, desc=f"seed {seed}", unit="step", file=sys.stderr)
+        losses = []
+        for state in bar:
+            if state.loss is not None:
+                losses.append(state.loss)
+                bar.set_postfix(loss=f"{state.loss:.2e}")
+        timing["sample"] = clock() - began
+
+        began = clock()
+        frames = model.vae.decode(state.latents.to(model.dtype)).float().cpu()
+        timing["decode"] = clock() - began
+        write_video(out, frames, fps)
+        if reference is not None and args.compare:
+            beside = out.with_stem(out.stem + "-compare")
+            write_video(beside, torch.cat([reference, frames], dim=-1), fps)
+            print(beside)
+        write_sidecar(out.with_suffix(".json"), {
+            "prompt": args.prompt, "reference": str(args.ref or args.motion), "seed": seed,
+            "settings": dataclasses.asdict(config), "start": args.start,
+            "duration": args.duration, "fit": args.fit, "fps": fps,
+            "weights": str(args.weights), "weights_sha256": model.sha256,
+            "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
+            "torch": torch.__version__, "motion_loss": losses,
+            "seconds": {name: round(s, 3) for name, s in timing.items()}})
+        print(out)
+
+
+def read_motion(args: argparse.Namespace, model: Model, reference: torch.Tensor,
+                config: SampleConfig) -> Motion:
+    latents = model.vae.encode(reference.to(model.device, model.dtype))
+    motion = extract_motion(model, latents, t=config.extract_t, k=config.top_k,
+                            blocks=config.blocks,
+                            generator=torch.Generator().manual_seed(args.seed + REFERENCE_STREAM))
+    if args.save_motion is not None:
+        dataclasses.replace(motion, info=motion.info | {"source": args.ref.name}).save(
+            args.save_motion)
+    return motion
+
+
+def warn_unknown(model: Model, prompt: str) -> None:
+    unknown = model.unknown_words(prompt)
+    if unknown:
+        warnings.warn(f"this model was not trained on: {', '.join(unknown)}; it knows "
+                      f"{', '.join(model.config.vocabulary)}")
+
+
+def write_sidecar(path: Path, record: dict[str, Any]) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 done, 1 failed, 2 bad usage or input, 130 interrupted; what went wrong is one line."""
+    warnings.showwarning = one_line_warning
+    try:
+        run(parse(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (NumericalError, torch.OutOfMemoryError, MemoryError) as error:
+        print(f"failed: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,435 @@
+"""Clips read and written: which frames, which pixels, and what is said of a bad file."""
+
+import errno
+import os
+import re
+import struct
+import warnings
+
+import av
+import numpy as np
+import pytest
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+
+from mcl import video
+from mcl.errors import InputError
+from mcl.video import check_writable, read_video, write_video
+
+
+@pytest.fixture(autouse=True)
+def no_unexpected_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def smooth_frames(f=6, H=32, W=48):
+    """Gradients that change from frame to frame."""
+    t, y, x = torch.meshgrid(torch.linspace(-1, 1, f), torch.linspace(-1, 1, H),
+                             torch.linspace(-1, 1, W), indexing="ij")
+    return torch.stack([t, y * t, (x + t) / 2], dim=1)
+
+
+def noise_frames(f, H=64, W=64):
+    return torch.rand(f, 3, H, W, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def counting_frames(numbers):
+    """One grey frame for each number, its level ten times the number."""
+    return repeat(torch.tensor(numbers) * 10 / 127.5 - 1, "f -> f 3 16 16")
+
+
+def counted(frames):
+    return [round(level) for level in ((frames.mean((1, 2, 3)) + 1) * 12.75).tolist()]
+
+
+def encode(path, codec="libx264", numbers=range(12), rate=24, format=None, title=""):
+    """Frames like those of `counting_frames` in files that `write_video` does not write."""
+    with av.open(str(path), "w", format=format) as container:
+        container.metadata["title"] = title
+        stream = container.add_stream(codec, rate=rate, options={"bf": "3", "b_strategy": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for number in numbers:
+            picture = np.full((32, 64, 3), 10 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode(None))
+
+
+def image_folder(path, images):
+    path.mkdir()
+    for name, image in images.items():
+        Image.fromarray(np.asarray(image)).save(path / name)
+    return path
+
+
+def levels(frames):
+    """(1, 3, H, W) in [-1, 1] to (H, W) grey levels, the channels being equal."""
+    assert (frames == frames[:, :1]).all()
+    return rearrange((frames[:, 0] + 1) * 127.5, "1 H W -> H W")
+
+
+# Writing, and reading what was written
+
+@pytest.mark.parametrize("name, worst", [("a.mp4", 15), ("a.gif", 12), ("a.webp", 0), ("a", 0)])
+def test_round_trip(tmp_path, name, worst):
+    frames = (smooth_frames() * 1.2).to(torch.bfloat16).requires_grad_()
+    write_video(tmp_path / name, frames, fps=7.5)
+    again = read_video(tmp_path / name, 6, (32, 48))
+    assert again.shape == frames.shape and again.dtype == torch.float32
+    error = ((again - frames.float().clamp(-1, 1)) * 127.5).abs()
+    assert error.max() <= worst + 0.51  # half a level is what uint8 loses
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_mp4_keeps_colours_and_names_them(tmp_path):
+    colours = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [0.6, -0.2, -0.6]])
+    write_video(tmp_path / "a.mp4", repeat(colours, "f c -> f c 32 32"), fps=7.5)
+    again = read_video(tmp_path / "a.mp4", 4, (32, 32))
+    assert ((again.mean((2, 3)) - colours) * 127.5).abs().max() < 3
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.colorspace, stream.color_primaries, stream.color_trc) == (1, 1, 1)  # BT.709
+        assert stream.color_range == 1 and stream.pix_fmt == "yuv420p"
+        assert stream.average_rate == 7.5
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp"])
+def test_same_frames_same_bytes(tmp_path, name):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        write_video(folder / name, noise_frames(3), fps=8)
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_one_frame(tmp_path):
+    for name in ("a.mp4", "a.gif", "a.webp", "a"):
+        write_video(tmp_path / name, counting_frames([7]), fps=8)
+        assert counted(read_video(tmp_path / name, 1, (16, 16))) == [7]
+
+
+def test_name_that_looks_like_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video("12:30.mp4", counting_frames([1, 2]), fps=8)
+    assert counted(read_video("12:30.mp4", 2, (16, 16))) == [1, 2]
+
+
+def test_folder_of_frames_is_replaced_whole(tmp_path):
+    target = tmp_path / "frames"
+    write_video(target, counting_frames([1, 2, 3]), fps=8)
+    write_video(target, counting_frames([4, 5]), fps=8)
+    assert sorted(os.listdir(target)) == ["00000.png", "00001.png"]
+    assert counted(read_video(target, 2, (16, 16))) == [4, 5]
+    assert os.listdir(tmp_path) == ["frames"]
+
+
+def test_link_to_a_folder_stays(tmp_path):
+    write_video(tmp_path / "frames", counting_frames([1, 2]), fps=8)
+    (tmp_path / "link").symlink_to(tmp_path / "frames")
+    write_video(tmp_path / "link", counting_frames([3]), fps=8)
+    assert (tmp_path / "link").is_symlink()
+    assert counted(read_video(tmp_path / "frames", 1, (16, 16))) == [3]
+    assert sorted(os.listdir(tmp_path)) == ["frames", "link"]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a"])
+@pytest.mark.parametrize("failure, raised", [
+    (OSError(errno.ENOSPC, "No space left on device"), InputError),
+    (KeyboardInterrupt(), KeyboardInterrupt),
+])
+def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, name, failure, raised):
+    target = tmp_path / name
+    write_video(target, counting_frames([1, 2]), fps=8)
+    write = video.WRITERS[target.suffix]
+
+    def fail_at_the_end(*arguments):
+        write(*arguments)
+        raise failure
+
+    monkeypatch.setitem(video.WRITERS, target.suffix, fail_at_the_end)
+    with pytest.raises(raised):
+        write_video(target, counting_frames([3, 4, 5]), fps=8)
+    assert os.listdir(tmp_path) == [name]
+    assert counted(read_video(target, 2, (16, 16))) == [1, 2]
+
+
+def test_refused_targets(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    black = np.zeros((4, 4), np.uint8)
+    image_folder(tmp_path / "mine", {"00000.png": black, "holiday.png": black})
+    for name, says in [("a.mov", ".mp4, .gif or .webp"), ("missing/a.mp4", "missing"),
+                       ("file/a.mp4", "there is no folder"), ("file", "is a file"),
+                       ("folder.mp4", "is a folder"), ("mine", "holiday.png")]:
+        for refuse in (check_writable, lambda path: write_video(path, smooth_frames(), 8)):
+            with pytest.raises(InputError, match=re.escape(says)) as error:
+                refuse(tmp_path / name)
+            assert name in str(error.value) and "\n" not in str(error.value)
+    assert len(os.listdir(tmp_path / "mine")) == 2
+
+
+def test_folder_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # a test may run as root
+    with pytest.raises(InputError, match="can be written to"):
+        check_writable(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("fps", [0, -1, 1000, float("nan")])
+def test_bad_fps(tmp_path, fps):
+    with pytest.raises(InputError, match=f"fps is {fps}"):
+        write_video(tmp_path / "a.mp4", smooth_frames(), fps)
+
+
+def test_odd_size_in_mp4(tmp_path):
+    with pytest.raises(InputError, match="31x48"):
+        write_video(tmp_path / "a.mp4", smooth_frames(H=31), 8)
+    write_video(tmp_path / "a.gif", smooth_frames(H=31), 8)
+
+
+# Which frames are taken
+
+@pytest.mark.parametrize("frames, start, duration, expected", [
+    (12, 0, None, list(range(12))),
+    (6, 0, None, [0, 2, 4, 6, 8, 10]),
+    (5, 0, None, [0, 2, 5, 7, 9]),
+    (1, 0, None, [0]),
+    (3, 0.25, None, [6, 8, 10]),
+    (6, 0.25, 0.25, [6, 7, 8, 9, 10, 11]),
+    (2, 0.25, 100, [6, 9]),
+    (3, 0, 0.125, [0, 1, 2]),
+    (1, 0.01, 0.001, [0]),
+])
+def test_sampling_rule(tmp_path, frames, start, duration, expected):
+    encode(tmp_path / "a.mp4")
+    taken = read_video(tmp_path / "a.mp4", frames, (16, 16), start, duration)
+    assert counted(taken) == expected
+
+
+@pytest.mark.parametrize("name, codec, rate", [
+    ("a.mov", "libx264", 24), ("a.mkv", "libx264", 240), ("a.webm", "libvpx-vp9", 24),
+    ("a.avi", "libx264", 24), ("A.AVI", "mpeg4", 24), ("a.mpg", "mpeg2video", 24)])
+def test_every_frame_of_every_container(tmp_path, name, codec, rate):
+    encode(tmp_path / name, codec, rate=rate)
+    assert counted(read_video(tmp_path / name, 12, (16, 16))) == list(range(12))
+
+
+@pytest.mark.parametrize("fps", [7.5, 30])
+def test_times_of_a_gif_are_rounded(tmp_path, fps):
+    write_video(tmp_path / "a.gif", counting_frames(list(range(12))), fps)
+    assert counted(read_video(tmp_path / "a.gif", 12, (16, 16))) == list(range(12))
+    with pytest.raises(InputError, match=f"the clip is {12 / fps:.2f} s long"):
+        read_video(tmp_path / "a.gif", 1, (16, 16), start=9)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp"])
+def test_held_frames_keep_their_time(tmp_path, name):
+    held = [0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 5, 5, 5, 5]
+    write_video(tmp_path / name, counting_frames(held), fps=8)
+    with pytest.warns(UserWarning, match="only 6 different frames for the 15"):
+        assert counted(read_video(tmp_path / name, 15, (16, 16))) == held
+    last_frame_is_cut = read_video(tmp_path / name, 3, (16, 16), start=1.0, duration=0.375)
+    assert counted(last_frame_is_cut) == [3, 4, 5]
+
+
+def test_gif_without_delays(tmp_path):
+    first, *rest = [Image.new("L", (16, 16), 10 * number) for number in range(5)]
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest)
+    assert counted(read_video(tmp_path / "a.gif", 2, (16, 16), start=0.375)) == [3, 4]
+
+
+def test_joined_recordings(tmp_path):
+    encode(tmp_path / "a.mpg", "mpeg2video")
+    (tmp_path / "b.mpg").write_bytes((tmp_path / "a.mpg").read_bytes() * 2)
+    assert counted(read_video(tmp_path / "b.mpg", 24, (16, 16))) == list(range(12)) * 2
+
+
+def test_stream_without_times(tmp_path):
+    encode(tmp_path / "a.mp4", format="h264")
+    assert counted(read_video(tmp_path / "a.mp4", 12, (16, 16))) == list(range(12))
+
+
+def test_folder_is_in_natural_order_at_8_fps(tmp_path):
+    folder = image_folder(tmp_path / "clip", {
+        f"frame{number}.PNG": np.full((16, 16), 10 * number, np.uint8) for number in range(12)})
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "._frame0.png").write_text("what macOS leaves behind")
+    assert counted(read_video(folder, 12, (16, 16))) == list(range(12))
+    assert counted(read_video(folder, 2, (16, 16), start=1.0, duration=0.25)) == [8, 9]
+
+
+def test_too_few_frames_are_repeated(tmp_path):
+    write_video(tmp_path / "a.mp4", counting_frames([1, 2, 3]), fps=8)
+    with pytest.warns(UserWarning, match="a.mp4: only 3 different frames for the 6 asked for"):
+        assert counted(read_video(tmp_path / "a.mp4", 6, (16, 16))) == [1, 1, 2, 2, 3, 3]
+
+
+# Which pixels
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_fit(tmp_path, turned):
+    wide = np.arange(4 * 8, dtype=np.uint8).reshape(4, 8) * 8
+    folder = image_folder(tmp_path / "clip", {"a.png": wide.T if turned else wide})
+
+    def read(H, W, fit):
+        frames = read_video(folder, 1, (W, H) if turned else (H, W), fit=fit)
+        return levels(frames).T.round() if turned else levels(frames).round()
+
+    picture = torch.from_numpy(wide).float()
+    assert read(4, 4, "crop").equal(picture[:, 2:6])
+    padded = read(8, 8, "pad")
+    assert padded[2:6].equal(picture)
+    assert padded[:2].eq(0).all() and padded[6:].eq(0).all()
+    assert read(4, 8, "stretch").equal(picture)
+    stretched = read(4, 4, "stretch")
+    assert (stretched[:, 1:3] - (picture[:, 2:6:2] + picture[:, 3:6:2]) / 2).abs().max() <= 1
+
+
+@pytest.mark.parametrize("fit", video.FITS)
+def test_extreme_shapes(tmp_path, fit):
+    thread = image_folder(tmp_path / "clip", {"a.png": np.full((1, 64), 200, np.uint8)})
+    for size in ((16, 16), (64, 1)):
+        assert levels(read_video(thread, 1, size, fit=fit)).max().round() == 200
+
+
+def test_shrinking_does_not_alias(tmp_path):
+    checkers = np.indices((63, 63)).sum(0).astype(np.uint8) % 2 * 255
+    folder = image_folder(tmp_path / "clip", {"a.png": checkers})
+    assert (levels(read_video(folder, 1, (9, 9))) - 127.5).abs().max() < 8
+
+
+def test_shrinking_keeps_the_range(tmp_path):
+    folder = image_folder(tmp_path / "clip", {"a.png": np.zeros((21, 21), np.uint8)})
+    assert read_video(folder, 1, (16, 16)).min() == -1
+
+
+@pytest.mark.parametrize("image, level", [
+    (np.full((4, 4, 4), (200, 200, 200, 128), np.uint8), 200 * 128 / 255),
+    (np.full((4, 4), 77, np.uint8), 77),
+    (np.full((4, 4), 77 * 257, np.uint16), 77),
+], ids=["transparent", "grey", "16-bit grey"])
+def test_kinds_of_image(tmp_path, image, level):
+    folder = image_folder(tmp_path / "clip", {"a.png": image})
+    assert levels(read_video(folder, 1, (4, 4))).sub(level).abs().max() < 0.01
+
+
+def test_rotation_of_the_camera_is_undone(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.set_display_rotation(90)  # counterclockwise
+        picture = np.zeros((32, 64, 3), np.uint8)
+        picture[:, :16] = 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode(None))
+    turned = levels(read_video(tmp_path / "a.mp4", 1, (64, 32)))
+    assert turned[52:].min() > 250 and turned[:44].max() < 5
+
+
+# What cannot be read
+
+@pytest.mark.parametrize("name, content, says", [
+    ("missing.mp4", None, "no such file"),
+    ("empty.mp4", b"", "cannot be decoded from its start"),
+    ("text.mp4", b"not a video\n" * 99, "cannot be decoded from its start"),
+    ("text.gif", b"not a picture\n" * 99, "cannot be decoded"),
+    ("notes.txt", b"a prompt\n", "not a clip"),
+])
+def test_bad_file(tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert_refused(tmp_path / name, says)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webp", "a.gif"])
+def test_cut_off_anywhere(tmp_path, name):
+    write_video(tmp_path / name, noise_frames(3, 16, 16), fps=8)
+    content = (tmp_path / name).read_bytes()
+    read = []
+    warnings.filterwarnings("ignore", ".* promises")
+    for length in range(1, len(content), 31):
+        (tmp_path / name).write_bytes(content[:length])
+        try:
+            read_video(tmp_path / name, 1, (16, 16))
+            read.append(length)
+        except InputError as error:
+            assert name in str(error) and "\n" not in str(error)
+    assert all(length > 600 for length in read)
+
+
+def test_metadata_in_another_encoding(tmp_path):
+    encode(tmp_path / "a.mkv", title="café")
+    content = (tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(content.replace("é".encode(), b"\xe9."))
+    assert counted(read_video(tmp_path / "a.mkv", 12, (16, 16))) == list(range(12))
+
+
+def test_no_frame_and_no_video(tmp_path):
+    with av.open(str(tmp_path / "none.avi"), "w") as container:
+        container.add_stream("mpeg4", rate=24)
+        container.start_encoding()
+    assert_refused(tmp_path / "none.avi", "no frame")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.sample_rate = 44100
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    assert_refused(tmp_path / "sound.mp4", "holds no video")
+
+
+def test_bad_folder(tmp_path):
+    small, large = np.zeros((4, 4), np.uint8), np.zeros((4, 5), np.uint8)
+    assert_refused(image_folder(tmp_path / "none", {}), "holds no image")
+    assert_refused(image_folder(tmp_path / "sizes", {"a.png": small, "b.png": large}), "b.png")
+    broken = image_folder(tmp_path / "broken", {"a.png": small})
+    (broken / "a.png").write_text("not an image")
+    assert_refused(broken, "a.png")
+    cut = image_folder(tmp_path / "cut", {"a.bmp": np.zeros((99, 99), np.uint8)})
+    content = (cut / "a.bmp").read_bytes()
+    (cut / "a.bmp").write_bytes(content[:2000])
+    assert_refused(cut, "a.bmp")
+    enormous = struct.pack("<ii", 1 << 20, 1 << 20)
+    (cut / "a.bmp").write_bytes(content[:18] + enormous + content[26:])
+    assert_refused(cut, "a.bmp")
+
+
+def test_damage_in_the_middle(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, noise_frames(40), fps=8)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle:middle + 20000] = bytes(20000)
+    path.write_bytes(content)
+    assert_refused(path, r"at about frame \d+, .*--duration")
+    assert read_video(path, 4, (64, 64), duration=0.5).shape == (4, 3, 64, 64)
+
+
+def test_cut_short_but_playable(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, noise_frames(40), fps=8)
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2])
+    with pytest.warns(UserWarning, match="a.mp4: promises 40 frames"):
+        assert read_video(path, 4, (64, 64)).shape == (4, 3, 64, 64)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    ({"frames": 0}, "frames is 0"), ({"size": (0, 16)}, "size 0x16"),
+    ({"start": -1.0}, "start is -1.0"), ({"duration": 0.0}, "duration 0.0"),
+    ({"fit": "zoom"}, "'zoom'; it must be one of crop, pad, stretch"),
+    ({"start": 0.5}, "a.mp4: start 0.5 s is past the end; the clip is 0.50 s long"),
+    ({"start": 9.0, "duration": 1.0}, "the clip is 0.50 s long"),
+])
+def test_bad_number(tmp_path, wrong, says):
+    encode(tmp_path / "a.mp4")
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        read_video(tmp_path / "a.mp4", **{"frames": 4, "size": (16, 16), **wrong})
+    assert "\n" not in str(error.value)
+
+
+def assert_refused(path, says):
+    with pytest.raises(InputError, match=says) as error:
+        read_video(path, 1, (16, 16))
+    assert path.name in str(error.value) and "\n" not in str(error.value)

@@ -17,14 +17,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, want_map: bool = Fals
     """Multi-head attention, softmax(q k^T / sqrt(d)) v.
 
     q (b, n, heads*d), k and v (b, m, heads*d) -> output (b, n, heads*d), and the map
-    (b, heads, n, m), whose rows sum to 1, if it was asked for, else None. The map is float32
-    whatever the dtype of q: half precision overflows in it and in the loss read from it.
+    (b, heads, n, m), whose rows sum to 1, if it was asked for, else None. The map is float32 (or
+    float64) also where q is not: half precision overflows in it and in the loss read from it.
     `causal` lets a token see itself and those before it; such a layer has no map to give.
     """
     q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=heads) for x in (q, k, v))
     if want_map:
         with torch.autocast(q.device.type, enabled=False):
-            scores = q.float() @ k.float().transpose(-1, -2)
+            wide = torch.promote_types(q.dtype, torch.float32)
+            scores = q.to(wide) @ k.to(wide).transpose(-1, -2)
             probs = (scores * q.shape[-1] ** -0.5).softmax(dim=-1)
         out = probs.to(v.dtype) @ v
     else:

@@ -37,8 +37,8 @@ class Motion:
                       {name: i.to(device) for name, i in self.indices.items()}, self.info)
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file; frame numbers are stored as bytes."""
-        tensors = {f"values.{name}": v.half().cpu() for name, v in self.values.items()}
+        """Writes a safetensors file, whole or not at all; frame numbers are stored as bytes."""
+        tensors = {f"values.{name}": v.float().cpu() for name, v in self.values.items()}
         tensors |= {f"indices.{name}": i.to(torch.uint8).cpu() for name, i in self.indices.items()}
         save_safetensors(path, tensors, {"format": FORMAT, "info": json.dumps(self.info)})
 
@@ -56,7 +56,7 @@ class Motion:
         split: dict[str, dict[str, Tensor]] = {"values": {}, "indices": {}}
         for key, tensor in tensors.items():
             kind, _, layer = key.partition(".")
-            split[kind][layer] = tensor.float() if kind == "values" else tensor.long()
+            split[kind][layer] = tensor if kind == "values" else tensor.long()
         return cls(split["values"], split["indices"], json.loads(metadata["info"]))
 
 

@@ -1,0 +1,51 @@
+"""Shared by the tests: small random models, and the embedded one."""
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mcl import ModelConfig, load_model
+from mcl.config import SampleConfig, TextConfig, UNetConfig, VAEConfig
+from mcl.model import build_model
+
+EMBEDDED = Path(__file__).parent.parent / "weights" / "tiny.safetensors"
+SMALL = ModelConfig(
+    name="small",
+    unet=UNetConfig(block_out_channels=(16, 24, 32), layers_per_block=1, heads=2, text_channels=12,
+                    norm_groups=4, motion_heads=2, max_frames=24),
+    vae=VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1, norm_groups=4),
+    text=TextConfig(hidden_size=12, intermediate_size=24, layers=1, heads=2),
+    sample=SampleConfig(steps=6, guidance_steps=3, frames=4, height=32, width=32, warmup=2,
+                        cooldown=2))
+
+
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights far from their initial ones, so that no branch of a network is silent."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        scale = 1 / max(p[0].numel(), 1) ** 0.5 if p.ndim > 1 else 0.2
+        base = 1.0 if p.ndim == 1 and p.mean() == 1 else 0.0
+        p.data = base + scale * torch.randn(p.shape, generator=generator)
+    return module.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def small():
+    model = build_model(SMALL)
+    for part in (model.unet, model.vae, model.text_encoder):
+        randomize(part)
+    return model
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    return load_model(EMBEDDED, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def quick(embedded):
+    """Few steps, enough to see that the guidance pulls."""
+    return dataclasses.replace(embedded.config.sample, steps=8, guidance_steps=5, warmup=2,
+                               cooldown=2)

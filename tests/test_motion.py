@@ -1,0 +1,98 @@
+"""The motion of a clip: what is kept of it, and the gradient that it gives."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from mcl import InputError, Motion, extract_motion, motion_loss
+from mcl.unet import UNet3D
+
+from .conftest import SMALL, randomize
+
+
+def latents(frames=4, seed=0):
+    return torch.randn(1, 4, frames, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def extract(model, clip, **options):
+    return extract_motion(model, clip, generator=torch.Generator().manual_seed(1), **options)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_motion_is_the_top_of_each_row_of_the_noised_clips_maps(small, k):
+    """Eqs. 4-6, written out in numpy: null prompt, one pass at t, the diagonal included."""
+    clip = latents()
+    motion = extract(small, clip, k=k, t=600)
+    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(1))
+    abar = float(small.schedule.alphas_cumprod[600])
+    z = abar ** 0.5 * clip + (1 - abar) ** 0.5 * noise
+    null = small.text_encoder(torch.tensor([[49406] + [49407] * 76]))
+    _, maps = small.unet(z, 600, null, maps_of=("up_blocks.1",))
+    assert motion.layers == tuple(maps)
+    for name, probs in maps.items():
+        top = np.argsort(-probs.numpy(), axis=-1, kind="stable")[..., :k]
+        assert np.array_equal(motion.indices[name].numpy(), top)
+        assert np.allclose(motion.values[name].numpy(),
+                           np.take_along_axis(probs.numpy(), top, axis=-1), atol=1e-6)
+    assert motion.info["t"] == 600 and motion.info["frames"] == 4
+
+
+def test_loss_is_the_masked_mean_square_summed_over_layers(small):
+    motion = extract(small, latents(), k=2)
+    text = small.encode_text(["a star"])
+    _, maps = small.unet(latents(seed=5), 800, text, maps_of=motion.layers)
+    expected = 0.0
+    for name in motion.layers:
+        here = np.take_along_axis(maps[name].numpy(), motion.indices[name].numpy(), axis=-1)
+        expected += ((here - motion.values[name].numpy()) ** 2).mean()
+    assert float(motion_loss(maps, motion)) == pytest.approx(expected, rel=1e-5)
+    kept = {n: m.gather(-1, motion.indices[n]) for n, m in maps.items()}
+    assert float(motion_loss(maps, Motion(kept, motion.indices))) == 0
+
+
+def test_gradient_of_the_loss_is_that_of_finite_differences_in_float64():
+    config = dataclasses.replace(SMALL.unet, block_out_channels=(8, 12))
+    unet = randomize(UNet3D(config)).double()
+    g = torch.Generator().manual_seed(2)
+    z, text = torch.randn(1, 4, 3, 4, 4, generator=g), torch.randn(1, 7, 12, generator=g)
+    z, text = z.double(), text.double()
+    top = {name: probs.topk(1, dim=-1) for name, probs in
+           unet(z.flip(2), 400, text, maps_of=("up_blocks.0",))[1].items()}
+    motion = Motion({n: t.values for n, t in top.items()}, {n: t.indices for n, t in top.items()})
+
+    def loss(x):
+        return motion_loss(unet(x, 900, text, maps_of=motion.layers)[1], motion)
+
+    x = z.clone().requires_grad_()
+    grad, = torch.autograd.grad(loss(x), x)
+    step = 1e-5
+    for seed in range(3):
+        direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).double()
+        numeric = float(loss(z + step * direction) - loss(z - step * direction)) / (2 * step)
+        assert numeric == pytest.approx(float((grad * direction).sum()), rel=1e-5)
+
+
+def test_motion_survives_its_file(small, tmp_path):
+    motion = extract(small, latents(), k=2, blocks=("up_blocks.1", "up_blocks.2"))
+    motion.save(tmp_path / "m.safetensors")
+    again = Motion.load(tmp_path / "m.safetensors")
+    assert again.info == motion.info and again.layers == motion.layers
+    for name in motion.layers:
+        assert torch.equal(again.values[name], motion.values[name])
+        assert torch.equal(again.indices[name], motion.indices[name])
+
+
+def test_what_cannot_be_extracted_is_refused(small):
+    with pytest.raises(InputError, match="top_k = 5 .* frames, 4"):
+        extract(small, latents(), k=5)
+    with pytest.raises(InputError, match="no temporal attention under 'mid_block'"):
+        extract(small, latents(), blocks=("mid_block",))
+
+
+@pytest.mark.parametrize("content", [b"", b"words, not tensors", b"\x10\0\0\0\0\0\0\0{"])
+def test_other_files_are_refused_by_name(tmp_path, content):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="m.safetensors: not a motion file"):
+        Motion.load(path)

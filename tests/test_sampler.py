@@ -1,0 +1,119 @@
+"""The loop: what guides it, what must not, and when it stops."""
+import dataclasses
+
+import pytest
+import torch
+
+from mcl import InputError, NumericalError, SampleConfig, extract_motion, sample
+from mcl.config import from_dict
+from mcl.sampler import guidance_weight
+from mcl.schedule import ddim_step
+
+
+def clip(seed=0, shape=(1, 4, 4, 8, 8)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def states(model, motion, **changes):
+    config = dataclasses.replace(model.config.sample, **changes)
+    return list(sample(model, "a red star", motion, config=config, latents=clip(3)))
+
+
+@pytest.fixture(scope="module")
+def motion(small):
+    return extract_motion(small, clip(), generator=torch.Generator().manual_seed(1))
+
+
+def test_one_state_per_step_and_losses_only_while_guided(small, motion):
+    taken = states(small, motion)
+    assert [s.step for s in taken] == list(range(6))
+    assert [s.loss is not None for s in taken] == [True] * 3 + [False] * 3
+    assert all(s.latents.shape == (1, 4, 4, 8, 8) for s in taken)
+
+
+def test_a_scale_of_zero_is_no_guidance_to_the_bit(small, motion):
+    off = states(small, motion, motion_scale=0.0)
+    none = states(small, None)
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(off, none))
+    on = states(small, motion)
+    assert not torch.equal(on[-1].latents, none[-1].latents)
+
+
+def test_guidance_is_one_gradient_step_on_the_direction(small, motion):
+    """The first guided state minus the unguided one is the closed form of METHOD's trap 1."""
+    scale = 3e5
+    guided, plain = (states(small, m, motion_scale=scale)[0] for m in (motion, None))
+    z = clip(3).requires_grad_()
+    text = small.encode_text(["a red star"])
+    _, maps = small.unet(z, 999, text, maps_of=motion.layers)
+    loss = sum((maps[n].gather(-1, motion.indices[n]) - motion.values[n]).square().mean()
+               for n in motion.layers)
+    elements, ramp = 4 * 8 * 8 / (16 * 64 * 64), 1 / 2
+    grad, = torch.autograd.grad(scale * ramp * elements * loss, z)
+    t_prev = small.schedule.timesteps(6, "uneven", 3, 0.3)[1]
+    noise, noise_prev = (1 - small.schedule.abar(t) for t in (999, t_prev))
+    moved = -noise_prev.sqrt() * noise.sqrt() * grad
+    assert guided.loss == pytest.approx(loss.item(), rel=1e-4)
+    assert torch.allclose(guided.latents - plain.latents, moved, atol=1e-4 * float(moved.std()) +
+                          1e-5)
+    assert moved.abs().max() > 1e-3
+
+
+def test_guidance_lowers_the_loss(small, motion):
+    weak = states(small, motion, motion_scale=1e-6, guidance_steps=5)
+    strong = states(small, motion, motion_scale=3e5, guidance_steps=5)
+    assert strong[4].loss < weak[4].loss
+
+
+def test_weight_rises_falls_and_is_the_published_one_at_the_published_size():
+    config = SampleConfig()
+    at = [guidance_weight(i, config, 16 * 64 * 64) for i in range(50)]
+    assert at[0] == 200 and at[9] == 2000 and at[40] == 2000 and at[41] == 1800 and at[49] == 200
+    assert guidance_weight(20, config, 16 * 32 * 32) == 500
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_classifier_free_guidance_is_the_common_form(small, scale):
+    text, null = small.encode_text(["a red star", ""]).split(1)
+    z, abar, abar_prev = clip(3), small.schedule.abar(999), small.schedule.abar(0)
+    cond, uncond = (small.unet(z, 999, e)[0] for e in (text, null))
+    eps = uncond + scale * (cond - uncond)
+    expected = ddim_step(z, eps, eps, abar, abar_prev)
+    first = states(small, None, steps=2, guidance_steps=0, cfg_scale=scale)[0].latents
+    assert torch.allclose(first, expected, atol=1e-4 * float(expected.std()))
+
+
+def test_the_negative_prompt_takes_the_place_of_the_null_prompt(small):
+    plain, negative = (states(small, None, negative_prompt=p)[-1].latents for p in ("", "a ring"))
+    assert not torch.equal(plain, negative)
+
+
+def test_a_seed_is_a_clip(small):
+    first, again, other = (
+        list(sample(small, "", config=small.config.sample,
+                    generator=torch.Generator().manual_seed(s)))[-1].latents for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_run_that_is_not_finite_stops_and_says_where(small, motion):
+    with pytest.raises(NumericalError, match=r"step 2 of 6 \(timestep 850\)"):
+        states(small, motion, motion_scale=1e36)
+
+
+def test_a_motion_of_another_size_or_model_is_refused(small, motion):
+    with pytest.raises(InputError, match="from 4 frames of 8x8 latents, not 4 of 8x4"):
+        list(sample(small, "", motion, config=dataclasses.replace(small.config.sample, width=16)))
+    foreign = dataclasses.replace(motion, info=motion.info | {"model": "another"})
+    with pytest.raises(InputError, match="another model"):
+        states(small, foreign)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"guidance_steps": 101}, "guidance_steps = 101 .* 0 to the number of steps, 100"),
+    ({"top_k": 17}, "top_k = 17 .* 1 to the number of frames, 16"),
+    ({"steps": 0}, "steps = 0 .* 1 to 1000"), ({"spacing": "odd"}, "uneven, linspace, leading"),
+    ({"motion_scale": float("nan")}, "motion_scale = nan"), ({"blocks": ()}, "at least one"),
+    ({"guidence_steps": 3}, "unknown setting 'guidence_steps'")])
+def test_settings_that_cannot_be_are_refused_with_the_legal_range(change, message):
+    with pytest.raises(InputError, match=message):
+        from_dict(SampleConfig, change)

@@ -1,0 +1,63 @@
+"""The schedule's numbers, and the direction of the guidance."""
+import pytest
+import torch
+
+from mcl.config import ScheduleConfig
+from mcl.schedule import Schedule, ddim_step
+
+
+@pytest.fixture(scope="module")
+def schedule():
+    return Schedule(ScheduleConfig())
+
+
+@pytest.mark.parametrize("t, abar", [
+    (0, 0.99914998), (1, 0.99828953), (20, 0.97999913), (400, 0.28989962), (500, 0.16077162),
+    (981, 0.00195883), (999, 0.00157896), (-1, 1.0)])
+def test_betas_are_linear_in_beta(schedule, t, abar):
+    assert float(schedule.abar(t)) == pytest.approx(abar, rel=1e-5)
+
+
+def test_uneven_timesteps_are_the_published_ones(schedule):
+    t = schedule.timesteps(100, "uneven", 50, 0.3)
+    assert t[:4] == [999, 993, 987, 981] and t[48:53] == [706, 700, 699, 685, 670]
+    assert t[-3:] == [29, 14, 0] and len(t) == 100
+    t = schedule.timesteps(300, "uneven", 180, 0.4)
+    assert t[:4] == [999, 997, 995, 992] and t[178:183] == [602, 600, 599, 594, 589]
+    assert t[-2:] == [5, 0]
+
+
+@pytest.mark.parametrize("span, border", [(0.55, 449), (0.8, 199), (0.9, 99), (0.3, 700)])
+def test_uneven_border_is_truncated_as_published(schedule, span, border):
+    assert schedule.timesteps(20, "uneven", 10, span)[9] == border
+
+
+def test_other_spacings(schedule):
+    assert schedule.timesteps(25, "leading", 0, 0.3) == list(range(961, 0, -40))
+    t = schedule.timesteps(5, "linspace", 0, 0.3)
+    assert t == [999, 749, 500, 250, 0]
+
+
+@pytest.mark.parametrize("steps, guided", [(1, 0), (1, 1), (7, 7), (7, 0), (1000, 500)])
+def test_timesteps_descend_whatever_the_numbers(schedule, steps, guided):
+    t = schedule.timesteps(steps, "uneven", guided, 0.4)
+    assert len(t) == steps and t == sorted(t, reverse=True) and 0 <= t[-1] and t[0] <= 999
+
+
+def test_ddim_goes_from_any_level_to_the_clean_clip_when_the_noise_is_known(schedule):
+    x0, noise = torch.randn(2, 3), torch.randn(2, 3)
+    z = schedule.add_noise(x0, noise, 700)
+    there = ddim_step(z, noise, noise, schedule.abar(700), schedule.abar(300))
+    assert torch.allclose(there, schedule.add_noise(x0, noise, 300), atol=1e-5)
+    clean = ddim_step(there, noise, noise, schedule.abar(300), schedule.abar(-1))
+    assert torch.allclose(clean, x0, atol=1e-5)
+
+
+def test_guidance_descends_by_the_closed_form(schedule):
+    """z_prev -= sqrt(1 - abar_prev) sqrt(1 - abar_t) grad, and not the other way round."""
+    z, eps, grad = torch.randn(3, 50).double()
+    abar, abar_prev = schedule.abar(993).double(), schedule.abar(987).double()
+    plain = ddim_step(z, eps, eps, abar, abar_prev)
+    guided = ddim_step(z, eps, eps - (1 - abar).sqrt() * grad, abar, abar_prev)
+    moved = -(1 - abar_prev).sqrt() * (1 - abar).sqrt() * grad
+    assert torch.allclose(guided - plain, moved)

@@ -1,0 +1,149 @@
+"""The UNet: the names and shapes of the real files, and the maps it hands out."""
+import dataclasses
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcl import InputError
+from mcl.config import SD15, SD15_V2, UNetConfig
+from mcl.layers import attention
+from mcl.temporal import position_encoding
+from mcl.text_encoder import TextEncoder
+from mcl.unet import UNet3D
+from mcl.vae import AutoencoderKL
+
+from .conftest import SMALL, randomize
+
+DATA = Path(__file__).parent / "data"
+BLOCK = "up_blocks.1"
+
+
+def listing(name):
+    lines = gzip.open(DATA / f"{name}.txt.gz", "rt").read().splitlines()
+    return dict(line.split("\t") for line in lines)
+
+
+@pytest.mark.parametrize("network, config, name", [
+    (UNet3D, SD15.unet, "official_unet3d_v3"), (UNet3D, SD15_V2.unet, "official_unet3d_v2"),
+    (AutoencoderKL, SD15.vae, "diffusers_vae"), (TextEncoder, SD15.text, "diffusers_text_encoder")])
+def test_names_and_shapes_are_those_of_the_real_checkpoints(network, config, name):
+    with torch.device("meta"):
+        state = network(config).state_dict()
+    assert {k: "x".join(map(str, v.shape)) for k, v in state.items()} == listing(name)
+
+
+def test_size_of_sd15_with_v3_modules():
+    with torch.device("meta"):
+        unet = UNet3D(SD15.unet)
+    assert sum(p.numel() for p in unet.parameters()) == 1_276_658_564
+
+
+def inputs(frames=5, h=8, w=12, batch=1, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(batch, 4, frames, h, w, generator=g, dtype=dtype)
+    text = torch.randn(batch, 7, SMALL.unet.text_channels, generator=g, dtype=dtype)
+    return z, text
+
+
+def test_maps_are_named_shaped_and_normalised(small):
+    z, text = inputs(batch=2)
+    eps, maps = small.unet(z, 500, text, maps_of=(BLOCK,))
+    assert eps.shape == z.shape
+    assert list(maps) == [f"{BLOCK}.motion_modules.{m}.temporal_transformer.transformer_blocks.0."
+                          f"attention_blocks.{k}" for m in range(2) for k in range(2)]
+    for probs in maps.values():
+        assert probs.shape == (2 * 4 * 6, 2, 5, 5) and probs.dtype == torch.float32
+        assert torch.allclose(probs.sum(dim=-1), torch.ones(()), atol=1e-6)
+
+
+def test_asking_for_maps_does_not_change_the_noise(small):
+    z, text = inputs()
+    plain, none = small.unet(z, 300, text)
+    asked, _ = small.unet(z, 300, text, maps_of=("down_blocks.0", "mid_block.x", BLOCK)[::2])
+    assert none == {}
+    assert torch.allclose(plain, asked, atol=1e-5 * float(plain.std()))
+
+
+def test_the_pass_can_end_after_the_last_block_asked_for(small):
+    z, text = inputs()
+    _, whole = small.unet(z, 10, text, maps_of=(BLOCK,))
+    eps, ended = small.unet(z, 10, text, maps_of=(BLOCK,), need_eps=False)
+    assert eps is None
+    assert all(torch.equal(whole[name], ended[name]) for name in whole)
+
+
+def test_a_single_layer_can_be_asked_for(small):
+    z, text = inputs()
+    layer = small.unet.temporal_layers((BLOCK,))[2]
+    _, maps = small.unet(z, 10, text, maps_of=(layer,))
+    assert list(maps) == [layer]
+
+
+def test_a_block_without_temporal_attention_is_refused_with_those_that_have_it(small):
+    z, text = inputs()
+    with pytest.raises(InputError, match=r"'up_blocks.7'.* down_blocks.0, .*up_blocks.2"):
+        small.unet(z, 10, text, maps_of=("up_blocks.7",))
+
+
+def test_no_gradient_past_the_last_block_asked_for(small):
+    z, text = inputs()
+    z.requires_grad_()
+    eps, maps = small.unet(z, 10, text, maps_of=(BLOCK,))
+    assert not eps.requires_grad
+    assert all(probs.requires_grad for probs in maps.values())
+
+
+def test_maps_are_softmax_of_scaled_products():
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, n, 6, generator=g) for n in (4, 5, 5))
+    out, probs = attention(q, k, v, heads=2, want_map=True)
+    fused, none = attention(q, k, v, heads=2)
+    head = (q[1, :, 3:] @ k[1, :, 3:].T / 3 ** 0.5).softmax(dim=-1)
+    assert none is None
+    assert torch.allclose(probs[1, 1], head, atol=1e-6)
+    assert torch.allclose(out[1, :, 3:], head @ v[1, :, 3:], atol=1e-6)
+    assert torch.allclose(out, fused, atol=1e-6)
+
+
+def test_frames_are_told_apart_by_position_alone(small):
+    """The same picture in all frames: what is not the position cannot differ."""
+    z, text = inputs(frames=1)
+    _, maps = small.unet(z.expand(-1, -1, 6, -1, -1), 10, text, maps_of=(BLOCK,))
+    probs = next(iter(maps.values()))
+    assert (probs[..., 0, :] - probs[..., 5, :]).abs().max() > 1e-3
+
+
+def test_position_encoding_is_the_interleaved_table():
+    table = position_encoding(24, 6)
+    assert table.shape == (24, 6)
+    assert table[5, 2].item() == pytest.approx(torch.tensor(5 * 10000 ** (-2 / 6)).sin().item())
+    assert table[5, 3].item() == pytest.approx(torch.tensor(5 * 10000 ** (-2 / 6)).cos().item())
+
+
+def test_v1_norms_mix_frames_and_v3_norms_do_not():
+    z, text = inputs(frames=4)
+    other = z.clone()
+    other[:, :, 3] *= 5
+    for per_frame in (True, False):
+        config = dataclasses.replace(SMALL.unet, norm_per_frame=per_frame, motion_modules=False)
+        unet = randomize(UNet3D(config))
+        same = torch.equal(unet(z, 10, text)[0][:, :, 0], unet(other, 10, text)[0][:, :, 0])
+        assert same == per_frame
+
+
+@pytest.mark.parametrize("h, w", [(9, 13), (8, 8), (5, 4)])
+def test_odd_latents_come_back_at_their_size(small, h, w):
+    z, text = inputs(frames=2, h=h, w=w)
+    assert small.unet(z, 0, text)[0].shape == z.shape
+
+
+def test_more_frames_than_positions_are_refused(small):
+    z, text = inputs(frames=25)
+    with pytest.raises(InputError, match="25 frames.* up to 24"):
+        small.unet(z, 0, text)
+
+
+def test_default_config_is_sd15():
+    assert UNetConfig().block_out_channels == (320, 640, 1280, 1280)

@@ -120,6 +120,9 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     if config.height % step or config.width % step:
         raise InputError(f"--size {config.width}x{config.height} is not possible: "
                          f"width and height must be multiples of {step}")
+    if config.frames > model_config.unet.max_frames:
+        raise InputError(f"--frames {config.frames}: this model's motion modules know up to "
+                         f"{model_config.unet.max_frames}")
     with torch.device("meta"):
         UNet3D(model_config.unet).temporal_layers(config.blocks)
     fps = args.fps or model_config.fps
@@ -134,7 +137,7 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
 
 
 def outputs(args: argparse.Namespace) -> list[Path]:
-    """Where each sample goes: out.mp4, or out-0.mp4, out-1.mp4, ... by seed where there are more."""
+    """Where each sample goes: out.mp4, or out-0.mp4, out-1.mp4, ... by their seeds."""
     if args.num_samples == 1:
         return [args.out]
     return [args.out.with_stem(f"{args.out.stem}-{args.seed + i}")

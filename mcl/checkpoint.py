@@ -11,6 +11,7 @@ from torch import nn
 from .config import ModelConfig, from_dict, to_dict
 from .errors import InputError
 from .files import save_safetensors
+from .layers import channels_last
 from .model import Model, build_model
 
 FORMAT = "mcl-model-1"
@@ -102,7 +103,7 @@ def check_tensor(path: Path, name: str, tensor: torch.Tensor, shape: torch.Size)
 def place(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Puts the weights into a module on the meta device; only inputs will have gradients."""
     module.load_state_dict(state, assign=True)
-    module.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    channels_last(module.requires_grad_(False).eval())
 
 
 def pick_device(name: str) -> torch.device:

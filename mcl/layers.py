@@ -185,3 +185,11 @@ class SpatialTransformer(nn.Module):
         y = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         y = self.transformer_blocks[0](y, text)
         return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h))
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """Lays the convolutions' weights out as the CPU and tensor cores want them; in place."""
+    for p in module.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return module

@@ -34,7 +34,7 @@ class Schedule:
         """
         total = self.config.train_steps
         if spacing == "leading":
-            ascending = np.arange(steps) * (total // steps) + 1
+            ascending = np.arange(steps) * float(total // steps) + 1
         elif spacing == "linspace" or guidance_steps == 0:
             ascending = np.linspace(0, total - 1, steps).round()
         else:

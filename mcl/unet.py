@@ -82,7 +82,8 @@ class DownBlock(Block):
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, frames: int,
                 maps_of: tuple[str, ...]) -> tuple[Tensor, list[Tensor], Maps]:
-        skips, maps = [], {}
+        skips: list[Tensor] = []
+        maps: Maps = {}
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time, text, frames, maps_of, maps)
             skips.append(x)

@@ -1,17 +1,21 @@
 """Measures cloning on held-out clips, against the exact truth of how they were rendered.
 
-    python -m mcl.tiny.evaluate [--weights F] [--clips 12] [--seeds 1]
+    python -m mcl.tiny.evaluate [--weights F] [--clips 12] [--camera-clips 6] [--seed 0]
 
 The references follow kinds of path that the trainer never draws, and differ from the prompts in
-subject, colour and ground. Everything is measured in the finished pictures.
+subject, colour and ground. Everything is measured in the finished pictures; positions are in half
+widths of the picture.
 """
 import argparse
+import dataclasses
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import torch
 from einops import rearrange
@@ -19,21 +23,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoint import load_model
-from ..config import SampleConfig
+from ..config import SampleConfig, from_dict, to_dict
+from ..metrics import camera_curves, curve_correlation
 from ..model import Model
 from ..motion import extract_motion
 from ..sampler import final, sample
-from .clips import an
-from .scenes import COLOURS, GROUNDS, SHAPES, Scene, render, seen_centre
+from .clips import an, tone
+from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene, render, seen_centre
 
 PATHS = ("figure eight", "square", "spiral", "zigzag", "circle", "hops")
+CAMERAS = ("pan", "zoom", "roll")
 FOUND_AREA = 0.004                      # of the picture: the least that counts as a subject
 
 
 @dataclass(frozen=True)
 class Case:
     """A reference and what is asked of its clone."""
-    path: str
+    motion: str                         # one of PATHS or CAMERAS
     scene: Scene
     prompt: str
     shape: str
@@ -64,27 +70,40 @@ def held_out_path(kind: str, frames: int, reach: float) -> Tensor:
     return xy * reach
 
 
-def held_out_cases(number: int, frames: int) -> list[Case]:
-    cases = []
-    for i in range(number):
-        rng = np.random.default_rng([9, i])
-        kind = PATHS[i % len(PATHS)]
-        radius = rng.uniform(.2, .4)
-        colours, grounds = rng.permutation(list(COLOURS)), rng.permutation(list(GROUNDS))
-        shapes = rng.permutation(SHAPES)
-        still = torch.zeros(frames)
-        centre = held_out_path(kind, frames, 1 - 0.9 * radius)
-        if rng.random() < 0.5:
-            centre = centre.flip(-1)
-        scene = Scene(
-            shape=str(shapes[0]), colour=COLOURS[colours[0]], texture="plain",
-            ground=GROUNDS[grounds[0]], second=GROUNDS[grounds[0]], cell=1.0, texture_angle=0.0,
-            centre=centre, radius=still + radius, angle=still, pan=torch.zeros(frames, 2),
-            zoom=still + 1, roll=still)
-        shape, colour, ground = str(shapes[1]), str(colours[1]), str(grounds[1])
-        cases.append(Case(kind, scene, f"{an(colour)} {shape} on {an(ground)} background",
-                          shape, colour, ground, i))
-    return cases
+def held_out_cases(kinds: tuple[str, ...], number: int, frames: int, seed: int) -> list[Case]:
+    """`number` references that move in these kinds of ways, in turn, each with its prompt."""
+    return [held_out_case(kinds[i % len(kinds)], frames, seed + i) for i in range(number)]
+
+
+def held_out_case(motion: str, frames: int, seed: int) -> Case:
+    rng = np.random.default_rng([9, seed])
+    radius = rng.uniform(.2, .4)
+    colours, grounds = rng.permutation(list(COLOURS)), rng.permutation(list(GROUNDS))
+    shapes, textures = rng.permutation(SHAPES), rng.permutation(TEXTURES[1:])
+    still, t = torch.zeros(frames), torch.linspace(0, 1, frames)
+    camera = motion in CAMERAS
+    centre, pan, zoom, roll = torch.zeros(frames, 2), torch.zeros(frames, 2), still, still
+    if motion == "pan":
+        heading = torch.tensor(rng.uniform(0, 2 * math.pi))
+        along = 0.8 * (t - 0.5) + 0.1 * (3 * math.pi * t).sin()
+        pan = along[:, None] * torch.stack([heading.cos(), heading.sin()])
+    elif motion == "zoom":
+        zoom = float(rng.choice([-1, 1])) * 0.3 * (math.pi * t).cos()
+    elif motion == "roll":
+        roll = float(rng.choice([-1, 1])) * 0.8 * (t + 0.08 * (3 * math.pi * t).sin())
+    else:
+        centre = held_out_path(motion, frames, 1 - 0.9 * radius)
+        centre = centre.flip(-1) if rng.random() < 0.5 else centre
+    reference_ground = GROUNDS[str(grounds[0])]
+    scene = Scene(
+        shape=str(shapes[0]), colour=COLOURS[str(colours[0])],
+        texture=str(textures[0]) if camera else "plain", ground=reference_ground,
+        second=tone(reference_ground), cell=0.5, texture_angle=0.0, centre=centre,
+        radius=still + radius, angle=still, pan=pan, zoom=zoom.exp(), roll=roll)
+    shape, colour, ground = str(shapes[1]), str(colours[1]), str(grounds[1])
+    told = f"{textures[1]} {ground}" if camera else ground
+    return Case(motion, scene, f"{an(colour)} {shape} on {an(told)} background",
+                shape, colour, ground, seed)
 
 
 # ------------------------------------------------------------------------- reading the pictures
@@ -158,6 +177,7 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
         "direction": direction_agreement(centre, truth),
         "position error": float((centre - truth).norm(dim=-1).mean()),
         "found": float(found.float().mean()),
+        "flicker": float(frames.diff(dim=0).abs().mean() / 2),
         "colour": 0.0, "ground": 0.0, "shape": 0.0}
     for i in range(len(frames)):
         around = rearrange(picture[i], "c h w -> (h w) c")[~mask[i].flatten()]
@@ -169,6 +189,12 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
             figures["shape"] += (best_shape(mask[i]) == case.shape)
     for name in ("colour", "ground", "shape"):
         figures[name] /= len(frames)
+    if case.motion in CAMERAS:
+        curves = {"pan": slice(0, 2), "zoom": slice(2, 3), "roll": slice(3, 4)}[case.motion]
+        true_curves = torch.cat([case.scene.pan, case.scene.zoom.log()[:, None],
+                                 case.scene.roll[:, None]], dim=-1)
+        figures["camera"] = curve_correlation(camera_curves(frames)[:, curves],
+                                              true_curves[:, curves])
     return figures
 
 
@@ -183,3 +209,67 @@ def clone(model: Model, case: Case, config: SampleConfig, guided: bool) -> Tenso
                                 k=config.top_k, blocks=config.blocks)
     state = final(sample(model, case.prompt, motion, config=config, generator=generator))
     return model.vae.decode(state.latents.to(model.dtype)).float().cpu()
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Measures cloning on held-out clips.")
+    p.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
+    p.add_argument("--clips", type=int, default=12, help="references with a moving object")
+    p.add_argument("--camera-clips", type=int, default=6, help="references with a moving camera")
+    p.add_argument("--seed", type=int, default=0, help="of the first clip")
+    p.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON",
+                   help="settings other than the model's own, e.g. steps=50")
+    p.add_argument("--guided-only", action="store_true", help="leave out the unguided samples")
+    p.add_argument("--save", type=Path, help="folder for the clips, as PNG strips")
+    p.add_argument("--json", type=Path, help="write every clip's figures here")
+    args = p.parse_args()
+
+    model = load_model(args.weights)
+    changes = {name: json.loads(value) for name, value in (s.split("=", 1) for s in args.set)}
+    config = from_dict(SampleConfig, to_dict(model.config.sample) | changes)
+    cases = (held_out_cases(PATHS, args.clips, config.frames, args.seed)
+             + held_out_cases(CAMERAS, args.camera_clips, config.frames, args.seed))
+    records = []
+    for case in tqdm(cases, file=sys.stderr):
+        for guided in (True,) if args.guided_only else (True, False):
+            began = time.perf_counter()
+            frames = clone(model, case, config, guided)
+            figures = measure(frames, case) | {"seconds": time.perf_counter() - began}
+            records.append({"motion": case.motion, "prompt": case.prompt, "guided": guided,
+                            "camera clip": case.motion in CAMERAS} | figures)
+            if args.save:
+                save_strip(args.save / f"{len(records):03d}.png",
+                           [render(case.scene, config.height), frames])
+    print(dataclasses.asdict(config))
+    for camera in (False, True):
+        for guided in (True, False):
+            some = [r for r in records if r["camera clip"] == camera and r["guided"] == guided]
+            if some:
+                print(summary(some, f"{'camera' if camera else 'object'} clips, "
+                                    f"{'guided' if guided else 'unguided'}"))
+    if args.json:
+        args.json.write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def summary(records: list[dict], title: str) -> str:
+    """One line: the mean of every figure, with its standard error over the clips."""
+    names = [n for n, v in records[0].items() if isinstance(v, float)]
+    columns = []
+    for name in names:
+        values = np.array([r[name] for r in records if not math.isnan(r[name])])
+        if not len(values):
+            continue
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        columns.append(f"{name} {values.mean():.3f} ±{error:.3f}")
+    return f"{title} ({len(records)}): " + ", ".join(columns)
+
+
+def save_strip(path: Path, clips: list[Tensor]) -> None:
+    """The frames of each clip side by side, one clip below the other, as a PNG."""
+    rows = torch.cat([rearrange(clip, "f c H W -> c H (f W)") for clip in clips], dim=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(path, rearrange(((rows + 1) * 127.5).round().byte(), "c H W -> H W c").numpy())
+
+
+if __name__ == "__main__":
+    main()

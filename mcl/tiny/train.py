@@ -2,11 +2,12 @@
 
     python -m mcl.tiny.train --out runs/tiny
 
-Five stages, each of which goes on where it was stopped:
+Six stages, each of which goes on where it was stopped:
     vae      the autoencoder, on single frames
     latents  clips of the training world, encoded once and kept on disk
     image    the UNet without motion modules and the text encoder, on single frames
     motion   the motion modules, on clips, and all the rest at a fifth of their learning rate
+    decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's
     export   everything into one file, weights/tiny.safetensors
 """
 import argparse
@@ -25,7 +26,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..checkpoint import save_model
-from ..config import TINY, ModelConfig
+from ..config import TINY
+from ..layers import channels_last
 from ..model import Model, build_model
 from ..text_encoder import TextEncoder
 from ..unet import UNet3D
@@ -37,7 +39,7 @@ SIZE, FRAMES = 128, 16
 SHARD = 250                             # clips in one file of latents
 CAPTIONS = 4                            # phrasings kept of each clip
 DEFAULTS: dict[str, Any] = {}           # the settings of SampleConfig that suit this model
-STAGES = ("vae", "latents", "image", "motion", "export")
+STAGES = ("vae", "latents", "image", "motion", "decoder", "export")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Plan:
     motion_batch: int = 6
     motion_rate: float = 1e-3
     spatial_rate: float = 2e-4          # of the layers already trained, in the motion stage
+    decoder_steps: int = 800
+    decoder_rate: float = 1.5e-3
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
     ema: float = 0.998
 
@@ -121,7 +125,8 @@ def pictures(seed: int, number: int) -> Tensor:
 
 def train_vae(folder: Path, plan: Plan, device: str) -> None:
     torch.manual_seed(0)
-    vae = AutoencoderKL(TINY.vae).to(device, memory_format=torch.channels_last)
+    vae = AutoencoderKL(TINY.vae).to(device)
+    channels_last(vae)
     trainee = Trainee(vae, [{"params": list(vae.parameters()), "lr": plan.vae_rate}],
                       folder / "vae.pt", plan.ema)
 
@@ -151,7 +156,8 @@ def train_vae(folder: Path, plan: Plan, device: str) -> None:
 def trained_vae(folder: Path, device: str) -> AutoencoderKL:
     vae = AutoencoderKL(TINY.vae)
     vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["average"])
-    return vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    channels_last(vae)
+    return vae.to(device).requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------- latents
@@ -163,16 +169,18 @@ def encode_clips(folder: Path, plan: Plan, device: str) -> None:
         file = folder / "latents" / f"{first:06d}.pt"
         if file.exists():
             continue
-        latents, captions = [], []
+        latents, logvars, captions = [], [], []
         for seed in range(first, first + SHARD):
             rng = np.random.default_rng([1, seed])
             scene = random_scene(rng, FRAMES)
             frames = render(scene, SIZE).to(device, memory_format=torch.channels_last)
             with torch.no_grad(), autocast(device):
-                latents.append(vae.moments(frames)[0].half().cpu())
+                mean, logvar = vae.moments(frames)
+            latents.append(mean.half().cpu())
+            logvars.append(logvar.float().mean(dim=(0, 2, 3)).cpu())
             captions.append([caption(scene, rng) for _ in range(CAPTIONS)])
-        torch.save({"latents": torch.stack(latents), "captions": captions},
-                   file.with_suffix(".tmp"))
+        torch.save({"latents": torch.stack(latents), "captions": captions,
+                    "logvar": torch.stack(logvars).mean(dim=0)}, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").replace(file)
         print(f"latents {first + SHARD}/{plan.clips}", file=sys.stderr, flush=True)
 
@@ -190,6 +198,7 @@ class Clips:
         shards = [torch.load(file, weights_only=True)
                   for file in sorted((folder / "latents").glob("*.pt"))]
         self.latents = torch.cat([shard["latents"] for shard in shards])
+        self.logvar = torch.stack([shard["logvar"] for shard in shards]).mean(dim=0)
         self.captions = [c for shard in shards for c in shard["captions"]]
         self.mean = self.latents[::10].float().mean(dim=(0, 1, 3, 4))
         some = rearrange(self.latents[::10].float(), "n f c h w -> c (n f h w)")
@@ -202,13 +211,12 @@ class Clips:
 
     def fold(self, vae: AutoencoderKL) -> None:
         """Makes the autoencoder encode to, and decode from, the balanced latents."""
-        c = len(self.mean)
-        into, out = vae.quant_conv, vae.post_quant_conv
-        weight, bias = rearrange(into.weight.data, "o i 1 1 -> o i"), into.bias.data
+        c, state = len(self.mean), vae.state_dict()
+        weight, bias = state["quant_conv.weight"][..., 0, 0], state["quant_conv.bias"]
         spread = (self.mix ** 2) @ self.logvar.exp()        # of the posterior, as constants
         weight[:c], bias[:c] = self.mix @ weight[:c], self.mix @ (bias[:c] - self.mean)
         weight[c:], bias[c:] = 0, spread.log()
-        weight, bias = rearrange(out.weight.data, "o i 1 1 -> o i"), out.bias.data
+        weight, bias = state["post_quant_conv.weight"][..., 0, 0], state["post_quant_conv.bias"]
         bias += weight @ self.mean
         weight.copy_(weight @ self.mix.inverse())
 
@@ -247,8 +255,8 @@ def initialize(unet: UNet3D, text: TextEncoder, tokens: list[int]) -> None:
     """Residual branches start at zero; so do the embeddings of all words it will never read."""
     for name, module in unet.named_modules():
         if name.endswith(("conv_out", "proj_out", "conv2")):
-            nn.init.zeros_(module.weight)                   # type: ignore[arg-type]
-            nn.init.zeros_(module.bias)                     # type: ignore[arg-type]
+            for p in module.parameters():
+                nn.init.zeros_(p)
     embedding = text.text_model.embeddings.token_embedding.weight.data
     used = torch.randn(len(tokens), embedding.shape[1]) * 0.5
     embedding.zero_()
@@ -264,7 +272,7 @@ def train_images(folder: Path, plan: Plan, device: str) -> None:
     tokens = sorted({i for word in words for i in model.tokenizer.encode(word)})
     initialize(unet, model.text_encoder, tokens)
     both = nn.ModuleDict({"unet": unet, "text_encoder": model.text_encoder})
-    both = both.to(device, memory_format=torch.channels_last)
+    channels_last(both.to(device))
     trainee = Trainee(both, [{"params": list(both.parameters()), "lr": plan.image_rate}],
                       folder / "image.pt", plan.ema)
 
@@ -285,7 +293,7 @@ def train_motion(folder: Path, plan: Plan, device: str) -> None:
     trained = torch.load(folder / "image.pt", weights_only=True)["average"]
     both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
     both.load_state_dict(both.state_dict() | trained)
-    both = both.to(device, memory_format=torch.channels_last)
+    channels_last(both.to(device))
     model.text_encoder.requires_grad_(False)
     new = [p for name, p in model.unet.named_parameters() if "motion_modules" in name]
     old = [p for name, p in model.unet.named_parameters() if "motion_modules" not in name]
@@ -305,18 +313,59 @@ def train_motion(folder: Path, plan: Plan, device: str) -> None:
 
 # -------------------------------------------------------------------------------------- export
 
+def balanced_vae(folder: Path) -> AutoencoderKL:
+    """The autoencoder whose latents are those that the UNet was trained on."""
+    vae = trained_vae(folder, "cpu")
+    Clips(folder).fold(vae)
+    return vae
+
+
+def train_decoder(folder: Path, plan: Plan, device: str) -> None:
+    torch.manual_seed(3)
+    vae = balanced_vae(folder).to(device)
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    decoder.requires_grad_(True)
+    trainee = Trainee(decoder, [{"params": list(decoder.parameters()), "lr": plan.decoder_rate}],
+                      folder / "decoder.pt", plan.ema)
+
+    def loss_of(step: int) -> tuple[Tensor, str]:
+        x = pictures(100_000 + step, plan.vae_batch).to(device, memory_format=torch.channels_last)
+        rng = np.random.default_rng([10, step])
+        with autocast(device):
+            with torch.no_grad():
+                z = vae.moments(x)[0].float()
+            blur = torch.from_numpy(rng.uniform(0, 0.15, (len(z), 1, 1, 1))).to(z)
+            z = z + blur * torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(z)
+            if step < 0.85 * plan.decoder_steps:            # crops cost a quarter
+                s = TINY.vae.downsampling
+                half = SIZE // (2 * s)
+                top, left = rng.integers(0, half + 1, 2)
+                z = z[..., top:top + half, left:left + half]
+                x = x[..., s * top:s * (top + half), s * left:s * (left + half)]
+            else:
+                x, z = x[:plan.vae_batch // 3], z[:plan.vae_batch // 3]
+            out = vae.decoder(vae.post_quant_conv(z)).float()
+        mse = F.mse_loss(out, x)
+        return mse + 0.3 * F.l1_loss(out, x), f"mse {mse:.5f}"
+
+    trainee.run(plan.decoder_steps, loss_of)
+
+
 def export(folder: Path, weights: Path, sample: dict[str, Any]) -> None:
     """Puts the averaged weights of the three networks into one self-describing file, in fp16."""
-    image = torch.load(folder / "image.pt", weights_only=True)["average"]
-    config = dataclasses.replace(
-        TINY, vae=dataclasses.replace(TINY.vae, scaling_factor=Clips(folder).scaling_factor),
-        sample=dataclasses.replace(TINY.sample, **sample), vocabulary=VOCABULARY)
+    config = dataclasses.replace(TINY, sample=dataclasses.replace(TINY.sample, **sample),
+                                 vocabulary=VOCABULARY)
     model = build_model(config)
-    model.vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["average"])
+    vae = balanced_vae(folder).state_dict()
+    if (folder / "decoder.pt").exists():
+        vae |= torch.load(folder / "decoder.pt", weights_only=True)["average"]
+    model.vae.load_state_dict(vae)
     model.unet.load_state_dict(torch.load(folder / "motion.pt", weights_only=True)["average"])
+    image = torch.load(folder / "image.pt", weights_only=True)["average"]
     model.text_encoder.load_state_dict({
         name.removeprefix("text_encoder."): value for name, value in image.items()
         if name.startswith("text_encoder.")})
+    weights.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, weights, torch.float16, sources={})
 
 
@@ -337,6 +386,7 @@ def main() -> None:
         "latents": lambda: encode_clips(args.out, plan, args.device),
         "image": lambda: train_images(args.out, plan, args.device),
         "motion": lambda: train_motion(args.out, plan, args.device),
+        "decoder": lambda: train_decoder(args.out, plan, args.device),
         "export": lambda: export(args.out, args.weights, DEFAULTS)}
     for stage in STAGES:
         if stage in args.stage:

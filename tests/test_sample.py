@@ -1,0 +1,169 @@
+"""The command: what it writes, and what it says to bad input."""
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import sample as command
+from mcl import InputError, load_model, read_video
+from mcl.checkpoint import save_model
+
+ROOT = Path(__file__).parent.parent
+REF = str(ROOT / "examples" / "figure_eight.mp4")
+PROMPT = "a red star on a navy background"
+QUICK = ["--steps", "4", "--guidance-steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def keep_warnings():
+    """The command shows warnings in its own way; the other tests keep theirs."""
+    with warnings.catch_warnings():
+        yield
+
+
+def run(*argv):
+    return command.main([str(a) for a in argv])
+
+
+def clone(out, *argv, prompt=PROMPT):
+    assert run("--ref", REF, "--prompt", prompt, "--out", out, *QUICK, *argv) == 0
+    return out
+
+
+def test_writes_a_video_and_a_record_of_all_settings(tmp_path, capsys):
+    out = clone(tmp_path / "a.mp4", "--compare", "--seed", 3)
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    assert read_video(out, 16, (128, 128)).shape == (16, 3, 128, 128)
+    assert read_video(tmp_path / "a-compare.mp4", 16, (128, 256)).shape == (16, 3, 128, 256)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["seed"] == 3 and record["prompt"] == PROMPT
+    assert record["settings"]["steps"] == 4 and len(record["motion_loss"]) == 2
+    assert len(record["weights_sha256"]) == 64
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-compare.mp4", "a.json", "a.mp4"]
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path):
+    first, again = (clone(tmp_path / name) for name in ("a.mp4", "b.mp4"))
+    other = clone(tmp_path / "c.mp4", "--seed", 1)
+    assert first.read_bytes() == again.read_bytes() != other.read_bytes()
+
+
+def test_a_kept_motion_gives_the_same_clip_as_its_reference(tmp_path):
+    kept = tmp_path / "m.safetensors"
+    first = clone(tmp_path / "a.mp4", "--save-motion", kept)
+    assert run("--motion", kept, "--prompt", PROMPT, "--out", tmp_path / "b.mp4", *QUICK) == 0
+    assert (tmp_path / "b.mp4").read_bytes() == first.read_bytes()
+
+
+def test_a_motion_scale_of_zero_is_the_unguided_clip(tmp_path, embedded):
+    off = clone(tmp_path / "a.mp4", "--motion-scale", 0)
+    on = clone(tmp_path / "b.mp4")
+    assert off.read_bytes() != on.read_bytes()
+    assert json.loads((tmp_path / "a.json").read_text())["motion_loss"] == []
+
+
+def test_several_samples_are_named_by_their_seeds(tmp_path):
+    clone(tmp_path / "a.gif", "--num-samples", 2, "--seed", 5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a-5.gif", "a-5.json", "a-6.gif", "a-6.json"]
+    alone = clone(tmp_path / "b.gif", "--seed", 6)
+    assert alone.read_bytes() == (tmp_path / "a-6.gif").read_bytes()
+
+
+def test_words_the_model_does_not_know_are_named(tmp_path, capsys):
+    clone(tmp_path / "a.mp4", prompt="a red zebra, on navy")
+    warning, = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "not trained on: zebra;" in warning and "heart" in warning
+
+
+def test_an_empty_and_an_endless_prompt_are_answered(tmp_path, capsys):
+    clone(tmp_path / "a.mp4", prompt="")
+    clone(tmp_path / "b.mp4", prompt="a red star " * 40 + "on navy")
+    assert "122 tokens and 75 are read; dropped: a red star" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "text.mp4").write_text("not a film")
+    (folder / "short.mp4").write_bytes(Path(REF).read_bytes()[:3000])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "page.safetensors").write_text("<!doctype html><title>404</title>")
+    (folder / "empty_folder").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--ref", "{bad}/none.mp4"], "none.mp4: no such file"),
+    (["--ref", "{bad}/text.mp4"], "text.mp4: cannot be decoded"),
+    (["--ref", "{bad}/short.mp4"], "short.mp4: cannot be decoded"),
+    (["--ref", "{bad}/empty.mp4"], "empty.mp4: cannot be decoded"),
+    (["--ref", "{bad}/empty_folder"], "holds no image"),
+    (["--start", "99"], "past the end"),
+    (["--size", "100x128"], "multiples of 8"),
+    (["--size", "big"], "like 512x512"),
+    (["--frames", "17"], "--frames 17: this model's motion modules know up to 16"),
+    (["--frames", "0"], "frames = 0"),
+    (["--steps", "5", "--guidance-steps", "6"], "0 to the number of steps, 5"),
+    (["--top-k", "17"], "number of frames, 16"),
+    (["--blocks", "up_blocks.9"], "up_blocks.2"),
+    (["--out", "{bad}/none/a.mp4"], "there is no folder"),
+    (["--out", "{bad}/a.mpeg4"], "cannot write .mpeg4"),
+    (["--weights", "{bad}/none.safetensors"], "no such weights file"),
+    (["--weights", "{bad}/page.safetensors"], "not a safetensors file"),
+    (["--motion", "{bad}/page.safetensors"], "with --ref, or its kept motion"),
+    (["--save-motion", "{bad}/none/m"], "there is no folder"),
+    (["--device", "abacus"], "'abacus' is not known"),
+    (["--cfg-scael", "3"], "unrecognized arguments: --cfg-scael 3"),
+    (["--fps", "0"], "--fps 0.0 is not possible"),
+    (["--num-samples", "0"], "1 or more"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(bad, tmp_path, capsys, argv, message):
+    argv = [a.format(bad=bad) for a in argv]
+    before = sorted(p.name for p in bad.rglob("*"))
+    assert run("--ref", REF, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", *QUICK, *argv) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if not line.startswith("no --weights")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert captured.out == "" and list(tmp_path.iterdir()) == []
+    assert sorted(p.name for p in bad.rglob("*")) == before
+
+
+def test_a_run_that_is_not_finite_fails_and_leaves_nothing(tmp_path, capsys):
+    assert run("--ref", REF, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", *QUICK,
+               "--motion-scale", "1e38") == 1
+    assert "failed: not finite at step" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("unet.conv_in.bias"), "unet.conv_in.bias is missing"),
+    (lambda s: s.update({"unet.more": torch.ones(1)}), "unet.more belongs to no part"),
+    (lambda s: s.update({"unet.conv_in.bias": torch.ones(3)}), r"unet.conv_in.bias is \(3,\)"),
+    (lambda s: s["unet.conv_in.bias"].fill_(float("nan")), "unet.conv_in.bias .* not finite")])
+def test_weights_load_strictly(small, tmp_path, change, message):
+    path = tmp_path / "w.safetensors"
+    save_model(small, path, torch.float32, {})
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    again = load_model(path, device="cpu")
+    assert again.config == small.config
+    assert torch.equal(again.unet.conv_in.weight, small.unet.conv_in.weight)
+    change(state)
+    save_file(state, path, metadata)
+    with pytest.raises(InputError, match=message):
+        load_model(path, device="cpu")
+
+
+def test_it_runs_as_a_program_of_its_own():
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--prompt", "x"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "give the reference with --ref" in done.stderr
+    assert "Traceback" not in done.stderr

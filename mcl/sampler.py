@@ -1,5 +1,4 @@
 """The guided sampling loop: DDIM, steered by the gradient of the motion loss."""
-import dataclasses
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -121,10 +120,3 @@ def check_fit(motion: Motion, model: Model, shape: tuple[int, ...]) -> None:
     if known != shape[2:]:
         raise InputError("this motion was read from {} frames of {}x{} latents, not {} of {}x{}"
                          .format(*known, *shape[2:]))
-
-
-def final(states: Iterator[State]) -> State:
-    """Runs a sampling to its end: the last state."""
-    for state in states:
-        last = state
-    return dataclasses.replace(last)

@@ -50,21 +50,20 @@ class Block(nn.Module):
         self.resnets = nn.ModuleList([
             ResnetBlock(c_in, c_out, groups, EPS, config.time_channels, config.norm_per_frame)
             for c_in, c_out in widths])
-        if attends:
-            self.attentions = nn.ModuleList([
-                SpatialTransformer(c_out, config.heads, config.text_channels, groups)
-                for _ in widths])
-        if config.motion_modules:
-            self.motion_modules = nn.ModuleList([
-                MotionModule(c_out, config.motion_heads, groups) for _ in widths])
+        self.attentions = nn.ModuleList([
+            SpatialTransformer(c_out, config.heads, config.text_channels, groups)
+            for _ in widths if attends])
+        self.motion_modules = nn.ModuleList([
+            MotionModule(c_out, config.motion_heads, groups)
+            for _ in widths if config.motion_modules])
 
     def layer(self, i: int, x: Tensor, time: Tensor, text: Tensor, frames: int,
               maps_of: tuple[str, ...], maps: Maps) -> Tensor:
         """Layer i: x (b*f, c, h, w) -> (b*f, c_out, h, w); its maps are added to `maps`."""
         x = self.resnets[i](x, time, frames)
-        if hasattr(self, "attentions"):
+        if self.attentions:
             x = self.attentions[i](x, text)
-        if hasattr(self, "motion_modules"):
+        if self.motion_modules:
             name = f"motion_modules.{i}"
             x, found = self.motion_modules[i](x, frames, below(maps_of, name))
             maps.update({f"{name}.{key}": m for key, m in found.items()})
@@ -77,8 +76,8 @@ class DownBlock(Block):
         c_in, c_out = widths[max(level - 1, 0)], widths[level]
         super().__init__(config, [(c_in, c_out)] + [(c_out, c_out)] * (config.layers_per_block - 1),
                          attends=level < last)
-        if level < last:
-            self.downsamplers = nn.ModuleList([Downsample(c_out, pad_all_sides=True)])
+        self.downsamplers = nn.ModuleList(
+            [Downsample(c_out, pad_all_sides=True)] if level < last else [])
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, frames: int,
                 maps_of: tuple[str, ...]) -> tuple[Tensor, list[Tensor], Maps]:
@@ -87,7 +86,7 @@ class DownBlock(Block):
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time, text, frames, maps_of, maps)
             skips.append(x)
-        if hasattr(self, "downsamplers"):
+        if self.downsamplers:
             x = self.downsamplers[0](x)
             skips.append(x)
         return x, skips, maps
@@ -102,8 +101,7 @@ class UpBlock(Block):
         inputs = [c_out if deepest else widths[level + 1]] + [c_out] * (n - 1)
         super().__init__(config, [(c_in + skip, c_out) for c_in, skip in zip(inputs, skips)],
                          attends=not deepest)
-        if level > 0:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if level > 0 else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, text: Tensor, frames: int,
                 maps_of: tuple[str, ...]) -> tuple[Tensor, Maps]:
@@ -111,7 +109,7 @@ class UpBlock(Block):
         for i in range(len(self.resnets)):
             x = self.layer(i, torch.cat([x, skips.pop()], dim=1), time, text, frames,
                            maps_of, maps)
-        if hasattr(self, "upsamplers"):
+        if self.upsamplers:
             x = self.upsamplers[0](x, skips[-1].shape[-2:])
         return x, maps
 
@@ -125,14 +123,14 @@ class MidBlock(nn.Module):
             for _ in range(2)])
         self.attentions = nn.ModuleList([
             SpatialTransformer(c, config.heads, config.text_channels, groups)])
-        if config.motion_mid_block:
-            self.motion_modules = nn.ModuleList([MotionModule(c, config.motion_heads, groups)])
+        self.motion_modules = nn.ModuleList(
+            [MotionModule(c, config.motion_heads, groups)] if config.motion_mid_block else [])
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, frames: int,
                 maps_of: tuple[str, ...]) -> tuple[Tensor, Maps]:
         maps: Maps = {}
         x = self.attentions[0](self.resnets[0](x, time, frames), text)
-        if hasattr(self, "motion_modules"):
+        if self.motion_modules:
             name = "motion_modules.0"
             x, found = self.motion_modules[0](x, frames, below(maps_of, name))
             maps = {f"{name}.{key}": m for key, m in found.items()}

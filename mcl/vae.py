@@ -51,18 +51,12 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups, EPS)
                                       for i in range(layers)])
-        if down:
-            self.downsamplers = nn.ModuleList([Downsample(c_out, pad_all_sides=False)])
-        if up:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
-        self.resamplers = [name for name, there in (("downsamplers", down), ("upsamplers", up))
-                           if there]
+        self.downsamplers = nn.ModuleList([Downsample(c_out, pad_all_sides=False)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if up else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        for name in self.resamplers:
-            x = getattr(self, name)[0](x)
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
         return x
 
 

@@ -27,7 +27,7 @@ from ..config import SampleConfig, from_dict, to_dict
 from ..metrics import camera_curves, curve_correlation
 from ..model import Model
 from ..motion import extract_motion
-from ..sampler import final, sample
+from ..sampler import sample
 from .clips import an, tone
 from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene, render, seen_centre
 
@@ -207,7 +207,7 @@ def clone(model: Model, case: Case, config: SampleConfig, guided: bool) -> Tenso
         motion = extract_motion(model, model.vae.encode(reference), t=config.extract_t,
                                 generator=torch.Generator().manual_seed(case.seed + 1),
                                 k=config.top_k, blocks=config.blocks)
-    state = final(sample(model, case.prompt, motion, config=config, generator=generator))
+    *_, state = sample(model, case.prompt, motion, config=config, generator=generator)
     return model.vae.decode(state.latents.to(model.dtype)).float().cpu()
 
 

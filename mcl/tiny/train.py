@@ -6,7 +6,7 @@ Six stages, each of which goes on where it was stopped:
     vae      the autoencoder, on single frames
     latents  clips of the training world, encoded once and kept on disk
     image    the UNet without motion modules and the text encoder, on single frames
-    motion   the motion modules, on clips, and all the rest at a fifth of their learning rate
+    motion   the motion modules, on clips, and all the rest at a lower learning rate
     decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's
     export   everything into one file, weights/tiny.safetensors
 """
@@ -55,7 +55,7 @@ class Plan:
     motion_steps: int = 1500
     motion_batch: int = 6
     motion_rate: float = 1e-3
-    spatial_rate: float = 2e-4          # of the layers already trained, in the motion stage
+    spatial_rate: float = 4e-4          # of the layers already trained, in the motion stage
     decoder_steps: int = 800
     decoder_rate: float = 1.5e-3
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
@@ -239,8 +239,12 @@ class Clips:
 
 def denoising_loss(model: Model, unet: UNet3D, x0: Tensor, text: Tensor, rng: np.random.Generator
                    ) -> Tensor:
-    """Mean square error of the noise, weighted by min(SNR, 5) / SNR (arXiv 2303.09556)."""
-    t = torch.from_numpy(rng.integers(model.schedule.config.train_steps, size=len(x0)))
+    """Mean square error of the noise, weighted by min(SNR, 5) / SNR (arXiv 2303.09556).
+
+    The timesteps of a batch are spread over the whole range, which a few clips would not be.
+    """
+    spread = (rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0)
+    t = torch.from_numpy((spread * model.schedule.config.train_steps).astype(np.int64))
     noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)).to(x0)
     abar = rearrange(model.schedule.alphas_cumprod[t].to(x0), "b -> b 1 1 1 1")
     z = abar.sqrt() * x0 + (1 - abar).sqrt() * noise

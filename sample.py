@@ -110,6 +110,8 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
               file=sys.stderr)
     if (args.ref is None) == (args.motion is None):
         raise InputError("give the reference with --ref, or its kept motion with --motion")
+    if not 0 <= args.seed < REFERENCE_STREAM:
+        raise InputError(f"--seed {args.seed} is not possible: 0 to {REFERENCE_STREAM - 1}")
     if args.num_samples < 1:
         raise InputError(f"--num-samples {args.num_samples} is not possible: 1 or more")
     if args.compare and args.ref is None:
@@ -125,9 +127,9 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
                          f"{model_config.unet.max_frames}")
     with torch.device("meta"):
         UNet3D(model_config.unet).temporal_layers(config.blocks)
-    fps = args.fps or model_config.fps
-    if not 0 < fps <= 1000:
-        raise InputError(f"--fps {fps} is not possible: above 0, up to 1000")
+    fps = model_config.fps if args.fps is None else args.fps
+    if not 0.1 <= fps <= 100:
+        raise InputError(f"--fps {fps} is not possible: 0.1 to 100")
     for path in outputs(args):
         check_writable(path)
     for path in (args.save_motion, args.out.with_suffix(".json")):
@@ -238,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"failed: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted; no file is left unfinished", file=sys.stderr)
         return 130
     return 0
 

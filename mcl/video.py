@@ -1,4 +1,8 @@
-"""Clips on disk to frames in [-1, 1], and back; (h, w) as stored, (H, W) as asked for."""
+"""Clips on disk to frames in [-1, 1], and back; (h, w) as stored, (H, W) as asked for.
+
+imageio's own interface does not tell when a frame is shown, so that its two back ends, PyAV for
+videos and Pillow for pictures, are used themselves.
+"""
 
 import os
 import re

@@ -123,6 +123,7 @@ def bad(tmp_path_factory):
     (["--cfg-scael", "3"], "unrecognized arguments: --cfg-scael 3"),
     (["--fps", "0"], "--fps 0.0 is not possible"),
     (["--num-samples", "0"], "1 or more"),
+    (["--seed", "-1"], "--seed -1 is not possible"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(bad, tmp_path, capsys, argv, message):
     argv = [a.format(bad=bad) for a in argv]

@@ -116,11 +116,19 @@ def autocast(device: str) -> torch.autocast:
 
 # ------------------------------------------------------------------------------------- the VAE
 
-def pictures(seed: int, number: int) -> Tensor:
-    """Single frames of random clips: (number, 3, SIZE, SIZE) in [-1, 1]."""
+def pictures(seed: int, number: int) -> tuple[Tensor, list[str]]:
+    """Single frames of random clips, (number, 3, SIZE, SIZE) in [-1, 1], and their captions."""
     rng = np.random.default_rng([7, seed])
-    return torch.cat([render(at(random_scene(rng, FRAMES), [int(rng.integers(FRAMES))]), SIZE)
-                      for _ in range(number)])
+    scenes = [at(random_scene(rng, FRAMES), [int(rng.integers(FRAMES))]) for _ in range(number)]
+    return torch.cat([render(s, SIZE) for s in scenes]), [caption(s, rng) for s in scenes]
+
+
+def crop(rng: np.random.Generator, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The same random quarter of pictures (b, 3, H, W) and of their latents (b, c, h, w)."""
+    half, s = z.shape[-1] // 2, x.shape[-1] // z.shape[-1]
+    top, left = rng.integers(0, half + 1, 2)
+    return (x[..., s * top:s * (top + half), s * left:s * (left + half)],
+            z[..., top:top + half, left:left + half])
 
 
 def train_vae(folder: Path, plan: Plan, device: str) -> None:
@@ -131,7 +139,7 @@ def train_vae(folder: Path, plan: Plan, device: str) -> None:
                       folder / "vae.pt", plan.ema)
 
     def loss_of(step: int) -> tuple[Tensor, str]:
-        x = pictures(step, plan.vae_batch)
+        x, _ = pictures(step, plan.vae_batch)
         if step < 0.85 * plan.vae_steps:                    # crops cost a quarter
             rng = np.random.default_rng([8, step])
             top, left = rng.integers(0, SIZE // 2 + 1, 2)
@@ -329,25 +337,39 @@ def train_decoder(folder: Path, plan: Plan, device: str) -> None:
     vae = balanced_vae(folder).to(device)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     decoder.requires_grad_(True)
+    model = build_model(TINY)
+    unet = UNet3D(dataclasses.replace(TINY.unet, motion_modules=False))
+    trained = nn.ModuleDict({"unet": unet, "text_encoder": model.text_encoder}).to(device)
+    trained.load_state_dict(torch.load(folder / "image.pt", weights_only=True)["average"])
+    channels_last(unet.requires_grad_(False))
     trainee = Trainee(decoder, [{"params": list(decoder.parameters()), "lr": plan.decoder_rate}],
                       folder / "decoder.pt", plan.ema)
 
+    @torch.no_grad()
+    def latents(x: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
+        """Half of them as encoded, half as the UNet guesses them out of some noise."""
+        z = vae.moments(x)[0].float()
+        half = len(z) // 2
+        text = model.encode_text(captions[:half])
+        t = torch.from_numpy(rng.integers(20, 350, half)).to(device)
+        noise = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(z)
+        abar = rearrange(model.schedule.alphas_cumprod.to(z)[t], "b -> b 1 1 1")
+        noisy = abar.sqrt() * z[:half] + (1 - abar).sqrt() * noise[:half]
+        eps, _ = unet(noisy[:, :, None], t, text)
+        assert eps is not None
+        guess = (noisy - (1 - abar).sqrt() * eps[:, :, 0].float()) / abar.sqrt()
+        return torch.cat([guess, z[half:] + 0.05 * noise[half:]])
+
     def loss_of(step: int) -> tuple[Tensor, str]:
-        x = pictures(100_000 + step, plan.vae_batch).to(device, memory_format=torch.channels_last)
+        x, captions = pictures(100_000 + step, plan.vae_batch)
+        x = x.to(device, memory_format=torch.channels_last)
         rng = np.random.default_rng([10, step])
         with autocast(device):
-            with torch.no_grad():
-                z = vae.moments(x)[0].float()
-            blur = torch.from_numpy(rng.uniform(0, 0.15, (len(z), 1, 1, 1))).to(z)
-            z = z + blur * torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(z)
+            z = latents(x, captions, rng)
             if step < 0.85 * plan.decoder_steps:            # crops cost a quarter
-                s = TINY.vae.downsampling
-                half = SIZE // (2 * s)
-                top, left = rng.integers(0, half + 1, 2)
-                z = z[..., top:top + half, left:left + half]
-                x = x[..., s * top:s * (top + half), s * left:s * (left + half)]
+                x, z = crop(rng, x, z)
             else:
-                x, z = x[:plan.vae_batch // 3], z[:plan.vae_batch // 3]
+                x, z = x[::3], z[::3]
             out = vae.decoder(vae.post_quant_conv(z)).float()
         mse = F.mse_loss(out, x)
         return mse + 0.3 * F.l1_loss(out, x), f"mse {mse:.5f}"

@@ -83,36 +83,47 @@ def path(rng: Rng, frames: int, reach: float) -> Tensor:
     time = np.linspace(0, 1, frames)
     kind = rng.choice(["curve", "waypoints", "bounce"], p=[.45, .3, .25])
     if kind == "curve":
-        waves = rng.uniform(.2, 1.5, (3, 2, 1)), rng.uniform(0, 2 * np.pi, (3, 2, 1))
-        heights = rng.normal(0, 1, (3, 2, 1)) / (.3 + waves[0])
-        points = (heights * np.sin(2 * np.pi * waves[0] * time + waves[1])).sum(axis=0).T
+        points = curve(rng, time)
     elif kind == "waypoints":
-        stops = rng.uniform(-1, 1, (rng.integers(2, 5), 2))
-        when = np.sort(np.concatenate([[0, 1], rng.uniform(0, 1, len(stops) - 2)]))
-        leg = np.clip(np.searchsorted(when, time, side="right") - 1, 0, len(stops) - 2)
-        along = (time - when[leg]) / np.maximum(when[leg + 1] - when[leg], 1e-6)
-        rest = rng.uniform(0, .4)                           # share of each leg spent standing
-        along = np.clip((along - rest / 2) / (1 - rest), 0, 1)
-        if rng.random() < 0.6:
-            along = along * along * (3 - 2 * along)
-        points = stops[leg] + (stops[leg + 1] - stops[leg]) * along[:, None]
+        points = waypoints(rng, time)
     else:
-        speed, heading = rng.uniform(.6, 3), rng.uniform(0, 2 * np.pi)
-        velocity = speed * np.array([np.cos(heading), np.sin(heading)])
-        straight = rng.uniform(-1, 1, 2) + velocity * time[:, None]
-        points = 1 - np.abs((straight + 1) % 4 - 2)         # folded at the walls
+        points = bounces(rng, time)
+    size = 2 * reach * rng.uniform(.25, 1)
+    if kind == "bounce":                                    # its walls are the picture's
+        return torch.tensor(points * reach, dtype=torch.float32)
     # Into a box of random size at a random place: some motions are small, some fill the picture.
     low, high = points.min(axis=0), points.max(axis=0)
-    extent = np.maximum(high - low, 1e-6)
-    wanted = 2 * reach * rng.uniform(.25, 1) * np.ones(2)
-    if kind == "bounce":
-        wanted, extent = np.ones(2), 1 / np.full(2, reach)  # the walls are the picture's
-        low = -np.ones(2)
-        return torch.tensor(points * reach, dtype=torch.float32)
-    scale = (wanted / extent).min()
-    size = (high - low) * scale
-    corner = rng.uniform(-reach, np.maximum(reach - size, -reach + 1e-9))
+    scale = (size / np.maximum(high - low, 1e-6)).min()
+    corner = rng.uniform(-reach, np.maximum(reach - (high - low) * scale, -reach + 1e-9))
     return torch.tensor(corner + (points - low) * scale, dtype=torch.float32)
+
+
+def curve(rng: Rng, time: np.ndarray) -> np.ndarray:
+    """Three slow sine waves in each direction."""
+    waves, phases = rng.uniform(.2, 1.5, (3, 2, 1)), rng.uniform(0, 2 * np.pi, (3, 2, 1))
+    heights = rng.normal(0, 1, (3, 2, 1)) / (.3 + waves)
+    return (heights * np.sin(2 * np.pi * waves * time + phases)).sum(axis=0).T
+
+
+def waypoints(rng: Rng, time: np.ndarray) -> np.ndarray:
+    """Straight legs between two to four points, with a rest on each and mostly eased."""
+    stops = rng.uniform(-1, 1, (rng.integers(2, 5), 2))
+    when = np.sort(np.concatenate([[0, 1], rng.uniform(0, 1, len(stops) - 2)]))
+    leg = np.clip(np.searchsorted(when, time, side="right") - 1, 0, len(stops) - 2)
+    along = (time - when[leg]) / np.maximum(when[leg + 1] - when[leg], 1e-6)
+    rest = rng.uniform(0, .4)                               # share of each leg spent standing
+    along = np.clip((along - rest / 2) / (1 - rest), 0, 1)
+    if rng.random() < 0.6:
+        along = along * along * (3 - 2 * along)
+    return stops[leg] + (stops[leg + 1] - stops[leg]) * along[:, None]
+
+
+def bounces(rng: Rng, time: np.ndarray) -> np.ndarray:
+    """One speed, mirrored at the walls of [-1, 1]."""
+    speed, heading = rng.uniform(.6, 3), rng.uniform(0, 2 * np.pi)
+    velocity = speed * np.array([np.cos(heading), np.sin(heading)])
+    straight = rng.uniform(-1, 1, 2) + velocity * time[:, None]
+    return 1 - np.abs((straight + 1) % 4 - 2)
 
 
 def at(scene: Scene, frames: list[int]) -> Scene:

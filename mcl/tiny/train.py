@@ -11,11 +11,7 @@ Six stages, each of which goes on where it was stopped:
     export   everything into one file, weights/tiny.safetensors
 """
 import argparse
-import copy
 import dataclasses
-import math
-import sys
-import time
 from pathlib import Path
 from typing import Any, Callable
 
@@ -32,12 +28,10 @@ from ..model import Model, build_model
 from ..text_encoder import TextEncoder
 from ..unet import UNet3D
 from ..vae import AutoencoderKL
-from .clips import VOCABULARY, at, caption, random_scene
-from .scenes import render
+from .clips import VOCABULARY
+from .data import FRAMES, SIZE, Clips, crop, encode_clips, pictures
+from .trainer import Trainee, autocast
 
-SIZE, FRAMES = 128, 16
-SHARD = 250                             # clips in one file of latents
-CAPTIONS = 4                            # phrasings kept of each clip
 DEFAULTS: dict[str, Any] = {}           # the settings of SampleConfig that suit this model
 STAGES = ("vae", "latents", "image", "motion", "decoder", "export")
 
@@ -62,74 +56,7 @@ class Plan:
     ema: float = 0.998
 
 
-class Trainee:
-    """Weights under training, with their running average, and where they are kept."""
-
-    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], file: Path, ema: float):
-        self.module, self.file, self.ema = module, file, ema
-        self.average = copy.deepcopy(module).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(groups, betas=(.9, .99), weight_decay=1e-3)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.step = 0
-        if file.exists():
-            state = torch.load(file, weights_only=True)
-            self.module.load_state_dict(state["module"])
-            self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-
-    def save(self) -> None:
-        temporary = self.file.with_suffix(".tmp")
-        torch.save({"module": self.module.state_dict(), "average": self.average.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "step": self.step}, temporary)
-        temporary.replace(self.file)
-
-    def run(self, steps: int, loss_of: Callable[[int], tuple[Tensor, str]]) -> None:
-        """Trains up to `steps`; the rate rises over 50 of them and falls by a cosine."""
-        began, first, mean = time.perf_counter(), self.step, math.nan
-        while self.step < steps:
-            cosine = (1 + math.cos(math.pi * self.step / steps)) / 2
-            for group, rate in zip(self.optimizer.param_groups, self.rates):
-                group["lr"] = rate * min(1, (self.step + 1) / 50) * (.02 + .98 * cosine)
-            loss, more = loss_of(self.step)
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            self.optimizer.step()
-            keep = min(self.ema, (self.step + 1) / (self.step + 10))
-            with torch.no_grad():
-                for slow, fast in zip(self.average.parameters(), self.module.parameters()):
-                    slow.lerp_(fast, 1 - keep)
-            self.step += 1
-            mean = float(loss) if math.isnan(mean) else 0.98 * mean + 0.02 * float(loss)
-            if self.step % 20 == 0:
-                pace = (time.perf_counter() - began) / (self.step - first)
-                print(f"{self.file.stem} {self.step}/{steps} loss {float(loss):.4f} "
-                      f"mean {mean:.4f} {more} {pace:.2f} s/step", file=sys.stderr, flush=True)
-            if self.step % 100 == 0 or self.step == steps:
-                self.save()
-
-
-def autocast(device: str) -> torch.autocast:
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
-
-
 # ------------------------------------------------------------------------------------- the VAE
-
-def pictures(seed: int, number: int) -> tuple[Tensor, list[str]]:
-    """Single frames of random clips, (number, 3, SIZE, SIZE) in [-1, 1], and their captions."""
-    rng = np.random.default_rng([7, seed])
-    scenes = [at(random_scene(rng, FRAMES), [int(rng.integers(FRAMES))]) for _ in range(number)]
-    return torch.cat([render(s, SIZE) for s in scenes]), [caption(s, rng) for s in scenes]
-
-
-def crop(rng: np.random.Generator, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The same random quarter of pictures (b, 3, H, W) and of their latents (b, c, h, w)."""
-    half, s = z.shape[-1] // 2, x.shape[-1] // z.shape[-1]
-    top, left = rng.integers(0, half + 1, 2)
-    return (x[..., s * top:s * (top + half), s * left:s * (left + half)],
-            z[..., top:top + half, left:left + half])
-
 
 def train_vae(folder: Path, plan: Plan, device: str) -> None:
     torch.manual_seed(0)
@@ -166,81 +93,6 @@ def trained_vae(folder: Path, device: str) -> AutoencoderKL:
     vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["average"])
     channels_last(vae)
     return vae.to(device).requires_grad_(False)
-
-
-# ------------------------------------------------------------------------------------- latents
-
-def encode_clips(folder: Path, plan: Plan, device: str) -> None:
-    vae = trained_vae(folder, device)
-    (folder / "latents").mkdir(exist_ok=True)
-    for first in range(0, plan.clips, SHARD):
-        file = folder / "latents" / f"{first:06d}.pt"
-        if file.exists():
-            continue
-        latents, logvars, captions = [], [], []
-        for seed in range(first, first + SHARD):
-            rng = np.random.default_rng([1, seed])
-            scene = random_scene(rng, FRAMES)
-            frames = render(scene, SIZE).to(device, memory_format=torch.channels_last)
-            with torch.no_grad(), autocast(device):
-                mean, logvar = vae.moments(frames)
-            latents.append(mean.half().cpu())
-            logvars.append(logvar.float().mean(dim=(0, 2, 3)).cpu())
-            captions.append([caption(scene, rng) for _ in range(CAPTIONS)])
-        torch.save({"latents": torch.stack(latents), "captions": captions,
-                    "logvar": torch.stack(logvars).mean(dim=0)}, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
-        print(f"latents {first + SHARD}/{plan.clips}", file=sys.stderr, flush=True)
-
-
-class Clips:
-    """All encoded clips: latents (clips, f, c, h, w) float16, balanced.
-
-    The autoencoder's channels are alike in all that is bright or dark and differ little in hue.
-    Its latents z become `mix @ (z - mean)`, in which the standard deviation of each principal
-    component is the square root of what it was: colours then stand out of the noise as early in
-    sampling as brightness does. `fold` puts this into the autoencoder's own 1x1 convolutions.
-    """
-
-    def __init__(self, folder: Path):
-        shards = [torch.load(file, weights_only=True)
-                  for file in sorted((folder / "latents").glob("*.pt"))]
-        self.latents = torch.cat([shard["latents"] for shard in shards])
-        self.logvar = torch.stack([shard["logvar"] for shard in shards]).mean(dim=0)
-        self.captions = [c for shard in shards for c in shard["captions"]]
-        self.mean = self.latents[::10].float().mean(dim=(0, 1, 3, 4))
-        some = rearrange(self.latents[::10].float(), "n f c h w -> c (n f h w)")
-        variance, basis = torch.linalg.eigh((some - self.mean[:, None]).cov())
-        mix = basis @ torch.diag(variance ** -0.25) @ basis.T
-        self.mix = mix / float((mix @ (some - self.mean[:, None])).std())
-        for shard in self.latents.split(SHARD):
-            centred = shard.float() - rearrange(self.mean, "c -> c 1 1")
-            shard.copy_(torch.einsum("d c, n f c h w -> n f d h w", self.mix, centred))
-
-    def fold(self, vae: AutoencoderKL) -> None:
-        """Makes the autoencoder encode to, and decode from, the balanced latents."""
-        c, state = len(self.mean), vae.state_dict()
-        weight, bias = state["quant_conv.weight"][..., 0, 0], state["quant_conv.bias"]
-        spread = (self.mix ** 2) @ self.logvar.exp()        # of the posterior, as constants
-        weight[:c], bias[:c] = self.mix @ weight[:c], self.mix @ (bias[:c] - self.mean)
-        weight[c:], bias[c:] = 0, spread.log()
-        weight, bias = state["post_quant_conv.weight"][..., 0, 0], state["post_quant_conv.bias"]
-        bias += weight @ self.mean
-        weight.copy_(weight @ self.mix.inverse())
-
-    def batch(self, rng: np.random.Generator, number: int, frames: int, drop_caption: float
-              ) -> tuple[Tensor, list[str]]:
-        """Latents (number, c, frames, h, w) float32, and their captions, some of them empty."""
-        chosen = rng.integers(len(self.captions), size=number)
-        latents = self.latents[torch.from_numpy(chosen)].float()
-        if frames == 1:
-            which = torch.from_numpy(rng.integers(FRAMES, size=number))
-            latents = latents[torch.arange(number), which][:, None]
-        elif rng.random() < 0.5:
-            latents = latents.flip(1)                       # time runs both ways in this world
-        captions = ["" if rng.random() < drop_caption
-                    else self.captions[i][rng.integers(CAPTIONS)] for i in chosen]
-        return rearrange(latents, "b f c h w -> b c f h w"), captions
 
 
 # ------------------------------------------------------------------------- the diffusion model
@@ -409,7 +261,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     stages: dict[str, Callable[[], None]] = {
         "vae": lambda: train_vae(args.out, plan, args.device),
-        "latents": lambda: encode_clips(args.out, plan, args.device),
+        "latents": lambda: encode_clips(args.out, trained_vae(args.out, args.device), plan.clips,
+                                        args.device),
         "image": lambda: train_images(args.out, plan, args.device),
         "motion": lambda: train_motion(args.out, plan, args.device),
         "decoder": lambda: train_decoder(args.out, plan, args.device),

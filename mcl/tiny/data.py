@@ -1,0 +1,105 @@
+"""What the embedded model is trained on: pictures as they are drawn, clips as latents on disk."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..vae import AutoencoderKL
+from .clips import at, caption, random_scene
+from .scenes import render
+from .trainer import autocast
+
+SIZE, FRAMES = 128, 16                  # of the embedded model's clips
+SHARD = 250                             # clips in one file of latents
+CAPTIONS = 4                            # phrasings kept of each clip
+
+
+def pictures(seed: int, number: int) -> tuple[Tensor, list[str]]:
+    """Single frames of random clips, (number, 3, SIZE, SIZE) in [-1, 1], and their captions."""
+    rng = np.random.default_rng([7, seed])
+    scenes = [at(random_scene(rng, FRAMES), [int(rng.integers(FRAMES))]) for _ in range(number)]
+    return torch.cat([render(s, SIZE) for s in scenes]), [caption(s, rng) for s in scenes]
+
+
+def crop(rng: np.random.Generator, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The same random quarter of pictures (b, 3, H, W) and of their latents (b, c, h, w)."""
+    half, s = z.shape[-1] // 2, x.shape[-1] // z.shape[-1]
+    top, left = rng.integers(0, half + 1, 2)
+    return (x[..., s * top:s * (top + half), s * left:s * (left + half)],
+            z[..., top:top + half, left:left + half])
+
+
+def encode_clips(folder: Path, vae: AutoencoderKL, clips: int, device: str) -> None:
+    """Draws clips and writes their latents to folder/latents, in files of SHARD."""
+    (folder / "latents").mkdir(exist_ok=True)
+    for first in range(0, clips, SHARD):
+        file = folder / "latents" / f"{first:06d}.pt"
+        if file.exists():
+            continue
+        latents, logvars, captions = [], [], []
+        for seed in range(first, first + SHARD):
+            rng = np.random.default_rng([1, seed])
+            scene = random_scene(rng, FRAMES)
+            frames = render(scene, SIZE).to(device, memory_format=torch.channels_last)
+            with torch.no_grad(), autocast(device):
+                mean, logvar = vae.moments(frames)
+            latents.append(mean.half().cpu())
+            logvars.append(logvar.float().mean(dim=(0, 2, 3)).cpu())
+            captions.append([caption(scene, rng) for _ in range(CAPTIONS)])
+        torch.save({"latents": torch.stack(latents), "captions": captions,
+                    "logvar": torch.stack(logvars).mean(dim=0)}, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+        print(f"latents {first + SHARD}/{clips}", file=sys.stderr, flush=True)
+
+
+class Clips:
+    """All encoded clips: latents (clips, f, c, h, w) float16, balanced.
+
+    The autoencoder's channels are alike in all that is bright or dark and differ little in hue.
+    Its latents z become `mix @ (z - mean)`, in which the standard deviation of each principal
+    component is the square root of what it was: colours then stand out of the noise as early in
+    sampling as brightness does. `fold` puts this into the autoencoder's own 1x1 convolutions.
+    """
+
+    def __init__(self, folder: Path):
+        shards = [torch.load(file, weights_only=True)
+                  for file in sorted((folder / "latents").glob("*.pt"))]
+        self.latents = torch.cat([shard["latents"] for shard in shards])
+        self.logvar = torch.stack([shard["logvar"] for shard in shards]).mean(dim=0)
+        self.captions = [c for shard in shards for c in shard["captions"]]
+        self.mean = self.latents[::10].float().mean(dim=(0, 1, 3, 4))
+        some = rearrange(self.latents[::10].float(), "n f c h w -> c (n f h w)")
+        variance, basis = torch.linalg.eigh((some - self.mean[:, None]).cov())
+        mix = basis @ torch.diag(variance ** -0.25) @ basis.T
+        self.mix = mix / float((mix @ (some - self.mean[:, None])).std())
+        for shard in self.latents.split(SHARD):
+            centred = shard.float() - rearrange(self.mean, "c -> c 1 1")
+            shard.copy_(torch.einsum("d c, n f c h w -> n f d h w", self.mix, centred))
+
+    def fold(self, vae: AutoencoderKL) -> None:
+        """Makes the autoencoder encode to, and decode from, the balanced latents."""
+        c, state = len(self.mean), vae.state_dict()
+        weight, bias = state["quant_conv.weight"][..., 0, 0], state["quant_conv.bias"]
+        spread = (self.mix ** 2) @ self.logvar.exp()        # of the posterior, as constants
+        weight[:c], bias[:c] = self.mix @ weight[:c], self.mix @ (bias[:c] - self.mean)
+        weight[c:], bias[c:] = 0, spread.log()
+        weight, bias = state["post_quant_conv.weight"][..., 0, 0], state["post_quant_conv.bias"]
+        bias += weight @ self.mean
+        weight.copy_(weight @ self.mix.inverse())
+
+    def batch(self, rng: np.random.Generator, number: int, frames: int, drop_caption: float
+              ) -> tuple[Tensor, list[str]]:
+        """Latents (number, c, frames, h, w) float32, and their captions, some of them empty."""
+        chosen = rng.integers(len(self.captions), size=number)
+        latents = self.latents[torch.from_numpy(chosen)].float()
+        if frames == 1:
+            which = torch.from_numpy(rng.integers(FRAMES, size=number))
+            latents = latents[torch.arange(number), which][:, None]
+        elif rng.random() < 0.5:
+            latents = latents.flip(1)                       # time runs both ways in this world
+        captions = ["" if rng.random() < drop_caption
+                    else self.captions[i][rng.integers(CAPTIONS)] for i in chosen]
+        return rearrange(latents, "b f c h w -> b c f h w"), captions

@@ -1,15 +1,20 @@
 """Files and folders that are there whole or not at all."""
 import contextlib
+import json
+import math
 import os
 import shutil
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator, Mapping, Sequence
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import InputError
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @contextlib.contextmanager
@@ -55,3 +60,25 @@ def save_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor],
     """Writes the tensors and the metadata, whole or not at all."""
     with atomic(path) as temporary:
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
+
+
+def stream_safetensors(path: str | os.PathLike, shapes: Mapping[str, Sequence[int]],
+                       dtype: torch.dtype, tensors: Iterable[Tensor],
+                       metadata: dict[str, str]) -> None:
+    """Writes tensors of one dtype as they come, in the order of `shapes`, whole or not at all.
+
+    Only one of them is in memory at a time, which safetensors' own writer cannot do.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)                     # the data begins on a multiple of 8
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            assert tensor.dtype == dtype and tensor.shape == tuple(shape)
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,0 +1,28 @@
+"""What the commands share: wrong usage and every foreseen failure are one line."""
+import argparse
+from typing import NoReturn
+
+import torch
+
+from .errors import InputError, NumericalError
+
+FORESEEN = (InputError, NumericalError, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is one line, like every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (python {self.prog} --help lists the options)")
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line for one of FORESEEN.
+
+    1 failed, 2 bad usage or input, 130 interrupted.
+    """
+    if isinstance(error, InputError):
+        return 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted: nothing was written"
+    return 1, f"failed: {(str(error) or 'out of memory').splitlines()[0]}"

@@ -1,0 +1,180 @@
+"""One model out of many files: every tensor of them accounted for, every weight filled once."""
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import PARTS, metadata
+from ..config import ModelConfig, SampleConfig
+from ..errors import InputError
+from ..files import stream_safetensors
+from ..model import build_model
+from ..temporal import position_encoding
+from . import names as rename
+from .formats import BASE, MOTION, TEXT, VAE, Source
+from .lazy import LazyTensor
+from .lora import Delta, Lora, deltas, merged
+from .sizes import text_config, unet_config, vae_config
+
+OPTIONS = {"unet": BASE, "vae": VAE, "text_encoder": TEXT, "motion": MOTION}
+WORDS = {"unet": "the UNet", "vae": "the VAE", "text_encoder": "the text encoder",
+         "motion": "the motion module"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model that can be written: where each weight comes from, and what becomes of the rest."""
+    config: ModelConfig
+    weights: dict[str, LazyTensor]              # by our name, part first
+    shapes: dict[str, tuple[int, ...]]
+    changes: dict[str, list[Delta]]
+    used: dict[Path, int]                       # how many tensors of a file
+    dropped: dict[Path, Counter[str]]           # how many others, by the reason
+
+    def tensors(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weights in the order of `shapes`, merged in float32 and cast once.
+
+        Raises InputError for a value that is not finite, or that the dtype cannot hold.
+        """
+        for name, shape in self.shapes.items():
+            yield merged(name, self.weights[name].read().reshape(shape), self.changes, dtype)
+
+
+def missing(sources: Mapping[str, Source]) -> list[str]:
+    """What a complete model still needs, and the options that give it."""
+    return [f"{WORDS[part]} ({OPTIONS[part]})" for part in OPTIONS if part not in sources]
+
+
+def plan(name: str, parts: Mapping[str, Source], loras: list[Lora], ema: bool = False) -> Plan:
+    """What to write for a model of these parts; reads little but names and shapes.
+
+    parts   "unet", "vae", "text_encoder", "motion", each from the source that has it
+    loras   what is merged into them, in this order
+    ema     take the moving averages of the UNet's weights
+
+    Raises InputError where a part is missing, a tensor is missing, extra or mis-shaped, or a LoRA
+    does not fit.
+    """
+    if missing(parts):
+        raise InputError("a complete model still needs " + ", ".join(missing(parts)))
+    taken = {part: dict(source.parts[part]) for part, source in parts.items()}
+    dropped: dict[Path, dict[str, str]] = {s.path: dict(s.dropped) for s in parts.values()}
+    if ema:
+        take_averages(parts["unet"], taken["unet"], dropped[parts["unet"].path])
+    check_positions(parts["motion"])
+    config = infer_config(name, parts)
+
+    weights: dict[str, LazyTensor] = {}
+    used: Counter[Path] = Counter()
+    for part, source in parts.items():
+        place = "unet" if part == "motion" else part
+        weights |= {f"{place}.{ours}": source.checkpoint.tensors[theirs]
+                    for ours, theirs in taken[part].items()}
+        used[source.path] += len(taken[part])
+    for part in ("unet", "vae", "text_encoder"):
+        for source in parts.values():
+            if part in source.parts and parts[part] is not source:
+                dropped[source.path] |= {theirs: f"of {WORDS[part]}, which {OPTIONS[part]} gives"
+                                         for theirs in source.parts[part].values()}
+    with torch.device("meta"):
+        model = build_model(config)
+    shapes = {f"{part}.{name}": tuple(tensor.shape) for part in PARTS
+              for name, tensor in getattr(model, part).state_dict().items()}
+    check(parts, weights, shapes)
+
+    changes: dict[str, list[Delta]] = {}
+    for lora in loras:
+        found, why = deltas(lora, shapes)
+        for weight, delta in found.items():
+            changes.setdefault(weight, []).append(delta)
+        dropped[lora.source.path] = why
+        used[lora.source.path] = len(lora.source.checkpoint.tensors) - len(why)
+    reasons = {path: Counter(names.values()) for path, names in dropped.items()}
+    for source in {s.path: s for s in parts.values()}.values():
+        count(source, used[source.path], reasons[source.path])
+    return Plan(config, weights, shapes, changes, dict(used), reasons)
+
+
+def count(source: Source, used: int, reasons: Counter[str]) -> None:
+    """Every tensor is used once or dropped for a reason; anything else is a fault in here."""
+    assert used + reasons.total() == len(source.checkpoint.tensors), source.path
+
+
+def take_averages(source: Source, taken: dict[str, str], dropped: dict[str, str]) -> None:
+    """Puts LDM's moving averages in the place of the UNet's weights."""
+    for ours, theirs in taken.items():
+        average = rename.ema_name(theirs)
+        if average not in dropped:
+            raise InputError(f"{source.path}: it holds no moving average of {theirs}; "
+                             "leave out --ema")
+        taken[ours] = average
+        del dropped[average]
+        dropped[theirs] = "in whose place --ema took a moving average"
+
+
+def check_positions(source: Source) -> None:
+    """Raises InputError where a motion module's positions are not the sinusoids computed here."""
+    for name in source.dropped:
+        if rename.POSITIONS.search(name):
+            found = source.checkpoint.tensors[name].read().float()
+            expected = position_encoding(found.shape[1], found.shape[2])
+            if not torch.allclose(found[0], expected, atol=5e-3):
+                raise InputError(f"{source.path}: {name} is not AnimateDiff's encoding of "
+                                 "positions; such a motion module cannot be used here")
+
+
+def infer_config(name: str, parts: Mapping[str, Source]) -> ModelConfig:
+    """The sizes of all parts, and that they fit one another."""
+    unet, motion = parts["unet"], parts["motion"]
+    config = ModelConfig(
+        name=name,
+        unet=unet_config(unet.path, unet.shapes("unet"), unet.config("unet"),
+                         motion.shapes("motion"), motion.config("motion"), motion.version,
+                         motion.max_frames),
+        vae=vae_config(parts["vae"].path, parts["vae"].shapes("vae"),
+                       parts["vae"].config("vae")),
+        text=text_config(parts["text_encoder"].path, parts["text_encoder"].shapes("text_encoder"),
+                         parts["text_encoder"].config("text_encoder")),
+        sample=SampleConfig(frames=min(16, motion.max_frames)))
+    for ours, theirs, what in (
+            (config.unet.in_channels, config.vae.latent_channels, "channels of latents"),
+            (config.unet.text_channels, config.text.hidden_size, "channels of text")):
+        if ours != theirs:
+            raise InputError(f"{unet.path}: its UNet takes {ours} {what}, the rest gives {theirs}")
+    return config
+
+
+def check(parts: Mapping[str, Source], weights: dict[str, LazyTensor],
+          shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError for a weight that is missing, extra or of another shape.
+
+    Ones at the end of a shape do not count: a 1x1 convolution is a linear layer.
+    """
+    def source(name: str) -> Path:
+        part = "motion" if ".motion_modules." in name else name.partition(".")[0]
+        return parts[part].path
+
+    for name in shapes:
+        if name not in weights:
+            raise InputError(f"{source(name)}: the tensor {name} is missing")
+    for name, tensor in weights.items():
+        if name not in shapes:
+            raise InputError(f"{source(name)}: the tensor {name} belongs to no part of the model")
+        if bare(tensor.shape) != bare(shapes[name]):
+            raise InputError(f"{source(name)}: the tensor {name} is {tensor.shape}, "
+                             f"here it is {shapes[name]}")
+
+
+def bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def write(plan: Plan, path: Path, dtype: torch.dtype, tensors: Iterator[Tensor],
+          sources: Mapping[str, str]) -> None:
+    """Writes `plan.tensors(dtype)`, as they come, to a file that `load_model` reads."""
+    stream_safetensors(path, plan.shapes, dtype, tensors, metadata(plan.config, sources, dtype))

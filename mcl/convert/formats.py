@@ -1,0 +1,267 @@
+"""What a checkpoint is, by the names and shapes of its tensors, and what it is not."""
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from . import names as rename
+from .lazy import Checkpoint, LazyTensor
+from .reading import open_checkpoint
+from .sizes import check_config, count
+
+BASE, VAE, TEXT, MOTION = "--base", "--vae", "--text-encoder", "--motion-module"
+ADAPTER, LORA, MOTION_LORA, WEIGHTS = "--adapter", "--lora", "--motion-lora", "--weights"
+LORAS = (ADAPTER, LORA, MOTION_LORA)
+
+UNET_LDM = "model.diffusion_model."
+PREFIXES = {"unet": (UNET_LDM, "unet."), "vae": ("first_stage_model.", "vae."),
+            "text_encoder": ("cond_stage_model.transformer.", "text_encoder.")}
+LANDMARKS = {"unet": "down_blocks.0.resnets.0.conv1.weight", "vae": "decoder.conv_in.weight",
+             "text_encoder": "embeddings.token_embedding.weight"}
+# A name that this finds in a checkpoint says that it is something else, and what.
+FOREIGN = (
+    (r"^conditioner\.embedders\.|^lora_te2_|(^|\.)add_embedding\.", "Stable Diffusion XL"),
+    (r"^cond_stage_model\.model\.", "Stable Diffusion 2"),
+    (r"dora_scale$|lora_magnitude_vector", "a DoRA"),
+    (r"\.hada_w\d", "a LoHa (LyCORIS)"),
+    (r"\.lokr_w\d", "a LoKr (LyCORIS)"),
+    (r"\.oft_(blocks|diag)|\.on_input$|(^|\.)ia3_", "an OFT or IA3 (LyCORIS)"),
+    (r"temporal_attentions|positional_encoding$", "a Hotshot-XL motion module"),
+    (r"^(string_to_param|emb_params)", "a textual inversion embedding"),
+    (r"^(image_proj|ip_adapter)\b", "an IP-Adapter"),
+    (r"^control_model\.", "a plain ControlNet"))
+DROPPED = (
+    (r"position_ids$", "numbers of positions, counted here"),
+    (r"\.loss\.|^loss\.", "of the training's loss"),
+    (r"num_batches_tracked$|\.colorize$", "counters of the training"),
+    (r"^model_ema\.", "moving averages, which --ema takes"),
+    (r"^(betas|alphas|sqrt_|log_one|posterior_|logvar$|lvlb_|scale_factor$)",
+     "Stable Diffusion's own noise schedule; AnimateDiff's is used"),
+    (r"^(vision_model\.|text_projection\.|visual_projection\.|logit_scale$)",
+     "of CLIP, but not of its text encoder"))
+TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
+               1280: "Stable Diffusion XL's refiner"}
+LORA_NAME = re.compile(r"[._]lora(\.|_down\.|_up\.|_mid\.|_A\.|_B\.|_linear_layer\.)")
+CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix"}
+V1_FRAMES, SD15_WIDTH = 24, 320
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or folder that is known for what it is."""
+    path: Path
+    slot: str                           # the option that it is for; "" if it cannot be used here
+    title: str
+    checkpoint: Checkpoint
+    parts: dict[str, dict[str, str]] = field(default_factory=dict)  # part -> our name -> its name
+    dropped: dict[str, str] = field(default_factory=dict)           # its name -> why
+    version: str = ""                   # of a motion module
+    max_frames: int = 0
+
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        return {ours: self.checkpoint.tensors[theirs].shape
+                for ours, theirs in self.parts.get(part, {}).items()}
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The config.json of one part, or of the file's own folder; empty where there is none."""
+        return self.checkpoint.configs.get(part, self.checkpoint.configs.get("", {}))
+
+
+def read_source(path: Path) -> Source:
+    """Opens a checkpoint and says what it is; reads no weights.
+
+    Raises InputError, by the name of what it is, for what cannot be part of a model here.
+    """
+    return recognise(path, open_checkpoint(path))
+
+
+def recognise(path: Path, checkpoint: Checkpoint) -> Source:
+    """`read_source` of what is already open."""
+    tensors = checkpoint.tensors
+    for pattern, what in FOREIGN:
+        found = next((n for n in (*tensors, *checkpoint.others) if re.search(pattern, n)), None)
+        if found and not (what == "a plain ControlNet" and has(tensors, UNET_LDM)):
+            raise InputError(f"{path}: {what} ({found}), which cannot be used here")
+    if checkpoint.metadata.get("format", "").startswith("mcl-model"):
+        return Source(path, WEIGHTS, "a converted model of this project", checkpoint)
+    if not tensors:
+        raise InputError(f"{path}: a checkpoint without tensors")
+    if any("controlnet_cond_embedding." in name for name in tensors):
+        return controlnet(path, checkpoint)
+    if any(map(LORA_NAME.search, tensors)):
+        return lora(path, checkpoint)
+    if any(".motion_modules." in name for name in tensors):
+        return motion_module(path, checkpoint)
+    return networks(path, checkpoint)
+
+
+def has(tensors: dict[str, LazyTensor], before: str) -> bool:
+    return any(name.startswith(before) for name in tensors)
+
+
+def controlnet(path: Path, checkpoint: Checkpoint) -> Source:
+    if not any(".motion_modules." in name for name in checkpoint.tensors):
+        raise InputError(f"{path}: a plain ControlNet, which cannot be used here; SparseCtrl has "
+                         "motion modules")
+    simple = any(n.endswith("controlnet_cond_embedding.weight") for n in checkpoint.tensors)
+    return Source(path, "", f"SparseCtrl ({'rgb' if simple else 'scribble'}); image-to-video is "
+                  "not supported here yet", checkpoint)
+
+
+def lora(path: Path, checkpoint: Checkpoint) -> Source:
+    """Which of the three kinds of low-rank weights; all are merged alike."""
+    tensors = checkpoint.tensors
+    for name, tensor in tensors.items():
+        if re.search(r"attn2[._](processor\.)?to_k.*(down|lora_A)", name):
+            refuse_width(path, tensor.shape[1], "a LoRA for ")
+    if any("motion_modules" in name for name in tensors):
+        return Source(path, MOTION_LORA, "a motion LoRA of AnimateDiff", checkpoint)
+    if all(re.match(r"(down_blocks|mid_block|up_blocks)\..*\.processor\.", n) for n in tensors):
+        return Source(path, ADAPTER, "AnimateDiff's domain adapter (v3_sd15_adapter)", checkpoint)
+    kind = ("kohya / A1111" if has(tensors, "lora_") else
+            "PEFT" if any(".lora_A." in name for name in tensors) else "diffusers")
+    return Source(path, LORA, f"a LoRA ({kind})", checkpoint)
+
+
+def refuse_width(path: Path, width: int, what: str = "") -> None:
+    if width in TEXT_WIDTHS:
+        raise InputError(f"{path}: {what}{TEXT_WIDTHS[width]} (text embeddings of {width}, "
+                         "Stable Diffusion 1.5 has 768), which cannot be used here")
+
+
+def motion_module(path: Path, checkpoint: Checkpoint) -> Source:
+    """AnimateDiff's motion modules, alone or inside a training checkpoint's whole UNet."""
+    tensors = checkpoint.tensors
+    modules: dict[str, str] = {}
+    dropped: dict[str, str] = {}
+    lengths: set[int] = set()
+    for name, tensor in tensors.items():
+        ours = rename.motion_name(name)
+        if ours == "conv_in.weight" and tensor.shape[1] == 9:
+            raise InputError(f"{path}: PIA, whose UNet takes 9 channels; it cannot be used here")
+        if ".motion_modules." not in ours:
+            dropped[name] = "the UNet around the motion modules, which --base gives"
+        elif rename.POSITIONS.search(ours):
+            dropped[name] = "encodings of positions, computed here"
+            lengths.add(tensor.shape[1])
+        else:
+            put(path, modules, ours, name)
+    first = "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"
+    if first in modules and count(modules, "down_blocks") == 3 and \
+            tensors[modules[first]].shape[0] == SD15_WIDTH:
+        raise InputError(f"{path}: a motion module for Stable Diffusion XL, which cannot be used "
+                         "here")
+    if len(lengths) > 1:
+        raise InputError(f"{path}: its encodings of positions differ in length: {sorted(lengths)}")
+    length = min(lengths, default=0)
+    converted = not any(".temporal_transformer." in name for name in tensors)
+    version = motion_version(path, modules, length, converted)
+    return Source(path, MOTION, f"an AnimateDiff motion module, {version}", checkpoint,
+                  {"motion": modules}, dropped, version,
+                  24 if version == "v1" else length or 32)
+
+
+def motion_version(path: Path, modules: dict[str, str], length: int, converted: bool) -> str:
+    """v2 has a module in the middle; of the others v1 knows 24 positions, v3 more.
+
+    Converters to MotionAdapter write 32 positions whatever there were, and some files have none;
+    then the path tells v1 from v3. Raises InputError where it does not.
+    """
+    if any(name.startswith("mid_block.") for name in modules):
+        return "v2"
+    if length and (length == V1_FRAMES or not converted):
+        return "v1" if length == V1_FRAMES else "v3"
+    said = "/".join(path.absolute().parts[-2:]).lower()
+    if re.search(r"v3|v1-5-3", said):
+        return "v3"
+    if re.search(r"v1(?!\d)|v14|v15", said):
+        return "v1"
+    if length:
+        return "v3"
+    raise InputError(f"{path}: a motion module without encodings of positions: v1 or v3 cannot be "
+                     "told apart; rename it so that v1 or v3 is in its name")
+
+
+def networks(path: Path, checkpoint: Checkpoint) -> Source:
+    """UNet, VAE and text encoder, together under prefixes or one by itself."""
+    tensors = checkpoint.tensors
+    whole = any(has(tensors, prefix) for prefixes in PREFIXES.values() for prefix in prefixes)
+    alone = "" if whole else next((part for part, name in LANDMARKS.items()
+                                   if any(n.removeprefix("text_model.") == name for n in tensors)),
+                                  None)
+    if alone is None:
+        some = ", ".join(sorted(tensors)[:2])
+        raise InputError(f"{path}: {len(tensors)} tensors ({some}, ...) of a kind that is not "
+                         "known; python convert_weights.py --help lists what is")
+    theirs: dict[str, dict[str, str]] = {}
+    dropped: dict[str, str] = {}
+    for name in tensors:
+        why = next((why for pattern, why in DROPPED if re.search(pattern, name)), None)
+        part, rest = split(name) if whole else (alone, name)
+        if why is not None:
+            dropped[name] = why
+        elif not part:
+            dropped[name] = "outside of UNet, VAE and text encoder"
+        else:
+            theirs.setdefault(part, {})[rest] = name
+    parts = {part: ours(path, part, found) for part, found in theirs.items()}
+    source = Source(path, BASE if "unet" in parts else VAE if "vae" in parts else TEXT, "",
+                    checkpoint, parts, dropped)
+    for part in parts:
+        check_config(path, part, source.config(part))
+    check_config(path, "scheduler", source.config("scheduler"))
+    if "unet" in parts:
+        check_unet(path, source.shapes("unet"))
+    return replace(source, title=title(source))
+
+
+def title(source: Source) -> str:
+    names = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
+    held = ", ".join(what for part, what in names.items() if part in source.parts)
+    if source.slot != BASE:
+        return f"a {held} of Stable Diffusion 1.5"
+    kind = ("single file" if has(source.checkpoint.tensors, UNET_LDM) else
+            "diffusers folder" if source.path.is_dir() else "diffusers file")
+    return f"Stable Diffusion 1.5, {kind} ({held})"
+
+
+def split(name: str) -> tuple[str, str]:
+    """("unet", the rest of the name) of a name with a part's prefix, ("", name) of others."""
+    for part, prefixes in PREFIXES.items():
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                return part, name[len(prefix):]
+    return "", name
+
+
+def ours(path: Path, part: str, theirs: dict[str, str]) -> dict[str, str]:
+    """{our name: its name} of one network, whose names without prefix are the keys of `theirs`."""
+    result: dict[str, str] = {}
+    strided = [int(m[1]) for m in map(re.compile(r"input_blocks\.(\d+)\.0\.op\.").match, theirs)
+               if m]
+    layers = min(strided, default=1) - 1
+    levels = count(theirs, "decoder.up")
+    for rest, name in theirs.items():
+        new = (rename.vae_name(rest, levels) if part == "vae" else
+               rename.text_name(rest) if part == "text_encoder" else
+               rename.unet_from_ldm(rest, layers) if layers else rest)
+        put(path, result, new, name)
+    return result
+
+
+def put(path: Path, names: dict[str, str], new: str, name: str) -> None:
+    if new in names:
+        raise InputError(f"{path}: {name} and {names[new]} are the same tensor, {new}")
+    names[new] = name
+
+
+def check_unet(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises InputError, by its name, for a UNet of another family."""
+    taken = shapes.get("conv_in.weight", (0, 4))[1]
+    if taken in CHANNELS:
+        raise InputError(f"{path}: {CHANNELS[taken]} (its UNet takes {taken} channels), which "
+                         "cannot be used here")
+    for name, shape in shapes.items():
+        if name.endswith("attn2.to_k.weight"):
+            refuse_width(path, shape[1])

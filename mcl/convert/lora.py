@@ -1,0 +1,213 @@
+"""Low-rank changes to weights: the domain adapter, motion LoRAs, and LoRAs of every dialect.
+
+All say the same: W += scale * alpha / rank * up @ down, for one weight. It is computed and added
+in float32, and the sum is cast once.
+"""
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+from ..errors import InputError
+from . import names as rename
+from .formats import LORAS, Source, read_source
+from .lazy import LazyTensor
+
+ROLES = re.compile(
+    r"^(?P<module>.+?)(?:"
+    r"(?:\.lora_A(?:\.\w+)?|[._]lora\.down|\.lora_linear_layer\.down|\.lora_down)\.(?P<down>weight)"
+    r"|(?:\.lora_B(?:\.\w+)?|[._]lora\.up|\.lora_linear_layer\.up|\.lora_up)\.(?P<up>weight)"
+    r"|\.lora_mid\.(?P<mid>weight)|\.(?P<alpha>alpha))$")
+PREFIXES = ((r"(^|\.)base_model\.model\.", r"\1"), (r"^lora_unet_", "unet."),
+            (r"^lora_te1?_", "text_encoder."), (r"^(?=(down|up)_blocks\.|mid_block\.)", "unet."),
+            (r"^(?=text_model\.|encoder\.layers\.)", "text_encoder."),
+            (r"^text_encoder\.encoder\.", "text_encoder.text_model.encoder."))
+OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+@dataclass(frozen=True)
+class Lora:
+    source: Source
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One change to one weight. down (r, in, kh, kw) and up (out, r, 1, 1), or both 2-D.
+
+    With `mid` (r, r, kh, kw), Tucker's form, down is (r, in, 1, 1). `scale` is all factors.
+    """
+    down: LazyTensor
+    up: LazyTensor
+    mid: LazyTensor | None
+    scale: float
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """weight, float32, with the change added."""
+        down, up = (t.read().to(weight.device, torch.float32).flatten(1)
+                    for t in (self.down, self.up))
+        if self.mid is not None:
+            mid = self.mid.read().to(weight.device, torch.float32)
+            down = einsum(mid, down, "p q h w, q i -> p i h w").flatten(1)
+        return weight + self.scale * (up @ down).reshape(weight.shape)
+
+
+def parse_scaled(text: str) -> tuple[Path, float]:
+    """"file.safetensors:0.8" -> (file.safetensors, 0.8); 1 where no scale is given."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        value = float(scale) if colon and not Path(text).exists() else math.nan
+    except ValueError:
+        value = math.nan
+    return (Path(text), 1.0) if math.isnan(value) else (Path(path), value)
+
+
+def open_lora(option: str, path: Path, scale: float = 1.0) -> Lora:
+    """A LoRA by the option it was given with. Raises InputError if it is something else."""
+    source = read_source(path)
+    if source.slot != option:
+        fit = f"give it with {source.slot}" if source.slot in LORAS else (
+            "convert_weights.py makes a model of it" if source.slot else "it is no LoRA")
+        raise InputError(f"{path}: {source.title}, which is not for {option}: {fit}")
+    if not math.isfinite(scale):
+        raise InputError(f"{path}: the scale {scale} is not possible: a finite number")
+    return Lora(source, scale)
+
+
+def deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Delta],
+                                                                     dict[str, str]]:
+    """What a LoRA changes: {weight's name, as "unet.conv_in.weight": its change}.
+
+    shapes  of all the model's weights, by name
+    Returns also {tensor of the LoRA: why it is not used}. Raises InputError for a module that the
+    model does not have, a shape that does not fit, and half a pair.
+    """
+    path, tensors = lora.source.path, lora.source.checkpoint.tensors
+    modules: dict[str, dict[str, str]] = {}
+    for name in tensors:
+        found = ROLES.match(name)
+        if not found:
+            raise InputError(f"{path}: {name} is nothing that a LoRA of a known kind holds")
+        role = next(role for role in ("down", "up", "mid", "alpha") if found[role])
+        if role in modules.setdefault(found["module"], {}):
+            raise InputError(f"{path}: {found['module']} has two of {role}")
+        modules[found["module"]][role] = name
+    weights = {flat(name.removesuffix(".weight")): name for name, shape in shapes.items()
+               if name.endswith(".weight") and len(shape) > 1}
+    layers = 1 + max((int(m[1]) for m in map(
+        re.compile(r"unet\.down_blocks\.0\.resnets\.(\d+)\.").match, shapes) if m), default=0)
+    has_middle = any(".mid_block.motion_modules." in name for name in shapes)
+    peft = peft_config(lora.source)
+    result: dict[str, Delta] = {}
+    dropped: dict[str, str] = {}
+    for module, roles in modules.items():
+        if "mid_block" in module and "motion_modules" in module and not has_middle:
+            dropped |= {name: "of the middle block's motion module, which only v2 has"
+                        for name in roles.values()}
+            continue
+        weight = weights.get(flat(our_module(module, layers)))
+        if weight is None:
+            raise InputError(f"{path}: it changes {module}, which this model does not have")
+        if weight in result or "down" not in roles or "up" not in roles:
+            raise InputError(f"{path}: {module} has not exactly one pair of down and up")
+        down, up, mid = (tensors[roles[r]] if r in roles else None for r in ("down", "up", "mid"))
+        assert down is not None and up is not None
+        rank = down.shape[0]
+        check_fit(path, module, down, up, mid, shapes[weight])
+        part = weight.partition(".")[0]
+        alpha = float(tensors[roles["alpha"]].read() if "alpha" in roles else
+                      peft.get(f"{part}.lora_alpha") or peft.get("lora_alpha") or rank)
+        if not math.isfinite(alpha):
+            raise InputError(f"{path}: the alpha of {module} is {alpha}")
+        # kohya's trainer takes an alpha of zero for the rank, too.
+        result[weight] = Delta(down, up, mid, lora.scale * (alpha or rank) / rank)
+    return result, dropped
+
+
+def all_deltas(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]
+               ) -> dict[str, list[Delta]]:
+    """Of several LoRAs: {weight's name: its changes, in the order of the LoRAs}."""
+    changes: dict[str, list[Delta]] = {}
+    for lora in loras:
+        for weight, delta in deltas(lora, shapes)[0].items():
+            changes.setdefault(weight, []).append(delta)
+    return changes
+
+
+def merged(name: str, weight: Tensor, changes: Mapping[str, Sequence[Delta]], dtype: torch.dtype
+           ) -> Tensor:
+    """A weight with its changes, added in float32, in the dtype wanted.
+
+    Raises InputError where the dtype cannot hold the values.
+    """
+    if name in changes:
+        weight = weight.float()
+        for change in changes[name]:
+            weight = change.add_to(weight)
+    cast = weight.to(dtype)
+    if not torch.isfinite(cast).all():
+        raise InputError(f"the tensor {name} holds values that are not finite, or not in {dtype}")
+    return cast
+
+
+def fingerprint(lora: Lora) -> str:
+    """What tells a merge from any other: the sha256 of the files, and the scale."""
+    digests = []
+    for path in lora.source.checkpoint.files:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return f"{' '.join(digests)}:{lora.scale}"
+
+
+def flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def our_module(module: str, layers: int) -> str:
+    """The module of a LoRA's name as we call it; dots may be underscores."""
+    for pattern, ours in PREFIXES:
+        module = re.sub(pattern, ours, module)
+    module = module.replace(".processor.", ".")
+    if module.startswith("text_encoder."):
+        before, _, last = module.removesuffix(".0").rpartition(".")
+        return f"{before}.{OLD_TEXT[last]}" if last in OLD_TEXT else module
+    ldm = re.fullmatch(r"unet\.(?:(input|output)_blocks_(\d+)_(\d+)|middle_block_(\d)|"
+                       r"(time_embed_\d|out_\d))(?:_(.+))?", module)
+    if ldm:
+        inner = {flat(theirs): theirs for theirs in rename.RESNET}.get(ldm[6], ldm[6] or "")
+        head = (f"{ldm[1]}_blocks.{ldm[2]}.{ldm[3]}" if ldm[1] else
+                f"middle_block.{ldm[4]}" if ldm[4] else ldm[5].rpartition("_")[0] + "." + ldm[5][-1])
+        return "unet." + rename.unet_from_ldm(f"{head}.{inner}.", layers).rstrip(".")
+    if ".motion_modules." in module:
+        module = "unet." + rename.motion_name(module)
+    return module + ".0" if module.endswith("to_out") else module
+
+
+def check_fit(path: Path, module: str, down: LazyTensor, up: LazyTensor, mid: LazyTensor | None,
+              shape: Sequence[int]) -> None:
+    """Raises InputError where up @ down has not the shape of the weight."""
+    rank, kernel = down.shape[0], math.prod(shape[2:])
+    core = math.prod(mid.shape[2:]) if mid is not None else math.prod(down.shape[2:])
+    fits = (len(down.shape) > 1 and math.prod(up.shape) == shape[0] * rank
+            and up.shape[0] == shape[0] and down.shape[1] == shape[1] and core == kernel
+            and (mid is None or mid.shape[:2] == (rank, rank)))
+    if not fits:
+        raise InputError(f"{path}: {module} is {down.shape} and {up.shape}, made for another "
+                         f"model: the weight here is {tuple(shape)}")
+
+
+def peft_config(source: Source) -> dict[str, Any]:
+    """What PEFT keeps beside the tensors, alpha above all; empty for a LoRA of another kind."""
+    config = dict(source.checkpoint.configs.get("peft", {}))
+    config |= json.loads(source.checkpoint.metadata.get("lora_adapter_metadata", "{}"))
+    for key, value in config.items():
+        if value and key.rpartition(".")[2] in ("alpha_pattern", "use_rslora", "use_dora"):
+            raise InputError(f"{source.path}: a PEFT LoRA with {key}, which is not read here")
+    return config

@@ -1,0 +1,98 @@
+"""The sizes of networks, read off their weights' shapes and, where it is there, config.json."""
+import re
+from typing import Any, Mapping
+
+from ..config import TextConfig, UNetConfig, VAEConfig
+from ..errors import InputError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# What our networks do not vary. A config that says otherwise is of another architecture.
+FIXED: dict[str, dict[str, Any]] = {
+    "unet": {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
+             "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
+             "use_linear_projection": False, "dual_cross_attention": False},
+    "vae": {"act_fn": "silu"},
+    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "scheduler": {"prediction_type": "epsilon"}}
+CLIP_VOCABULARY = 49408
+
+
+def check_config(path: Any, part: str, config: Mapping[str, Any]) -> None:
+    """Raises InputError for a config.json that describes what this project has no network for."""
+    for key, value in FIXED[part].items():
+        if config.get(key, value) != value:
+            raise InputError(f"{path}: its {part} config has {key} = {config[key]!r}; "
+                             f"Stable Diffusion 1.5 has {value!r}, and only that runs here")
+
+
+def shape_of(shapes: Shapes, name: str, path: Any) -> tuple[int, ...]:
+    if name not in shapes:
+        raise InputError(f"{path}: the tensor {name} is missing")
+    return shapes[name]
+
+
+def widths(shapes: Shapes, before: str, path: Any) -> tuple[int, ...]:
+    """Channels of each resolution, by the last convolution of its first residual block."""
+    levels = count(shapes, before)
+    return tuple(shape_of(shapes, f"{before}.{b}.resnets.0.conv2.weight", path)[0]
+                 for b in range(levels))
+
+
+def count(names: Any, before: str) -> int:
+    """One more than the highest number that follows `before` in a name."""
+    pattern = re.compile(re.escape(before) + r"\.(\d+)\.")
+    return max((int(m[1]) + 1 for m in map(pattern.match, names) if m), default=0)
+
+
+def number_of_heads(config: Mapping[str, Any], keys: tuple[str, ...], default: int,
+                    path: Any) -> int:
+    """Shapes do not tell it. diffusers calls the number of heads of a UNet `attention_head_dim`."""
+    for key in keys:
+        given = config.get(key)
+        each = given if isinstance(given, list) else [given]
+        if given is not None:
+            if len(set(each)) != 1:
+                raise InputError(f"{path}: {key} = {given!r}: Stable Diffusion 2 or later; the "
+                                 "same number of heads everywhere is what runs here")
+            return int(each[0])
+    return default
+
+
+def unet_config(path: Any, unet: Shapes, config: Mapping[str, Any], motion: Shapes,
+                motion_config: Mapping[str, Any], version: str, max_frames: int) -> UNetConfig:
+    """Of a UNet and a motion module, both under our names."""
+    to_k = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    return UNetConfig(
+        in_channels=shape_of(unet, "conv_in.weight", path)[1],
+        out_channels=shape_of(unet, "conv_out.weight", path)[0],
+        block_out_channels=widths(unet, "down_blocks", path),
+        layers_per_block=count(unet, "down_blocks.0.resnets"),
+        heads=number_of_heads(config, ("num_attention_heads", "attention_head_dim"), 8, path),
+        text_channels=shape_of(unet, to_k, path)[1],
+        norm_groups=int(config.get("norm_num_groups") or 32),
+        motion_heads=int(motion_config.get("motion_num_attention_heads") or 8),
+        motion_mid_block=any(name.startswith("mid_block.motion_modules.") for name in motion),
+        norm_per_frame=version != "v1", max_frames=max_frames)
+
+
+def vae_config(path: Any, vae: Shapes, config: Mapping[str, Any]) -> VAEConfig:
+    return VAEConfig(
+        latent_channels=shape_of(vae, "decoder.conv_in.weight", path)[1],
+        block_out_channels=widths(vae, "encoder.down_blocks", path),
+        layers_per_block=count(vae, "encoder.down_blocks.0.resnets"),
+        norm_groups=int(config.get("norm_num_groups") or 32),
+        scaling_factor=float(config.get("scaling_factor") or 0.18215))
+
+
+def text_config(path: Any, text: Shapes, config: Mapping[str, Any]) -> TextConfig:
+    vocabulary, hidden = shape_of(text, "text_model.embeddings.token_embedding.weight", path)
+    if vocabulary < CLIP_VOCABULARY:
+        raise InputError(f"{path}: its text encoder knows {vocabulary} tokens, CLIP's tokenizer "
+                         f"has {CLIP_VOCABULARY}")
+    return TextConfig(
+        vocab_size=vocabulary, hidden_size=hidden,
+        intermediate_size=shape_of(text, "text_model.encoder.layers.0.mlp.fc1.weight", path)[0],
+        layers=count(text, "text_model.encoder.layers"),
+        heads=number_of_heads(config, ("num_attention_heads",), 12, path),
+        max_length=shape_of(text, "text_model.embeddings.position_embedding.weight", path)[0])

@@ -32,8 +32,9 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> M
     chosen = pick_device(device)
     kind = pick_dtype(dtype, chosen)
     config = read_header(path)
-    with torch.device("meta"):
-        model = build_model(config)
+    with open(path, "rb") as binary:
+        sha256 = hashlib.file_digest(binary, "sha256").hexdigest()
+    model = build_model(config, "meta", sha256)
     shapes = {f"{part}.{name}": tensor.shape for part in PARTS
               for name, tensor in getattr(model, part).state_dict().items()}
     with safe_open(path, framework="pt", device=str(chosen)) as file:
@@ -45,10 +46,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> M
                 check_tensor(path, f"{part}.{name}", tensor, shapes[f"{part}.{name}"])
                 state[name] = tensor.to(kind)
             place(getattr(model, part), state)
-    with open(path, "rb") as binary:
-        sha256 = hashlib.file_digest(binary, "sha256").hexdigest()
-    return Model(model.unet, model.vae, model.text_encoder, model.tokenizer, model.schedule,
-                 config, sha256)
+    return model
 
 
 def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapping[str, str]

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,6 +17,9 @@ from tqdm import tqdm
 from mcl import (InputError, Model, Motion, NumericalError, SampleConfig, extract_motion,
                  load_model, read_video, sample, write_video)
 from mcl.checkpoint import DTYPES, read_header
+from mcl.command import FORESEEN, Parser, explain
+from mcl.convert.formats import LORAS
+from mcl.convert.lora import Lora, open_lora, parse_scaled
 from mcl.files import atomic, check_file
 from mcl.unet import UNet3D
 from mcl.video import FITS, check_writable
@@ -27,13 +30,6 @@ PRESETS = {"camera": (100, 50, 0.3), "object": (300, 180, 0.4)}
 # The reference is noised with a stream of its own, so that a seed starts a clip from the same
 # noise whether its motion is read from a video or from a file.
 REFERENCE_STREAM = 1 << 32
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line, like every other wrong input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (python {self.prog} --help lists the options)")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -71,6 +67,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fps", type=float, help="of the video written")
     add("--save-motion", type=Path, metavar="FILE", help="keep the reference's motion")
     add("--motion", type=Path, metavar="FILE", help="use a kept motion in place of --ref")
+
+    group = p.add_argument_group("LoRAs, merged into the weights as these are read")
+    for option, what in zip(LORAS, ("AnimateDiff's domain adapter", "of Stable Diffusion 1.5",
+                                    "of AnimateDiff's motion modules")):
+        group.add_argument(option, type=parse_scaled, nargs="+", action="extend", default=[],
+                           metavar="F[:SCALE]", help=what)
 
     group = p.add_argument_group("machine")
     add = group.add_argument
@@ -138,6 +140,11 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     return config, fps
 
 
+def open_loras(args: argparse.Namespace) -> list[Lora]:
+    return [open_lora(option, path, scale) for option in LORAS
+            for path, scale in getattr(args, option[2:].replace("-", "_"))]
+
+
 def outputs(args: argparse.Namespace) -> list[Path]:
     """Where each sample goes: out.mp4, or out-0.mp4, out-1.mp4, ... by their seeds."""
     if args.num_samples == 1:
@@ -148,6 +155,7 @@ def outputs(args: argparse.Namespace) -> list[Path]:
 
 def run(args: argparse.Namespace) -> None:
     config, fps = check(args)
+    loras = open_loras(args)
     timing: dict[str, float] = {}
     clock = time.perf_counter
 
@@ -159,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
     timing["read"] = clock() - began
 
     began = clock()
-    model = load_model(args.weights, args.device, args.dtype)
+    model = load_model(args.weights, args.device, args.dtype, loras)
     timing["load"] = clock() - began
     warn_unknown(model, args.prompt)
 
@@ -194,6 +202,7 @@ def run(args: argparse.Namespace) -> None:
             "settings": dataclasses.asdict(config), "start": args.start,
             "duration": args.duration, "fit": args.fit, "fps": fps,
             "weights": str(args.weights), "weights_sha256": model.sha256,
+            "loras": {str(lora.source.path): lora.scale for lora in loras},
             "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
             "torch": torch.__version__, "motion_loss": losses,
             "seconds": {name: round(s, 3) for name, s in timing.items()}})
@@ -233,15 +242,10 @@ def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = one_line_warning
     try:
         run(parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (NumericalError, torch.OutOfMemoryError, MemoryError) as error:
-        print(f"failed: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; no file is left unfinished", file=sys.stderr)
-        return 130
+    except FORESEEN as error:
+        code, line = explain(error)
+        print(line, file=sys.stderr)
+        return code
     return 0
 
 

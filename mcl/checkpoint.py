@@ -2,13 +2,14 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .config import ModelConfig, from_dict, to_dict
+from .convert.lora import Lora, all_deltas, fingerprint, merged
 from .errors import InputError
 from .files import save_safetensors
 from .layers import channels_last
@@ -19,36 +20,41 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 PARTS = ("unet", "vae", "text_encoder")
 
 
-def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
+def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
+               loras: Sequence[Lora] = ()) -> Model:
     """A model from a file that `save_model` or convert_weights.py wrote, ready to sample.
 
     device   "auto" takes cuda, then mps, then cpu
     dtype    "float32", "float16", "bfloat16"; "auto" is float32 on the cpu, else float16
+    loras    merged into the weights as they are read; the model's sha256 then stands for all
 
     Raises InputError, naming the file, where it is missing, damaged or of another kind, where a
-    tensor is missing, extra, mis-shaped or not finite, and for a device that is not there.
+    tensor is missing, extra, mis-shaped or not finite, where a LoRA does not fit, and for a
+    device that is not there.
     """
     path = Path(path)
     chosen = pick_device(device)
     kind = pick_dtype(dtype, chosen)
     config = read_header(path)
-    with torch.device("meta"):
-        model = build_model(config)
+    with open(path, "rb") as binary:
+        sha256 = hashlib.file_digest(binary, "sha256").hexdigest()
+    if loras:
+        sha256 = hashlib.sha256("\n".join([sha256, *map(fingerprint, loras)]).encode()).hexdigest()
+    model = build_model(config, "meta", sha256)
     shapes = {f"{part}.{name}": tensor.shape for part in PARTS
               for name, tensor in getattr(model, part).state_dict().items()}
+    changes = all_deltas(loras, shapes)
     with safe_open(path, framework="pt", device=str(chosen)) as file:
         check_names(path, set(file.keys()), shapes)
         for part in PARTS:
             state = {}
             for name in getattr(model, part).state_dict():
                 tensor = file.get_tensor(f"{part}.{name}")
-                check_tensor(path, f"{part}.{name}", tensor, shapes[f"{part}.{name}"])
-                state[name] = tensor.to(kind)
+                check_shape(path, f"{part}.{name}", tensor, shapes[f"{part}.{name}"])
+                state[name] = merged(tensor, changes.get(f"{part}.{name}", ()), kind)
+                check_finite(path, f"{part}.{name}", state[name])
             place(getattr(model, part), state)
-    with open(path, "rb") as binary:
-        sha256 = hashlib.file_digest(binary, "sha256").hexdigest()
-    return Model(model.unet, model.vae, model.text_encoder, model.tokenizer, model.schedule,
-                 config, sha256)
+    return model
 
 
 def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapping[str, str]
@@ -56,9 +62,14 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapp
     """Writes a model with its config; `sources` are the files that it was made of, by sha256."""
     tensors = {f"{part}.{name}": tensor.detach().cpu().to(dtype) for part in PARTS
                for name, tensor in getattr(model, part).state_dict().items()}
-    save_safetensors(path, tensors, {
-        "format": FORMAT, "config": json.dumps(to_dict(model.config)),
-        "sources": json.dumps(dict(sources))})
+    save_safetensors(path, tensors, metadata(model.config, sources, dtype))
+
+
+def metadata(config: ModelConfig, sources: Mapping[str, str], dtype: torch.dtype
+             ) -> dict[str, str]:
+    """What a model's file says of itself."""
+    return {"format": FORMAT, "config": json.dumps(to_dict(config)),
+            "sources": json.dumps(dict(sources)), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def read_header(path: str | Path) -> ModelConfig:
@@ -92,12 +103,16 @@ def check_names(path: Path, found: set[str], shapes: Mapping[str, torch.Size]) -
         raise InputError(f"{path}: the tensor {name} belongs to no part of the model")
 
 
-def check_tensor(path: Path, name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
+def check_shape(path: Path, name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
         raise InputError(f"{path}: the tensor {name} is {tuple(tensor.shape)}, "
                          f"the config says {tuple(shape)}")
+
+
+def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
     if not torch.isfinite(tensor).all():
-        raise InputError(f"{path}: the tensor {name} holds values that are not finite")
+        raise InputError(f"{path}: the tensor {name} holds values that are not finite, "
+                         f"or that {str(tensor.dtype).removeprefix('torch.')} cannot hold")
 
 
 def place(module: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -24,5 +24,5 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, InputError):
         return 2, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted: nothing was written"
+        return 130, "interrupted; no file is left unfinished"
     return 1, f"failed: {(str(error) or 'out of memory').splitlines()[0]}"

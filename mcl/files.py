@@ -60,6 +60,9 @@ def save_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor],
     """Writes the tensors and the metadata, whole or not at all."""
     with atomic(path) as temporary:
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
+        mask = os.umask(0)              # it can only be read by setting it
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
 
 
 def stream_safetensors(path: str | os.PathLike, shapes: Mapping[str, Sequence[int]],

@@ -43,7 +43,9 @@ class Model:
         return [word for word in words if word not in known] if known else []
 
 
-def build_model(config: ModelConfig) -> Model:
-    """A model of this shape with random weights, for training and tests."""
-    return Model(UNet3D(config.unet), AutoencoderKL(config.vae), TextEncoder(config.text),
-                 Tokenizer(), Schedule(config.schedule), config)
+def build_model(config: ModelConfig, device: str = "cpu", sha256: str = "") -> Model:
+    """A model of this shape with random weights; on the meta device with none yet."""
+    with torch.device(device):
+        unet, vae = UNet3D(config.unet), AutoencoderKL(config.vae)
+        text_encoder = TextEncoder(config.text)
+    return Model(unet, vae, text_encoder, Tokenizer(), Schedule(config.schedule), config, sha256)

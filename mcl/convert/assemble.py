@@ -7,7 +7,7 @@ from typing import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..checkpoint import PARTS, metadata
+from ..checkpoint import PARTS, check_finite, metadata
 from ..config import ModelConfig, SampleConfig
 from ..errors import InputError
 from ..files import stream_safetensors
@@ -29,6 +29,7 @@ class Plan:
     """A model that can be written: where each weight comes from, and what becomes of the rest."""
     config: ModelConfig
     weights: dict[str, LazyTensor]              # by our name, part first
+    paths: dict[str, Path]                      # the file that each is in
     shapes: dict[str, tuple[int, ...]]
     changes: dict[str, list[Delta]]
     used: dict[Path, int]                       # how many tensors of a file
@@ -40,7 +41,10 @@ class Plan:
         Raises InputError for a value that is not finite, or that the dtype cannot hold.
         """
         for name, shape in self.shapes.items():
-            yield merged(name, self.weights[name].read().reshape(shape), self.changes, dtype)
+            weight = merged(self.weights[name].read().reshape(shape),
+                            self.changes.get(name, ()), dtype)
+            check_finite(self.paths[name], name, weight)
+            yield weight
 
 
 def missing(sources: Mapping[str, Source]) -> list[str]:
@@ -68,19 +72,21 @@ def plan(name: str, parts: Mapping[str, Source], loras: list[Lora], ema: bool = 
     config = infer_config(name, parts)
 
     weights: dict[str, LazyTensor] = {}
+    paths: dict[str, Path] = {}
     used: Counter[Path] = Counter()
     for part, source in parts.items():
         place = "unet" if part == "motion" else part
-        weights |= {f"{place}.{ours}": source.checkpoint.tensors[theirs]
-                    for ours, theirs in taken[part].items()}
+        new = {f"{place}.{ours}": source.checkpoint.tensors[theirs]
+               for ours, theirs in taken[part].items()}
+        weights |= new
+        paths |= dict.fromkeys(new, source.path)
         used[source.path] += len(taken[part])
     for part in ("unet", "vae", "text_encoder"):
         for source in parts.values():
             if part in source.parts and parts[part] is not source:
                 dropped[source.path] |= {theirs: f"of {WORDS[part]}, which {OPTIONS[part]} gives"
                                          for theirs in source.parts[part].values()}
-    with torch.device("meta"):
-        model = build_model(config)
+    model = build_model(config, "meta")
     shapes = {f"{part}.{name}": tuple(tensor.shape) for part in PARTS
               for name, tensor in getattr(model, part).state_dict().items()}
     check(parts, weights, shapes)
@@ -95,7 +101,7 @@ def plan(name: str, parts: Mapping[str, Source], loras: list[Lora], ema: bool = 
     reasons = {path: Counter(names.values()) for path, names in dropped.items()}
     for source in {s.path: s for s in parts.values()}.values():
         count(source, used[source.path], reasons[source.path])
-    return Plan(config, weights, shapes, changes, dict(used), reasons)
+    return Plan(config, weights, paths, shapes, changes, dict(used), reasons)
 
 
 def count(source: Source, used: int, reasons: Counter[str]) -> None:

@@ -141,20 +141,11 @@ def all_deltas(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]
     return changes
 
 
-def merged(name: str, weight: Tensor, changes: Mapping[str, Sequence[Delta]], dtype: torch.dtype
-           ) -> Tensor:
-    """A weight with its changes, added in float32, in the dtype wanted.
-
-    Raises InputError where the dtype cannot hold the values.
-    """
-    if name in changes:
-        weight = weight.float()
-        for change in changes[name]:
-            weight = change.add_to(weight)
-    cast = weight.to(dtype)
-    if not torch.isfinite(cast).all():
-        raise InputError(f"the tensor {name} holds values that are not finite, or not in {dtype}")
-    return cast
+def merged(weight: Tensor, changes: Sequence[Delta], dtype: torch.dtype) -> Tensor:
+    """A weight with its changes, added in float32, in the dtype wanted."""
+    for change in changes:
+        weight = change.add_to(weight.float())
+    return weight.to(dtype)
 
 
 def fingerprint(lora: Lora) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mcl import (InputError, Model, Motion, NumericalError, SampleConfig, extract_motion,
-                 load_model, read_video, sample, write_video)
+from mcl import (InputError, Model, Motion, SampleConfig, extract_motion, load_model, read_video,
+                 sample, write_video)
 from mcl.checkpoint import DTYPES, read_header
 from mcl.command import FORESEEN, Parser, explain
 from mcl.convert.formats import LORAS

@@ -174,7 +174,7 @@ def our_module(module: str, layers: int) -> str:
     if ldm:
         inner = {flat(theirs): theirs for theirs in rename.RESNET}.get(ldm[6], ldm[6] or "")
         head = (f"{ldm[1]}_blocks.{ldm[2]}.{ldm[3]}" if ldm[1] else
-                f"middle_block.{ldm[4]}" if ldm[4] else ldm[5].rpartition("_")[0] + "." + ldm[5][-1])
+                f"middle_block.{ldm[4]}" if ldm[4] else f"{ldm[5][:-2]}.{ldm[5][-1]}")
         return "unet." + rename.unet_from_ldm(f"{head}.{inner}.", layers).rstrip(".")
     if ".motion_modules." in module:
         module = "unet." + rename.motion_name(module)

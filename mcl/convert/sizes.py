@@ -49,9 +49,9 @@ def number_of_heads(config: Mapping[str, Any], keys: tuple[str, ...], default: i
                     path: Any) -> int:
     """Shapes do not tell it. diffusers calls the number of heads of a UNet `attention_head_dim`."""
     for key in keys:
-        given = config.get(key)
-        each = given if isinstance(given, list) else [given]
+        given: Any = config.get(key)
         if given is not None:
+            each = given if isinstance(given, list) else [given]
             if len(set(each)) != 1:
                 raise InputError(f"{path}: {key} = {given!r}: Stable Diffusion 2 or later; the "
                                  "same number of heads everywhere is what runs here")

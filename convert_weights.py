@@ -4,6 +4,7 @@
                               --out weights/sd15-v3.safetensors
 """
 import argparse
+import functools
 import hashlib
 import shlex
 import sys
@@ -60,17 +61,18 @@ class Given:
 def open_all(args: argparse.Namespace) -> Given:
     """Opens all files; raises InputError, with the right command, for one in a wrong place."""
     given = Given()
+    read = functools.cache(read_source)         # one file may stand in two places
     for option, part in NETWORKS.items():
         path = getattr(args, option[2:].replace("-", "_"))
         if path is None:
             continue
-        source = read_source(path)
+        source = read(path)
         if part not in source.parts:
             raise misplaced(source, option, args)
         given.networks[option] = source
     for option in LORAS:
         for path, scale in getattr(args, option[2:].replace("-", "_")):
-            source = read_source(path)
+            source = read(path)
             if source.slot != option:
                 raise misplaced(source, option, args)
             given.loras.append(open_lora(option, path, scale))

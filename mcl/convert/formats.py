@@ -240,12 +240,13 @@ def ours(path: Path, part: str, theirs: dict[str, str]) -> dict[str, str]:
     result: dict[str, str] = {}
     strided = [int(m[1]) for m in map(re.compile(r"input_blocks\.(\d+)\.0\.op\.").match, theirs)
                if m]
-    layers = min(strided, default=1) - 1
+    layers = min(strided, default=3) - 1
+    ldm = any(name.startswith("input_blocks.") for name in theirs)
     levels = count(theirs, "decoder.up")
     for rest, name in theirs.items():
         new = (rename.vae_name(rest, levels) if part == "vae" else
                rename.text_name(rest) if part == "text_encoder" else
-               rename.unet_from_ldm(rest, layers) if layers else rest)
+               rename.unet_from_ldm(rest, layers) if ldm else rest)
         put(path, result, new, name)
     return result
 

@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
             "settings": dataclasses.asdict(config), "start": args.start,
             "duration": args.duration, "fit": args.fit, "fps": fps,
             "weights": str(args.weights), "weights_sha256": model.sha256,
-            "loras": {str(lora.source.path): lora.scale for lora in loras},
+            "loras": [(str(lora.source.path), lora.scale) for lora in loras],
             "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
             "torch": torch.__version__, "motion_loss": losses,
             "seconds": {name: round(s, 3) for name, s in timing.items()}})

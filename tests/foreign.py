@@ -19,9 +19,9 @@ from mcl.model import build_model
 DATA = Path(__file__).parent / "data"
 MINI = ModelConfig(
     name="mini",
-    unet=UNetConfig(block_out_channels=(32, 64, 96, 96), text_channels=24, motion_mid_block=True),
+    unet=UNetConfig(block_out_channels=(32, 64, 96, 96), text_channels=12, motion_mid_block=True),
     vae=VAEConfig(block_out_channels=(32, 64, 96, 96)),
-    text=TextConfig(hidden_size=24, intermediate_size=48),
+    text=TextConfig(hidden_size=12, intermediate_size=24),
     sample=SampleConfig())
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -157,19 +157,3 @@ def save(path, state, metadata=None):
 
 def convert(*argv):
     return convert_weights.main([str(a) for a in argv])
-
-
-def pairs(targets, rank=4, seed=0, scale=0.1):
-    """Random (down, up) of the rank for weights of these shapes; kxk convolutions too."""
-    g = torch.Generator().manual_seed(seed)
-    return {name: (scale * torch.randn(rank, *shape[1:], generator=g),
-                   scale * torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=g))
-            for name, shape in targets.items()}
-
-
-def product(down, up):
-    """up @ down of a linear layer or a convolution, by running the one after the other."""
-    if down.ndim == 2:
-        return up @ down
-    kernel = torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
-    return kernel

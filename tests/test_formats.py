@@ -17,8 +17,8 @@ from mcl.config import SD15, SD15_V1, SD15_V2
 from .foreign import convert, listing, save, sinusoid
 
 # Of the real files: what stands in the listing, and what of it is no weight of the model.
-BASES = {"ldm": ("ldm_single_file",), "diffusers": ("diffusers_unet", "diffusers_vae",
-                                                   "diffusers_text_encoder"),
+BASES = {"ldm": ("ldm_single_file",),
+         "diffusers": ("diffusers_unet", "diffusers_vae", "diffusers_text_encoder"),
          "diffusers, old": ("diffusers_unet", "diffusers_vae_oldattn",
                             "diffusers_text_encoder_flat")}
 MOTIONS = {"mm_v1": "v1", "mm_v2": "v2", "mm_v3": "v3", "diffusers_motion_adapter_v1": "v1",
@@ -166,9 +166,9 @@ OTHERS = {
     "Hotshot-XL": {"down_blocks.0.temporal_attentions.0.x.weight": (4, 8)},
     "PIA": {"conv_in.weight": (320, 9, 3, 3), MM.format(0): (320, 320)},
     "motion module for Stable Diffusion XL": {MM.format(b): (320, 320) for b in range(3)},
-    "a plain ControlNet, .* motion modules": {
+    "a plain ControlNet, .* has motion modules": {
         "controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)},
-    r"a plain ControlNet \(control_model": {"control_model.x.weight": (4, 8)},
+    "a plain ControlNet, which": {"control_model.x.weight": (4, 8)},
     "textual inversion": {"emb_params": (2, 768)},
     "IP-Adapter": {"image_proj.proj.weight": (2, 768)},
     "rename it so that v1 or v3": {MM.format(0): (320, 320)},
@@ -194,6 +194,36 @@ def test_a_config_of_another_architecture_is_refused(part, config):
                | {f"vae.{key}": t for key, t in real("diffusers_vae").items()}
                | {f"text_encoder.{key}": t for key, t in real("diffusers_text_encoder").items()},
                configs={part: config})
+
+
+def test_a_config_may_hold_nulls():
+    tensors = {f"unet.{key}": t for key, t in real("diffusers_unet").items()}
+    config = {"act_fn": None, "num_attention_heads": None, "attention_head_dim": 4}
+    found = source(tensors, "unet", {"unet": config})
+    whole = parts(base(), source(real("mm_v3"))) | {"unet": found}
+    assert plan("sd15", whole, []).config.unet.heads == 4
+
+
+@pytest.mark.parametrize("name, shape, message", [
+    ("text_model.embeddings.token_embedding.weight", (49407, 768), "knows 49407 tokens"),
+    ("text_model.embeddings.token_embedding.weight", (49408, 512),
+     "its UNet takes 768 channels of text, the rest gives 512")])
+def test_a_text_encoder_that_does_not_fit_is_refused(name, shape, message):
+    text = source(real("diffusers_text_encoder") | {name: lazy(shape)}, "text")
+    whole = parts(base(), source(real("mm_v3"))) | {"text_encoder": text}
+    with pytest.raises(InputError, match=message):
+        plan("sd15", whole, [])
+
+
+def test_a_vae_of_other_latents_and_quantised_weights_are_refused():
+    vae = source(real("diffusers_vae") | {"decoder.conv_in.weight": lazy((512, 16, 3, 3))}, "vae")
+    whole = parts(base(), source(real("mm_v3")))
+    with pytest.raises(InputError, match="takes 4 channels of latents, the rest gives 16"):
+        plan("sd15", whole | {"vae": vae}, [])
+    bias = LazyTensor((4,), torch.int8, lambda: torch.zeros(4))
+    vae = source(real("diffusers_vae") | {"post_quant_conv.bias": bias}, "vae")
+    with pytest.raises(InputError, match="^vae: .*post_quant_conv.bias is torch.int8: quantised"):
+        plan("sd15", whole | {"vae": vae}, [])
 
 
 def test_heads_that_differ_by_block_are_refused():

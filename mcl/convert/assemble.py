@@ -153,9 +153,9 @@ def infer_config(name: str, parts: Mapping[str, Source]) -> ModelConfig:
     return config
 
 
-def check(parts: Mapping[str, Source], weights: dict[str, LazyTensor],
+def check(parts: Mapping[str, Source], weights: Mapping[str, LazyTensor],
           shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises InputError for a weight that is missing, extra or of another shape.
+    """Raises InputError for a weight that is missing, extra, quantised or of another shape.
 
     Ones at the end of a shape do not count: a 1x1 convolution is a linear layer.
     """
@@ -169,6 +169,9 @@ def check(parts: Mapping[str, Source], weights: dict[str, LazyTensor],
     for name, tensor in weights.items():
         if name not in shapes:
             raise InputError(f"{source(name)}: the tensor {name} belongs to no part of the model")
+        if not tensor.dtype.is_floating_point:
+            raise InputError(f"{source(name)}: the tensor {name} is {tensor.dtype}: quantised "
+                             "weights are not read here")
         if bare(tensor.shape) != bare(shapes[name]):
             raise InputError(f"{source(name)}: the tensor {name} is {tensor.shape}, "
                              f"here it is {shapes[name]}")

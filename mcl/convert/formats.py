@@ -29,8 +29,7 @@ FOREIGN = (
     (r"\.oft_(blocks|diag)|\.on_input$|(^|\.)ia3_", "an OFT or IA3 (LyCORIS)"),
     (r"temporal_attentions|positional_encoding$", "a Hotshot-XL motion module"),
     (r"^(string_to_param|emb_params)", "a textual inversion embedding"),
-    (r"^(image_proj|ip_adapter)\b", "an IP-Adapter"),
-    (r"^control_model\.", "a plain ControlNet"))
+    (r"^(image_proj|ip_adapter)\b", "an IP-Adapter"))
 DROPPED = (
     (r"position_ids$", "numbers of positions, counted here"),
     (r"\.loss\.|^loss\.", "of the training's loss"),
@@ -81,13 +80,14 @@ def recognise(path: Path, checkpoint: Checkpoint) -> Source:
     tensors = checkpoint.tensors
     for pattern, what in FOREIGN:
         found = next((n for n in (*tensors, *checkpoint.others) if re.search(pattern, n)), None)
-        if found and not (what == "a plain ControlNet" and has(tensors, UNET_LDM)):
+        if found:
             raise InputError(f"{path}: {what} ({found}), which cannot be used here")
     if checkpoint.metadata.get("format", "").startswith("mcl-model"):
         return Source(path, WEIGHTS, "a converted model of this project", checkpoint)
     if not tensors:
         raise InputError(f"{path}: a checkpoint without tensors")
-    if any("controlnet_cond_embedding." in name for name in tensors):
+    if any(re.match(r"control_model\.|controlnet_cond_embedding\.", name) for name in tensors) \
+            and not has(tensors, UNET_LDM):
         return controlnet(path, checkpoint)
     if any(map(LORA_NAME.search, tensors)):
         return lora(path, checkpoint)
@@ -104,9 +104,9 @@ def controlnet(path: Path, checkpoint: Checkpoint) -> Source:
     if not any(".motion_modules." in name for name in checkpoint.tensors):
         raise InputError(f"{path}: a plain ControlNet, which cannot be used here; SparseCtrl has "
                          "motion modules")
-    simple = any(n.endswith("controlnet_cond_embedding.weight") for n in checkpoint.tensors)
-    return Source(path, "", f"SparseCtrl ({'rgb' if simple else 'scribble'}); image-to-video is "
-                  "not supported here yet", checkpoint)
+    kind = "rgb" if "controlnet_cond_embedding.weight" in checkpoint.tensors else "scribble"
+    return Source(path, "", f"SparseCtrl ({kind}); image-to-video is not supported here yet",
+                  checkpoint)
 
 
 def lora(path: Path, checkpoint: Checkpoint) -> Source:
@@ -208,11 +208,10 @@ def networks(path: Path, checkpoint: Checkpoint) -> Source:
     parts = {part: ours(path, part, found) for part, found in theirs.items()}
     source = Source(path, BASE if "unet" in parts else VAE if "vae" in parts else TEXT, "",
                     checkpoint, parts, dropped)
-    for part in parts:
-        check_config(path, part, source.config(part))
-    check_config(path, "scheduler", source.config("scheduler"))
     if "unet" in parts:
         check_unet(path, source.shapes("unet"))
+    for part in (*parts, "scheduler"):
+        check_config(path, part, source.config(part))
     return replace(source, title=title(source))
 
 

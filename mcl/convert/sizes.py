@@ -21,7 +21,7 @@ CLIP_VOCABULARY = 49408
 def check_config(path: Any, part: str, config: Mapping[str, Any]) -> None:
     """Raises InputError for a config.json that describes what this project has no network for."""
     for key, value in FIXED[part].items():
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):
             raise InputError(f"{path}: its {part} config has {key} = {config[key]!r}; "
                              f"Stable Diffusion 1.5 has {value!r}, and only that runs here")
 

@@ -25,8 +25,6 @@ from mcl.files import check_file
 
 SHORT = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
 NETWORKS = {BASE: "unet", VAE: "vae", TEXT: "text_encoder", MOTION: "motion"}
-WANTS = {BASE: "a UNet of Stable Diffusion 1.5", VAE: "a VAE", TEXT: "a text encoder",
-         MOTION: "a motion module"}
 CHUNK = 1 << 24
 
 
@@ -90,7 +88,9 @@ def misplaced(source: Source, option: str, args: argparse.Namespace) -> InputErr
         for path, scale in value if name in LORAS else [(value, 1.0)] if value else []:
             slot = read_source(path).slot or name
             words += [slot, f"{path}:{scale:g}" if scale != 1 else str(path)]
-    words += ["--out", str(args.out)]
+    words += ["--ema"] if args.ema else []
+    words += ["--name", args.name] if args.name else []
+    words += ["--dtype", args.dtype, "--out", str(args.out)]
     return InputError(f"{source.path}: {source.title}, which is not for {option}; "
                       f"python convert_weights.py {shlex.join(words)}")
 
@@ -130,10 +130,12 @@ def convert(args: argparse.Namespace) -> None:
     sources = [*given.networks.values(), *(lora.source for lora in given.loras)]
     for source in {s.path: s for s in sources}.values():
         print(account(source, plan), file=sys.stderr)
-    scales = {lora.source.path: f" scale {lora.scale:g}" for lora in given.loras}
     sha256 = digest(file for source in sources for file in source.checkpoint.files)
-    record = {f"{file}{scales.get(source.path, '')}": sha256[file]
-              for source in sources for file in source.checkpoint.files}
+    record = {f"{option} {file.relative_to(source.path.parent)}{scale}": sha256[file]
+              for option, source, scale in (
+                  *((option, source, "") for option, source in given.networks.items()),
+                  *((o.source.slot, o.source, f":{o.scale:g}") for o in given.loras))
+              for file in source.checkpoint.files}
     dtype = DTYPES[SHORT[args.dtype]]
     bar = tqdm(plan.tensors(dtype), total=len(plan.shapes), desc=args.out.name, unit="tensor",
                file=sys.stderr)

@@ -1,5 +1,6 @@
 """convert_weights.py: every format of a small Stable Diffusion 1.5, whole and equal."""
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -214,7 +215,7 @@ def test_what_is_written_describes_itself_and_loads(folder, tmp_path, capsys):
     assert "520 tensors used, 40 dropped (40 encodings of positions" in captured.err
     assert "1650 tensors filled, each once" in captured.err
     sources = json.loads(header(out)["sources"])
-    assert [Path(name).name for name in sources] == ["base.safetensors", "mm.ckpt"]
+    assert list(sources) == ["--base base.safetensors", "--motion-module mm.ckpt"]
     assert all(len(sha256) == 64 for sha256 in sources.values())
     model = load_model(out, device="cpu")
     assert model.config.name == "my"
@@ -257,7 +258,7 @@ def test_a_base_that_is_not_whole_is_refused(spoil, message, folder, tmp_path, c
     out = tmp_path / "out.safetensors"
     assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out) == 2
     line, = [x for x in capsys.readouterr().err.splitlines() if "error: " in x]
-    assert pytest.importorskip("re").search(message, line)
+    assert re.search(message, line)
     assert not out.exists() and len(list(tmp_path.iterdir())) == 1
 
 
@@ -267,7 +268,33 @@ def test_files_in_the_wrong_place_get_the_right_command(folder, tmp_path, capsys
     error = capsys.readouterr().err
     assert "mm.ckpt: an AnimateDiff motion module, v3, which is not for --base" in error
     assert error.endswith(
-        f"python convert_weights.py --motion-module {mm} --base {base} --out {out}\n")
+        f"python convert_weights.py --motion-module {mm} --base {base} --dtype fp16 --out {out}\n")
+
+
+def test_files_that_have_no_place_are_told_so(folder, tmp_path, capsys):
+    control = save(tmp_path / "sparse.ckpt", motion() | {
+        "controlnet_cond_embedding.weight": torch.zeros(32, 5, 3, 3)})
+    done = tmp_path / "done.safetensors"
+    argv = ["--motion-module", folder / "mm.ckpt", "--out", done, "--base"]
+    assert convert(*argv, control) == 2
+    assert "sparse.ckpt: SparseCtrl (rgb); image-to-video is not supported here yet\n" in (
+        capsys.readouterr().err)
+    assert convert(*argv, folder / "base.safetensors") == 0
+    capsys.readouterr()
+    assert convert(*argv, done) == 2
+    assert f"python sample.py --weights {done} runs it\n" in capsys.readouterr().err
+
+
+def test_one_file_may_stand_in_two_places(folder, tmp_path):
+    """And of a whole model given for its VAE, the VAE is taken."""
+    out = tmp_path / "out.safetensors"
+    base = folder / "base.safetensors"
+    other = save(tmp_path / "other.safetensors", {key: t + 1 for key, t in ldm().items()})
+    for vae, more in ((base, 0), (other, 1)):
+        assert convert("--base", base, "--vae", vae, "--motion-module", folder / "mm.ckpt",
+                       "--out", out, "--dtype", "fp32") == 0
+        assert equal(out, {name: t + more if name.startswith("vae.") else t
+                           for name, t in wanted().items()})
 
 
 @pytest.mark.parametrize("argv, message", [

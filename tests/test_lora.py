@@ -317,4 +317,4 @@ def test_a_lora_in_the_wrong_place_gets_the_right_command(files, tmp_path, capsy
     assert convert("--base", place / "base.safetensors", "--motion-module", place / "mm.ckpt",
                    "--motion-lora", f"{place}/adapter.ckpt:0.5", "--out",
                    tmp_path / "o.safetensors") == 2
-    assert f"--adapter {place}/adapter.ckpt:0.5 --out" in capsys.readouterr().err
+    assert f"--adapter {place}/adapter.ckpt:0.5 --dtype" in capsys.readouterr().err

@@ -126,8 +126,9 @@ def check_positions(source: Source) -> None:
     for name in source.dropped:
         if rename.POSITIONS.search(name):
             found = source.checkpoint.tensors[name].read().float()
-            expected = position_encoding(found.shape[1], found.shape[2])
-            if not torch.allclose(found[0], expected, atol=5e-3):
+            expected = position_encoding(source.max_frames, found.shape[-1])
+            if found[0].shape != expected.shape or not torch.allclose(found[0], expected,
+                                                                      atol=5e-3):
                 raise InputError(f"{source.path}: {name} is not AnimateDiff's encoding of "
                                  "positions; such a motion module cannot be used here")
 

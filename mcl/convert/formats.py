@@ -114,7 +114,7 @@ def lora(path: Path, checkpoint: Checkpoint) -> Source:
     tensors = checkpoint.tensors
     for name, tensor in tensors.items():
         if re.search(r"attn2[._](processor\.)?to_k.*(down|lora_A)", name):
-            refuse_width(path, tensor.shape[1], "a LoRA for ")
+            refuse_width(path, tensor.shape, "a LoRA for ")
     if any("motion_modules" in name for name in tensors):
         return Source(path, MOTION_LORA, "a motion LoRA of AnimateDiff", checkpoint)
     if all(re.match(r"(down_blocks|mid_block|up_blocks)\..*\.processor\.", n) for n in tensors):
@@ -124,10 +124,12 @@ def lora(path: Path, checkpoint: Checkpoint) -> Source:
     return Source(path, LORA, f"a LoRA ({kind})", checkpoint)
 
 
-def refuse_width(path: Path, width: int, what: str = "") -> None:
-    if width in TEXT_WIDTHS:
-        raise InputError(f"{path}: {what}{TEXT_WIDTHS[width]} (text embeddings of {width}, "
-                         "Stable Diffusion 1.5 has 768), which cannot be used here")
+def refuse_width(path: Path, shape: tuple[int, ...], what: str = "") -> None:
+    """Raises InputError where a projection of the text embeddings is of another family's width."""
+    for width in shape[1:2]:
+        if width in TEXT_WIDTHS:
+            raise InputError(f"{path}: {what}{TEXT_WIDTHS[width]} (text embeddings of {width}, "
+                             "Stable Diffusion 1.5 has 768), which cannot be used here")
 
 
 def motion_module(path: Path, checkpoint: Checkpoint) -> Source:
@@ -138,18 +140,18 @@ def motion_module(path: Path, checkpoint: Checkpoint) -> Source:
     lengths: set[int] = set()
     for name, tensor in tensors.items():
         ours = rename.motion_name(name)
-        if ours == "conv_in.weight" and tensor.shape[1] == 9:
+        if ours == "conv_in.weight" and tensor.shape[1:2] == (9,):
             raise InputError(f"{path}: PIA, whose UNet takes 9 channels; it cannot be used here")
         if ".motion_modules." not in ours:
             dropped[name] = "the UNet around the motion modules, which --base gives"
         elif rename.POSITIONS.search(ours):
             dropped[name] = "encodings of positions, computed here"
-            lengths.add(tensor.shape[1])
+            lengths.update(tensor.shape[1:2])
         else:
             put(path, modules, ours, name)
     first = "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"
     if first in modules and count(modules, "down_blocks") == 3 and \
-            tensors[modules[first]].shape[0] == SD15_WIDTH:
+            tensors[modules[first]].shape[:1] == (SD15_WIDTH,):
         raise InputError(f"{path}: a motion module for Stable Diffusion XL, which cannot be used "
                          "here")
     if len(lengths) > 1:
@@ -258,10 +260,10 @@ def put(path: Path, names: dict[str, str], new: str, name: str) -> None:
 
 def check_unet(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises InputError, by its name, for a UNet of another family."""
-    taken = shapes.get("conv_in.weight", (0, 4))[1]
-    if taken in CHANNELS:
-        raise InputError(f"{path}: {CHANNELS[taken]} (its UNet takes {taken} channels), which "
-                         "cannot be used here")
+    for taken in shapes.get("conv_in.weight", ())[1:2]:
+        if taken in CHANNELS:
+            raise InputError(f"{path}: {CHANNELS[taken]} (its UNet takes {taken} channels), "
+                             "which cannot be used here")
     for name, shape in shapes.items():
         if name.endswith("attn2.to_k.weight"):
-            refuse_width(path, shape[1])
+            refuse_width(path, shape)

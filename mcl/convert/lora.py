@@ -19,6 +19,7 @@ from ..errors import InputError
 from . import names as rename
 from .formats import LORAS, Source, read_source
 from .lazy import LazyTensor
+from .sizes import count
 
 ROLES = re.compile(
     r"^(?P<module>.+?)(?:"
@@ -90,24 +91,14 @@ def deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, D
     model does not have, a shape that does not fit, and half a pair.
     """
     path, tensors = lora.source.path, lora.source.checkpoint.tensors
-    modules: dict[str, dict[str, str]] = {}
-    for name in tensors:
-        found = ROLES.match(name)
-        if not found:
-            raise InputError(f"{path}: {name} is nothing that a LoRA of a known kind holds")
-        role = next(role for role in ("down", "up", "mid", "alpha") if found[role])
-        if role in modules.setdefault(found["module"], {}):
-            raise InputError(f"{path}: {found['module']} has two of {role}")
-        modules[found["module"]][role] = name
     weights = {flat(name.removesuffix(".weight")): name for name, shape in shapes.items()
                if name.endswith(".weight") and len(shape) > 1}
-    layers = 1 + max((int(m[1]) for m in map(
-        re.compile(r"unet\.down_blocks\.0\.resnets\.(\d+)\.").match, shapes) if m), default=0)
+    layers = count(shapes, "unet.down_blocks.0.resnets")
     has_middle = any(".mid_block.motion_modules." in name for name in shapes)
     peft = peft_config(lora.source)
     result: dict[str, Delta] = {}
     dropped: dict[str, str] = {}
-    for module, roles in modules.items():
+    for module, roles in by_module(path, tensors).items():
         if "mid_block" in module and "motion_modules" in module and not has_middle:
             dropped |= {name: "of the middle block's motion module, which only v2 has"
                         for name in roles.values()}
@@ -117,18 +108,45 @@ def deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, D
             raise InputError(f"{path}: it changes {module}, which this model does not have")
         if weight in result or "down" not in roles or "up" not in roles:
             raise InputError(f"{path}: {module} has not exactly one pair of down and up")
-        down, up, mid = (tensors[roles[r]] if r in roles else None for r in ("down", "up", "mid"))
-        assert down is not None and up is not None
-        rank = down.shape[0]
-        check_fit(path, module, down, up, mid, shapes[weight])
         part = weight.partition(".")[0]
-        alpha = float(tensors[roles["alpha"]].read() if "alpha" in roles else
-                      peft.get(f"{part}.lora_alpha") or peft.get("lora_alpha") or rank)
-        if not math.isfinite(alpha):
-            raise InputError(f"{path}: the alpha of {module} is {alpha}")
-        # kohya's trainer takes an alpha of zero for the rank, too.
-        result[weight] = Delta(down, up, mid, lora.scale * (alpha or rank) / rank)
+        alpha = peft.get(f"{part}.lora_alpha") or peft.get("lora_alpha")
+        result[weight] = one_delta(path, module, {r: tensors[n] for r, n in roles.items()},
+                                   shapes[weight], alpha, lora.scale)
     return result, dropped
+
+
+def by_module(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str, str]]:
+    """{module as the LoRA calls it: {"down", "up", "mid" or "alpha": tensor's name}}."""
+    modules: dict[str, dict[str, str]] = {}
+    for name in tensors:
+        found = ROLES.match(name)
+        if not found:
+            raise InputError(f"{path}: {name} is nothing that a LoRA of a known kind holds")
+        role = next(role for role in ("down", "up", "mid", "alpha") if found[role])
+        if role in modules.setdefault(found["module"], {}):
+            raise InputError(f"{path}: {found['module']} has two of {role}")
+        modules[found["module"]][role] = name
+    return modules
+
+
+def one_delta(path: Path, module: str, factors: Mapping[str, LazyTensor], shape: Sequence[int],
+              alpha: float | None, scale: float) -> Delta:
+    """Raises InputError where the factors have not the shape of the weight between them."""
+    down, up, mid = factors["down"], factors["up"], factors.get("mid")
+    core = math.prod((mid or down).shape[2:])
+    rank = down.shape[0] if len(down.shape) > 1 else 0
+    fits = (rank > 0 and down.shape[1] == shape[1] and core == math.prod(shape[2:])
+            and up.shape[:2] == (shape[0], rank) and math.prod(up.shape[2:]) == 1
+            and (mid is None or mid.shape[:2] == (rank, rank) and math.prod(down.shape[2:]) == 1))
+    if not fits:
+        raise InputError(f"{path}: {module} is {down.shape} and {up.shape}, made for another "
+                         f"model: the weight here is {tuple(shape)}")
+    if "alpha" in factors:
+        alpha = float(factors["alpha"].read().flatten()[0])
+    if alpha is not None and not math.isfinite(alpha):
+        raise InputError(f"{path}: the alpha of {module} is {alpha}")
+    # kohya's trainer takes an alpha of zero for the rank, too.
+    return Delta(down, up, mid, scale * (alpha or rank) / rank)
 
 
 def all_deltas(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]
@@ -179,19 +197,6 @@ def our_module(module: str, layers: int) -> str:
     if ".motion_modules." in module:
         module = "unet." + rename.motion_name(module)
     return module + ".0" if module.endswith("to_out") else module
-
-
-def check_fit(path: Path, module: str, down: LazyTensor, up: LazyTensor, mid: LazyTensor | None,
-              shape: Sequence[int]) -> None:
-    """Raises InputError where up @ down has not the shape of the weight."""
-    rank, kernel = down.shape[0], math.prod(shape[2:])
-    core = math.prod(mid.shape[2:]) if mid is not None else math.prod(down.shape[2:])
-    fits = (len(down.shape) > 1 and math.prod(up.shape) == shape[0] * rank
-            and up.shape[0] == shape[0] and down.shape[1] == shape[1] and core == kernel
-            and (mid is None or mid.shape[:2] == (rank, rank)))
-    if not fits:
-        raise InputError(f"{path}: {module} is {down.shape} and {up.shape}, made for another "
-                         f"model: the weight here is {tuple(shape)}")
 
 
 def peft_config(source: Source) -> dict[str, Any]:

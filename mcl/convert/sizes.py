@@ -27,8 +27,11 @@ def check_config(path: Any, part: str, config: Mapping[str, Any]) -> None:
 
 
 def shape_of(shapes: Shapes, name: str, path: Any) -> tuple[int, ...]:
+    """Of a convolution, a linear layer or an embedding: two or four numbers."""
     if name not in shapes:
         raise InputError(f"{path}: the tensor {name} is missing")
+    if len(shapes[name]) not in (2, 4):
+        raise InputError(f"{path}: the tensor {name} is {shapes[name]}, which is no weight")
     return shapes[name]
 
 
@@ -86,7 +89,7 @@ def vae_config(path: Any, vae: Shapes, config: Mapping[str, Any]) -> VAEConfig:
 
 
 def text_config(path: Any, text: Shapes, config: Mapping[str, Any]) -> TextConfig:
-    vocabulary, hidden = shape_of(text, "text_model.embeddings.token_embedding.weight", path)
+    vocabulary, hidden = shape_of(text, "text_model.embeddings.token_embedding.weight", path)[:2]
     if vocabulary < CLIP_VOCABULARY:
         raise InputError(f"{path}: its text encoder knows {vocabulary} tokens, CLIP's tokenizer "
                          f"has {CLIP_VOCABULARY}")

@@ -58,8 +58,8 @@ def parts(base, motion):
     return {part: base for part in ("unet", "vae", "text_encoder")} | {"motion": motion}
 
 
-@pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("name", MOTIONS)
+@pytest.mark.parametrize("kind, name", [("ldm", name) for name in MOTIONS]
+                         + [(kind, "mm_v3") for kind in BASES if kind != "ldm"])
 def test_real_listings_fill_the_real_model_and_nothing_is_left(kind, name):
     motion = source(real(name))
     assert (motion.slot, motion.version) == ("--motion-module", MOTIONS[name])

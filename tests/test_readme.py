@@ -4,8 +4,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+import convert_weights
 import sample as command
+
+from . import foreign
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,11 +26,36 @@ def beside_examples(tmp_path, monkeypatch):
 
 
 def test_every_command_of_the_readme_runs(beside_examples, capsys):
-    commands = [shlex.split(c)[1:] for c in COMMANDS if "--help" not in c]
+    commands = [shlex.split(c)[1:] for c in COMMANDS
+                if "--help" not in c and "--weights" not in c]
     assert len(commands) == 5
     for argv in commands:
         assert command.main(argv + ["--steps", "2", "--guidance-steps", "1"]) == 0
         assert Path(capsys.readouterr().out.splitlines()[-1]).exists()
+
+
+def test_every_command_for_other_weights_runs(tmp_path, monkeypatch, capsys):
+    """In the order of the README, with small random files of the names that it gives."""
+    foreign.save(tmp_path / "v1-5-pruned-emaonly.safetensors", foreign.ldm())
+    foreign.save(tmp_path / "vae-ft-mse-840000-ema-pruned.safetensors", {
+        name.removeprefix("first_stage_model."): t for name, t in foreign.ldm(("vae",)).items()})
+    foreign.save(tmp_path / "v3_sd15_mm.ckpt", foreign.motion())
+    foreign.save(tmp_path / "v3_sd15_adapter.ckpt", {
+        "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora."
+        f"{way}.weight": torch.zeros(shape) for way, shape in (("down", (4, 96)), ("up", (96, 4)))})
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(c) for c in re.findall(
+        r"python ((?:convert_weights.py|sample.py --weights) .*)", README)]
+    assert len(commands) == 5
+    small = ["--steps", "1", "--guidance-steps", "0", "--frames", "1", "--size", "64x64"]
+    for name, *argv in commands:
+        if name == "sample.py":
+            assert command.main([a for a in argv if a not in ("--preset", "camera")] + small) == 0
+        else:
+            assert convert_weights.main(argv) == 0
+    assert (tmp_path / "out.mp4").exists()
 
 
 def test_the_code_of_the_readme_runs(beside_examples, capsys):

@@ -128,6 +128,9 @@ def convert(args: argparse.Namespace) -> None:
     plan = assemble.plan(args.name or args.out.stem, parts_of(given.networks), given.loras,
                          args.ema)
     sources = [*given.networks.values(), *(lora.source for lora in given.loras)]
+    if any(args.out.exists() and args.out.samefile(file)
+           for source in sources for file in source.checkpoint.files):
+        raise InputError(f"{args.out}: is one of the files to read; write to another")
     for source in {s.path: s for s in sources}.values():
         print(account(source, plan), file=sys.stderr)
     sha256 = digest(file for source in sources for file in source.checkpoint.files)

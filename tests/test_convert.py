@@ -272,8 +272,8 @@ def test_files_in_the_wrong_place_get_the_right_command(folder, tmp_path, capsys
 
 
 def test_files_that_have_no_place_are_told_so(folder, tmp_path, capsys):
-    control = save(tmp_path / "sparse.ckpt", motion() | {
-        "controlnet_cond_embedding.weight": torch.zeros(32, 5, 3, 3)})
+    control = save(tmp_path / "sparse.ckpt", {"controlnet": motion() | {
+        "controlnet_cond_embedding.weight": torch.zeros(32, 5, 3, 3)}})
     done = tmp_path / "done.safetensors"
     argv = ["--motion-module", folder / "mm.ckpt", "--out", done, "--base"]
     assert convert(*argv, control) == 2
@@ -312,6 +312,27 @@ def test_wrong_usage_is_one_line(argv, message, folder, tmp_path, capsys):
     assert convert("--out", tmp_path / "o.safetensors", *argv) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_file_that_is_read_is_not_overwritten(folder, capsys):
+    before = (folder / "mm.ckpt").read_bytes()
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+                   "--out", folder / "mm.ckpt") == 2
+    assert "mm.ckpt: is one of the files to read" in capsys.readouterr().err
+    assert (folder / "mm.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (KeyboardInterrupt(), 130, "interrupted; no file is left unfinished"),
+    (MemoryError(), 1, "failed: out of memory")])
+def test_what_stops_it_leaves_no_file(error, code, line, folder, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise error
+    monkeypatch.setattr("mcl.convert.assemble.merged", stop)
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+                   "--out", tmp_path / "o.safetensors") == code
+    assert capsys.readouterr().err.endswith(f"{line}\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_file_to_write_it_says_so(capsys):

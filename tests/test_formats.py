@@ -234,6 +234,27 @@ def test_heads_that_differ_by_block_are_refused():
         plan("sd15", whole, [])
 
 
+def test_what_else_a_network_alone_carries_is_dropped():
+    text = real("diffusers_text_encoder") | {name: lazy((2, 2)) for name in (
+        "vision_model.x.weight", "logit_scale", "text_projection.weight", "visual_projection.x")}
+    assert set(source(text).dropped.values()) == {"of CLIP, but not of its text encoder"}
+    vae = real("diffusers_vae") | {name: lazy((2, 2)) for name in (
+        "loss.logvar", "encoder.x.num_batches_tracked", "vae.colorize")}
+    found = source({f"first_stage_model.{name}": t for name, t in vae.items()} | {
+        "model_ema.decay": lazy(())})
+    assert found.slot == "--vae" and len(found.parts["vae"]) == 248
+    assert sorted(found.dropped) == ["first_stage_model.encoder.x.num_batches_tracked",
+                                     "first_stage_model.loss.logvar",
+                                     "first_stage_model.vae.colorize", "model_ema.decay"]
+
+
+def test_positions_of_different_lengths_are_refused():
+    tensors = real("mm_v3")
+    tensors[next(key for key in tensors if key.endswith(".pe"))] = lazy((1, 24, 320))
+    with pytest.raises(InputError, match=r"differ in length: \[24, 32\]"):
+        source(tensors)
+
+
 def test_positions_that_are_learned_are_refused():
     tensors = real("mm_v3")
     name = next(key for key in tensors if key.endswith(".pe"))

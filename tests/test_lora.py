@@ -166,6 +166,16 @@ def test_diffusers_and_peft(dialect, tmp_path):
     assert open_lora("--lora", tmp_path).source.title.startswith("a LoRA")
 
 
+@pytest.mark.parametrize("before", ["base_model.model.text_model.", "text_model.", "",
+                                    "text_encoder.base_model.model.text_model.",
+                                    "text_encoder."])
+def test_the_text_encoder_under_other_prefixes(before, tmp_path):
+    factors = random_pairs([TEXT + "mlp.fc1"])
+    state = {name.replace("text_encoder.text_model.", before): t
+             for name, t in diffusers(factors, DIALECTS["peft"][0]).items()}
+    check(save(tmp_path / "a.safetensors", state), "--lora", factors)
+
+
 def test_alpha_beside_the_tensors_of_peft(tmp_path):
     factors, text = random_pairs(LINEAR[:2]), random_pairs([TEXT + "mlp.fc2"])
     state = diffusers(factors | text, DIALECTS["peft"][0])

@@ -4,13 +4,14 @@ import os
 import pickle
 import zipfile
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from mcl import InputError
 from mcl.convert.pickles import TensorUnpickler
-from mcl.convert.reading import open_checkpoint
+from mcl.convert.reading import find_weights, open_checkpoint
 
 from .foreign import convert
 
@@ -61,6 +62,54 @@ def test_no_instruction_of_pickles_reaches_a_function(code, tmp_path, monkeypatc
         archive.writestr("x/data.pkl", code.replace(b"{}", str(mark).encode()))
     open_checkpoint(file)
     assert not mark.exists()
+
+
+class OddList(list):
+    pass
+
+
+class OddDict(dict):
+    pass
+
+
+def test_foreign_objects_of_every_shape_are_passed_over(tmp_path):
+    odd_list, odd_dict = OddList([1, torch.zeros(2), 3]), OddDict(a=1, b=torch.zeros(3))
+    odd_list.more = odd_dict
+    content = {"list": odd_list, "dict": odd_dict, "score": numpy.float64(0.5),
+               "array": numpy.zeros(3), "set": {1, 2}, "w": torch.ones(2), "one": OddList([1]),
+               "dtype": torch.float16, "size": torch.Size([1]), "path": tmp_path}
+    for new in (True, False):
+        torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+        found = open_checkpoint(tmp_path / "x.pt")
+        assert list(found.tensors) == ["w"] and len(found.others) == len(content) - 1
+
+
+def test_an_archive_that_wants_a_password_is_refused(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    for start, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = data.find(start)
+        while place >= 0:
+            data[place + flags] |= 1
+            place = data.find(start, place + 1)
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(InputError, match="x.pt: truncated or damaged .*password"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("names, chosen", [
+    (["model.bin", "model.safetensors"], "model.safetensors"),
+    (["model.safetensors", "model.fp16.safetensors"], "model.safetensors"),
+    (["pytorch_model.bin", "model.fp16.safetensors"], "model.fp16.safetensors"),
+    (["pytorch_model.fp16.bin", "x.bin"], "pytorch_model.fp16.bin"),
+    (["model.fp16.safetensors.index.json"], "shard"),
+    (["model.safetensors.index.fp16.json"], "shard"),
+    (["pytorch_model.bin.index.json", "other.safetensors"], "shard")])
+def test_which_weights_of_a_folder_are_read(names, chosen, tmp_path):
+    for name in names:
+        (tmp_path / name).write_text('{"weight_map": {"w": "shard"}}')
+    (tmp_path / "shard").touch()
+    assert find_weights(tmp_path) == [tmp_path / chosen]
 
 
 def test_only_tensors_are_made():
@@ -117,7 +166,7 @@ def files(folder):
     return {
         "empty.ckpt": b"", "page.safetensors": b"\n<!DOCTYPE html><title>404</title>",
         "pointer.ckpt": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n",
-        "readme.ckpt": "Modèle".encode() * 1000, "image.ckpt": b"\x89PNG\r\n\0\0" * 9,
+        "readme.ckpt": ("x" + "è" * 3000).encode(), "image.ckpt": b"\x89PNG\r\n\0\0" * 9,
         "header.safetensors": good[:20], "cut.safetensors": good[:-9], "cut.ckpt": new[:-90],
         "cut_old.ckpt": old[:-9], "cut_pickle.ckpt": old[:60],
         "photos.ckpt": (folder / "photos.zip").read_bytes(), "list.ckpt": None}

@@ -26,6 +26,8 @@ STORAGES = {
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool}
+# What reading a zip archive raises: among them RuntimeError, where it wants a password.
+DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, RuntimeError)
 WRAPPERS = ("state_dict", "controlnet")
 ReadBytes = Callable[[str, int, int], bytes]        # storage key, first byte, number of bytes
 
@@ -48,7 +50,7 @@ class StandIn:
     def append(self, _: Any) -> None:
         pass
 
-    extend = add = append
+    extend = append
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class TensorUnpickler(pickle.Unpickler):
     """Builds dicts, lists, numbers, strings, and LazyTensors; anything else is a StandIn."""
 
     def __init__(self, file: Any, read_bytes: ReadBytes):
-        super().__init__(file, encoding="latin1")
+        super().__init__(file)
         self.read_bytes = read_bytes
         self.storages: dict[str, Storage] = {}
 
@@ -79,9 +81,10 @@ class TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, numel, *view = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or any(view):
+        known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
+        if not known or any(view):
             raise pickle.UnpicklingError(f"a storage of an unknown kind, {pid[:2]}")
-        self.storages[key] = Storage(str(key), dtype, int(numel))
+        self.storages[key] = Storage(key, dtype, int(numel))
         return self.storages[key]
 
     def tensor(self, storage: Storage, offset: int, size: tuple[int, ...],
@@ -139,13 +142,13 @@ def open_zip(path: Path) -> Any:
             with archive.open(f"{root}data/{key}") as file:
                 file.seek(start)
                 return exactly(file, count)
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError) as error:
+        except DAMAGE as error:
             raise damaged(path, error) from error
 
     try:
         with archive.open(records[0]) as file:
             return unpickle(path, TensorUnpickler(file, read_bytes))
-    except (zipfile.BadZipFile, OSError) as error:
+    except DAMAGE as error:
         raise damaged(path, error) from error
 
 
@@ -170,9 +173,9 @@ def open_legacy(path: Path) -> Any:
         try:
             for key in keys:
                 numel, = struct.unpack("<q", exactly(file, 8))
-                places[str(key)] = file.tell()
+                places[key] = file.tell()
                 file.seek(numel * content.storages[key].dtype.itemsize, 1)
-        except (EOFError, KeyError, OSError) as error:
+        except (EOFError, KeyError, OSError, TypeError, OverflowError) as error:
             raise damaged(path, error) from error
         if file.tell() > path.stat().st_size or set(places) != set(content.storages):
             raise damaged(path, "its end is missing")

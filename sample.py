@@ -27,9 +27,9 @@ from mcl.video import FITS, check_writable
 EMBEDDED = Path(__file__).parent / "weights" / "tiny.safetensors"
 # The published settings (arXiv 2406.05338): steps, guided steps, their share of the noise range.
 PRESETS = {"camera": (100, 50, 0.3), "object": (300, 180, 0.4)}
-# The reference is noised with a stream of its own, so that a seed starts a clip from the same
-# noise whether its motion is read from a video or from a file.
-REFERENCE_STREAM = 1 << 32
+# The reference is noised alike whatever the seed, so that a motion is the same in every sample and
+# in a file; with a number beyond all seeds, so that no clip starts from that noise.
+REFERENCE_SEED = 1 << 32
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -112,8 +112,8 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
               file=sys.stderr)
     if (args.ref is None) == (args.motion is None):
         raise InputError("give the reference with --ref, or its kept motion with --motion")
-    if not 0 <= args.seed < REFERENCE_STREAM:
-        raise InputError(f"--seed {args.seed} is not possible: 0 to {REFERENCE_STREAM - 1}")
+    if not 0 <= args.seed < REFERENCE_SEED:
+        raise InputError(f"--seed {args.seed} is not possible: 0 to {REFERENCE_SEED - 1}")
     if args.num_samples < 1:
         raise InputError(f"--num-samples {args.num_samples} is not possible: 1 or more")
     if args.compare and args.ref is None:
@@ -214,7 +214,7 @@ def read_motion(args: argparse.Namespace, model: Model, reference: torch.Tensor,
     latents = model.vae.encode(reference.to(model.device, model.dtype))
     motion = extract_motion(model, latents, t=config.extract_t, k=config.top_k,
                             blocks=config.blocks,
-                            generator=torch.Generator().manual_seed(args.seed + REFERENCE_STREAM))
+                            generator=torch.Generator().manual_seed(REFERENCE_SEED))
     if args.save_motion is not None:
         dataclasses.replace(motion, info=motion.info | {"source": args.ref.name}).save(
             args.save_motion)

@@ -43,7 +43,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
     model = build_model(config, "meta", sha256)
     shapes = {f"{part}.{name}": tensor.shape for part in PARTS
               for name, tensor in getattr(model, part).state_dict().items()}
-    changes = all_deltas(loras, shapes)
+    changes, _ = all_deltas(loras, shapes)
     with safe_open(path, framework="pt", device=str(chosen)) as file:
         check_names(path, set(file.keys()), shapes)
         for part in PARTS:

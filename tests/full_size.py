@@ -5,7 +5,6 @@
 Makes files of the real names, shapes and precision (5.9 GB of float32) with numbers of no meaning
 in FOLDER, converts them, loads the result, and prints what each took.
 """
-import gzip
 import math
 import os
 import subprocess
@@ -17,14 +16,14 @@ import torch
 
 from mcl.files import stream_safetensors
 
+from .foreign import listing
+
 ROOT = Path(__file__).parent.parent
 LOAD = "from mcl import load_model; load_model({!r}, device='cpu', dtype='float16')"
 
 
 def shapes(name):
-    lines = gzip.open(ROOT / "tests" / "data" / f"{name}.txt.gz", "rt").read().splitlines()
-    return {key: tuple(map(int, shape.split("x")))
-            for key, shape in (line.split("\t") for line in lines)}
+    return {key: tuple(map(int, shape.split("x"))) for key, shape in listing(name).items()}
 
 
 def numbers(shape, g):

@@ -16,7 +16,7 @@ from mcl.config import SD15, SD15_V1, SD15_V2, from_dict
 from mcl.config import ModelConfig
 
 from .foreign import (MINI, convert, diffusers_folder, ldm, mini_weights, motion, motion_adapter,
-                      old_attention, part, save)
+                      old_attention, part, save, sinusoid)
 
 REF = Path(__file__).parent.parent / "examples" / "figure_eight.mp4"
 BUFFERS = {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000),
@@ -174,6 +174,9 @@ MOTIONS = {
     "adapter_v3.safetensors": ("v3", lambda: motion_adapter("v3")),
     "mm_v1_bare.safetensors": ("v1", lambda: {
         k: t for k, t in motion("v1").items() if "pos_encoder" not in k}),
+    "motion-adapter-v1-5.safetensors": ("v1", lambda: {
+        k: torch.cat([t, sinusoid(32, t.shape[2])[:, 24:]], 1) if k.endswith(".pe") else t
+        for k, t in motion_adapter("v1").items()}),
     "half.safetensors": ("v3", lambda: {k: t.half() for k, t in motion("v3").items()}),
 }
 

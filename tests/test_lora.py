@@ -55,7 +55,8 @@ def shapes():
 
 def check(path, option, factors, scale=1.0, alpha=None):
     """The file changes exactly the weights of the factors, by what they say."""
-    changes = all_deltas([open_lora(option, path, scale)], shapes())
+    changes, unused = all_deltas([open_lora(option, path, scale)], shapes())
+    assert set(unused) == {path}
     assert changes.keys() == {module + ".weight" for module in factors}
     for module, (down, up) in factors.items():
         before = mini_weights()[module + ".weight"]
@@ -228,7 +229,7 @@ def test_several_are_added_in_float32_and_cast_once(tmp_path):
     factors = random_pairs(LINEAR[:1])
     path = save(tmp_path / "a.safetensors", kohya(factors))
     change = all_deltas([open_lora("--lora", path, s) for s in (1e-4, 1.0, -1.0)],
-                        shapes())[LINEAR[0] + ".weight"]
+                        shapes())[0][LINEAR[0] + ".weight"]
     weight = mini_weights()[LINEAR[0] + ".weight"].half()
     expected = (weight.float() + 1e-4 * product(*factors[LINEAR[0]])).half()
     assert torch.equal(merged(weight, change, torch.float16), expected)

@@ -1,7 +1,5 @@
 """The UNet: the names and shapes of the real files, and the maps it hands out."""
 import dataclasses
-import gzip
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +13,9 @@ from mcl.unet import UNet3D
 from mcl.vae import AutoencoderKL
 
 from .conftest import SMALL, randomize
+from .foreign import listing
 
-DATA = Path(__file__).parent / "data"
 BLOCK = "up_blocks.1"
-
-
-def listing(name):
-    lines = gzip.open(DATA / f"{name}.txt.gz", "rt").read().splitlines()
-    return dict(line.split("\t") for line in lines)
 
 
 @pytest.mark.parametrize("network, config, name", [

@@ -16,7 +16,7 @@ from ..temporal import position_encoding
 from . import names as rename
 from .formats import BASE, MOTION, TEXT, VAE, Source
 from .lazy import LazyTensor
-from .lora import Delta, Lora, deltas, merged
+from .lora import Delta, Lora, all_deltas, merged
 from .sizes import text_config, unet_config, vae_config
 
 OPTIONS = {"unet": BASE, "vae": VAE, "text_encoder": TEXT, "motion": MOTION}
@@ -64,49 +64,46 @@ def plan(name: str, parts: Mapping[str, Source], loras: list[Lora], ema: bool = 
     """
     if missing(parts):
         raise InputError("a complete model still needs " + ", ".join(missing(parts)))
-    taken = {part: dict(source.parts[part]) for part, source in parts.items()}
-    dropped: dict[Path, dict[str, str]] = {s.path: dict(s.dropped) for s in parts.values()}
-    if ema:
-        take_averages(parts["unet"], taken["unet"], dropped[parts["unet"].path])
+    taken, dropped = choose(parts, ema)
     check_positions(parts["motion"])
     config = infer_config(name, parts)
-
     weights: dict[str, LazyTensor] = {}
     paths: dict[str, Path] = {}
-    used: Counter[Path] = Counter()
     for part, source in parts.items():
-        place = "unet" if part == "motion" else part
-        new = {f"{place}.{ours}": source.checkpoint.tensors[theirs]
+        prefix = "unet" if part == "motion" else part
+        new = {f"{prefix}.{ours}": source.checkpoint.tensors[theirs]
                for ours, theirs in taken[part].items()}
         weights |= new
         paths |= dict.fromkeys(new, source.path)
-        used[source.path] += len(taken[part])
-    for part in ("unet", "vae", "text_encoder"):
-        for source in parts.values():
-            if part in source.parts and parts[part] is not source:
-                dropped[source.path] |= {theirs: f"of {WORDS[part]}, which {OPTIONS[part]} gives"
-                                         for theirs in source.parts[part].values()}
     model = build_model(config, "meta")
     shapes = {f"{part}.{name}": tuple(tensor.shape) for part in PARTS
               for name, tensor in getattr(model, part).state_dict().items()}
-    check(parts, weights, shapes)
-
-    changes: dict[str, list[Delta]] = {}
+    check(paths, weights, shapes, parts)
+    changes, unused = all_deltas(loras, shapes)
+    used = Counter(paths.values())
     for lora in loras:
-        found, why = deltas(lora, shapes)
-        for weight, delta in found.items():
-            changes.setdefault(weight, []).append(delta)
-        dropped[lora.source.path] = why
-        used[lora.source.path] = len(lora.source.checkpoint.tensors) - len(why)
-    reasons = {path: Counter(names.values()) for path, names in dropped.items()}
-    for source in {s.path: s for s in parts.values()}.values():
-        count(source, used[source.path], reasons[source.path])
-    return Plan(config, weights, paths, shapes, changes, dict(used), reasons)
+        path = lora.source.path
+        used[path] = len(lora.source.checkpoint.tensors) - len(unused[path])
+    reasons = {path: Counter(names.values()) for path, names in (dropped | unused).items()}
+    for source in parts.values():
+        # Every tensor is used once or dropped for a reason.
+        assert used[source.path] + reasons[source.path].total() == len(source.checkpoint.tensors)
+    return Plan(config, weights, paths, shapes, changes, used, reasons)
 
 
-def count(source: Source, used: int, reasons: Counter[str]) -> None:
-    """Every tensor is used once or dropped for a reason; anything else is a fault in here."""
-    assert used + reasons.total() == len(source.checkpoint.tensors), source.path
+def choose(parts: Mapping[str, Source], ema: bool
+           ) -> tuple[dict[str, dict[str, str]], dict[Path, dict[str, str]]]:
+    """Of each part {our name: its name}, and of each file {its name: why it is not used}."""
+    taken = {part: dict(source.parts[part]) for part, source in parts.items()}
+    dropped = {source.path: dict(source.dropped) for source in parts.values()}
+    if ema:
+        take_averages(parts["unet"], taken["unet"], dropped[parts["unet"].path])
+    for part, chosen in parts.items():
+        for source in parts.values():
+            if source is not chosen:
+                dropped[source.path] |= {theirs: f"of {WORDS[part]}, which {OPTIONS[part]} gives"
+                                         for theirs in source.parts.get(part, {}).values()}
+    return taken, dropped
 
 
 def take_averages(source: Source, taken: dict[str, str], dropped: dict[str, str]) -> None:
@@ -126,9 +123,8 @@ def check_positions(source: Source) -> None:
     for name in source.dropped:
         if rename.POSITIONS.search(name):
             found = source.checkpoint.tensors[name].read().float()
-            expected = position_encoding(source.max_frames, found.shape[-1])
-            if found[0].shape != expected.shape or not torch.allclose(found[0], expected,
-                                                                      atol=5e-3):
+            if found.ndim != 3 or not torch.allclose(
+                    found[0], position_encoding(*found.shape[1:]), atol=5e-3):
                 raise InputError(f"{source.path}: {name} is not AnimateDiff's encoding of "
                                  "positions; such a motion module cannot be used here")
 
@@ -154,27 +150,24 @@ def infer_config(name: str, parts: Mapping[str, Source]) -> ModelConfig:
     return config
 
 
-def check(parts: Mapping[str, Source], weights: Mapping[str, LazyTensor],
-          shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check(paths: Mapping[str, Path], weights: Mapping[str, LazyTensor],
+          shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Source]) -> None:
     """Raises InputError for a weight that is missing, extra, quantised or of another shape.
 
     Ones at the end of a shape do not count: a 1x1 convolution is a linear layer.
     """
-    def source(name: str) -> Path:
-        part = "motion" if ".motion_modules." in name else name.partition(".")[0]
-        return parts[part].path
-
     for name in shapes:
         if name not in weights:
-            raise InputError(f"{source(name)}: the tensor {name} is missing")
+            part = "motion" if ".motion_modules." in name else name.partition(".")[0]
+            raise InputError(f"{parts[part].path}: the tensor {name} is missing")
     for name, tensor in weights.items():
         if name not in shapes:
-            raise InputError(f"{source(name)}: the tensor {name} belongs to no part of the model")
+            raise InputError(f"{paths[name]}: the tensor {name} belongs to no part of the model")
         if not tensor.dtype.is_floating_point:
-            raise InputError(f"{source(name)}: the tensor {name} is {tensor.dtype}: quantised "
+            raise InputError(f"{paths[name]}: the tensor {name} is {tensor.dtype}: quantised "
                              "weights are not read here")
         if bare(tensor.shape) != bare(shapes[name]):
-            raise InputError(f"{source(name)}: the tensor {name} is {tensor.shape}, "
+            raise InputError(f"{paths[name]}: the tensor {name} is {tensor.shape}, "
                              f"here it is {shapes[name]}")
 
 

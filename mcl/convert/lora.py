@@ -150,13 +150,15 @@ def one_delta(path: Path, module: str, factors: Mapping[str, LazyTensor], shape:
 
 
 def all_deltas(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]
-               ) -> dict[str, list[Delta]]:
-    """Of several LoRAs: {weight's name: its changes, in the order of the LoRAs}."""
+               ) -> tuple[dict[str, list[Delta]], dict[Path, dict[str, str]]]:
+    """`deltas` of several: {weight's name: its changes, in order}, {file: what is not used}."""
     changes: dict[str, list[Delta]] = {}
+    unused: dict[Path, dict[str, str]] = {}
     for lora in loras:
-        for weight, delta in deltas(lora, shapes)[0].items():
+        found, unused[lora.source.path] = deltas(lora, shapes)
+        for weight, delta in found.items():
             changes.setdefault(weight, []).append(delta)
-    return changes
+    return changes, unused
 
 
 def merged(weight: Tensor, changes: Sequence[Delta], dtype: torch.dtype) -> Tensor:

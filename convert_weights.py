@@ -82,6 +82,9 @@ def misplaced(source: Source, option: str, args: argparse.Namespace) -> InputErr
     if not source.slot or source.slot == WEIGHTS:
         fit = f"python sample.py --weights {source.path} runs it" if source.slot else ""
         return InputError(f"{source.path}: {source.title}" + (f"; {fit}" if fit else ""))
+    if source.slot == BASE and option in (VAE, TEXT):
+        return InputError(f"{source.path}: {source.title}: it holds nothing for {option}; "
+                          "give another file, or leave the option out")
     words = []
     for name in (*NETWORKS, *LORAS):
         value = getattr(args, name[2:].replace("-", "_"))

@@ -282,6 +282,9 @@ def test_files_that_have_no_place_are_told_so(folder, tmp_path, capsys):
     assert convert(*argv, control) == 2
     assert "sparse.ckpt: SparseCtrl (rgb); image-to-video is not supported here yet\n" in (
         capsys.readouterr().err)
+    bare = save(tmp_path / "bare.safetensors", ldm(("unet",)))
+    assert convert(*argv, bare, "--vae", bare) == 2
+    assert "(UNet): it holds nothing for --vae" in capsys.readouterr().err
     assert convert(*argv, folder / "base.safetensors") == 0
     capsys.readouterr()
     assert convert(*argv, done) == 2

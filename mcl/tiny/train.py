@@ -46,11 +46,11 @@ class Plan:
     image_steps: int = 1600
     image_batch: int = 64
     image_rate: float = 1.5e-3
-    motion_steps: int = 1500
+    motion_steps: int = 1350
     motion_batch: int = 6
     motion_rate: float = 1e-3
     spatial_rate: float = 4e-4          # of the layers already trained, in the motion stage
-    decoder_steps: int = 800
+    decoder_steps: int = 600
     decoder_rate: float = 1.5e-3
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
     ema: float = 0.998

@@ -2,7 +2,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Iterator, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,12 +12,13 @@ from .config import ModelConfig, from_dict, to_dict
 from .convert.lora import Lora, all_deltas, fingerprint, merged
 from .errors import InputError
 from .files import save_safetensors
-from .layers import channels_last
+from .layers import channels_last, layout
 from .model import Model, build_model
 
 FORMAT = "mcl-model-1"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PARTS = ("unet", "vae", "text_encoder")
+FEW = 64
 
 
 def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
@@ -44,17 +45,30 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
     shapes = {f"{part}.{name}": tensor.shape for part in PARTS
               for name, tensor in getattr(model, part).state_dict().items()}
     changes, _ = all_deltas(loras, shapes)
-    with safe_open(path, framework="pt", device=str(chosen)) as file:
+    with safe_open(path, framework="pt") as file:
         check_names(path, set(file.keys()), shapes)
-        for part in PARTS:
-            state = {}
-            for name in getattr(model, part).state_dict():
-                tensor = file.get_tensor(f"{part}.{name}")
-                check_shape(path, f"{part}.{name}", tensor, shapes[f"{part}.{name}"])
-                state[name] = merged(tensor, changes.get(f"{part}.{name}", ()), kind)
-                check_finite(path, f"{part}.{name}", state[name])
-            place(getattr(model, part), state)
+    for part in PARTS:
+        module, state = getattr(model, part), {}
+        names = [f"{part}.{name}" for name in module.state_dict()]
+        for name, tensor in read_tensors(path, names, chosen):
+            check_shape(path, name, tensor, shapes[name])
+            weight = merged(tensor, changes.get(name, ()), kind)
+            check_finite(path, name, weight)
+            state[name.removeprefix(f"{part}.")] = layout(weight)
+        place(module, state)
     return model
+
+
+def read_tensors(path: Path, names: list[str], device: torch.device
+                 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of some tensors of a file, in order.
+
+    A file that is open stays in memory as far as it was read: it is opened anew for every few.
+    """
+    for i in range(0, len(names), FEW):
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in names[i:i + FEW]:
+                yield name, file.get_tensor(name)
 
 
 def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapping[str, str]

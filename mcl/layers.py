@@ -190,6 +190,10 @@ class SpatialTransformer(nn.Module):
 def channels_last(module: nn.Module) -> nn.Module:
     """Lays the convolutions' weights out as the CPU and tensor cores want them; in place."""
     for p in module.parameters():
-        if p.ndim == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
+        p.data = layout(p.data)
     return module
+
+
+def layout(weight: Tensor) -> Tensor:
+    """One weight as `channels_last` lays it out."""
+    return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight

@@ -162,10 +162,10 @@ def all_deltas(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]
 
 
 def merged(weight: Tensor, changes: Sequence[Delta], dtype: torch.dtype) -> Tensor:
-    """A weight with its changes, added in float32, in the dtype wanted."""
+    """A weight with its changes, added in float32, in the dtype wanted; always a new tensor."""
     for change in changes:
         weight = change.add_to(weight.float())
-    return weight.to(dtype)
+    return weight.to(dtype, copy=True)
 
 
 def fingerprint(lora: Lora) -> str:

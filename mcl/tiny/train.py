@@ -32,7 +32,10 @@ from .clips import VOCABULARY
 from .data import FRAMES, SIZE, Clips, crop, encode_clips, pictures
 from .trainer import Trainee, autocast
 
-DEFAULTS: dict[str, Any] = {}           # the settings of SampleConfig that suit this model
+# The settings of SampleConfig that suit this model.
+DEFAULTS: dict[str, Any] = {
+    "steps": 30, "guidance_steps": 18, "guidance_span": 0.4, "warmup": 4, "cooldown": 4,
+    "cfg_scale": 2.5, "motion_scale": 150000.0, "extract_t": 200}
 STAGES = ("vae", "latents", "image", "motion", "decoder", "export")
 
 
@@ -50,7 +53,7 @@ class Plan:
     motion_batch: int = 6
     motion_rate: float = 1e-3
     spatial_rate: float = 4e-4          # of the layers already trained, in the motion stage
-    decoder_steps: int = 600
+    decoder_steps: int = 400
     decoder_rate: float = 1.5e-3
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
     ema: float = 0.998

@@ -19,12 +19,14 @@ from mcl import InputError
 from mcl.checkpoint import DTYPES
 from mcl.command import FORESEEN, Parser, explain
 from mcl.convert import assemble
-from mcl.convert.formats import BASE, LORAS, MOTION, TEXT, VAE, WEIGHTS, Source, read_source
-from mcl.convert.lora import Lora, open_lora, parse_scaled
+from mcl.convert.formats import (BASE, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS, Source,
+                                 read_source)
+from mcl.convert.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
 from mcl.files import check_file
 
 SHORT = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
-NETWORKS = {BASE: "unet", VAE: "vae", TEXT: "text_encoder", MOTION: "motion"}
+NETWORKS = {BASE: "unet", VAE: "vae", TEXT: "text_encoder", MOTION: "motion",
+            SPARSECTRL: "sparsectrl"}
 CHUNK = 1 << 24
 
 
@@ -35,12 +37,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="Stable Diffusion 1.5: .safetensors, .ckpt, or a folder of diffusers")
     add("--motion-module", type=Path, metavar="M",
         help="of AnimateDiff, v1, v2 or v3, or a MotionAdapter of diffusers")
+    add("--sparsectrl", type=Path, metavar="S",
+        help="of AnimateDiff, rgb or scribble: then sample.py takes pictures or sketches")
     add("--vae", type=Path, metavar="V", help="in place of the base's")
     add("--text-encoder", type=Path, metavar="T", help="in place of the base's")
     for option, what in zip(LORAS, ("AnimateDiff's domain adapter", "of kohya, A1111, diffusers "
                                     "or PEFT", "of AnimateDiff, for its motion modules")):
         add(option, type=parse_scaled, nargs="+", action="extend", default=[],
             metavar="F[:SCALE]", help=what)
+    add("--ignore-alpha", action="store_true", help=IGNORE_ALPHA)
     add("--ema", action="store_true", help="take the base's moving averages")
     add("--out", type=Path, metavar="F", help="the file to write, a .safetensors")
     add("--dtype", choices=SHORT, default="fp16", help="of what is written (default: %(default)s)")
@@ -73,7 +78,7 @@ def open_all(args: argparse.Namespace) -> Given:
             source = read(path)
             if source.slot != option:
                 raise misplaced(source, option, args)
-            given.loras.append(open_lora(option, path, scale))
+            given.loras.append(open_lora(option, path, scale, args.ignore_alpha))
     return given
 
 
@@ -92,6 +97,7 @@ def misplaced(source: Source, option: str, args: argparse.Namespace) -> InputErr
             slot = read_source(path).slot or name
             words += [slot, f"{path}:{scale:g}" if scale != 1 else str(path)]
     words += ["--ema"] if args.ema else []
+    words += ["--ignore-alpha"] if args.ignore_alpha else []
     words += ["--name", args.name] if args.name else []
     words += ["--dtype", args.dtype, "--out", str(args.out)]
     return InputError(f"{source.path}: {source.title}, which is not for {option}; "
@@ -140,7 +146,8 @@ def convert(args: argparse.Namespace) -> None:
     record = {f"{option} {file.relative_to(source.path.parent)}{scale}": sha256[file]
               for option, source, scale in (
                   *((option, source, "") for option, source in given.networks.items()),
-                  *((o.source.slot, o.source, f":{o.scale:g}") for o in given.loras))
+                  *((o.source.slot, o.source, f":{o.scale:g}{' without alpha' * o.ignore_alpha}")
+                    for o in given.loras))
               for file in source.checkpoint.files}
     dtype = DTYPES[SHORT[args.dtype]]
     bar = tqdm(plan.tensors(dtype), total=len(plan.shapes), desc=args.out.name, unit="tensor",

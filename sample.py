@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from tqdm import tqdm
 
-from mcl import (InputError, Model, Motion, SampleConfig, extract_motion, load_model, read_video,
-                 sample, write_video)
+from mcl import (InputError, Model, Motion, SampleConfig, extract_motion, load_model, read_picture,
+                 read_video, sample, sparse_condition, write_video)
 from mcl.checkpoint import DTYPES, read_header
 from mcl.command import FORESEEN, Parser, explain
 from mcl.convert.formats import LORAS
-from mcl.convert.lora import Lora, open_lora, parse_scaled
+from mcl.convert.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
 from mcl.files import atomic, check_file
 from mcl.unet import UNet3D
 from mcl.video import FITS, check_writable
@@ -65,6 +66,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--duration", type=float, help="seconds of the reference; all the rest without it")
     add("--fit", choices=FITS, default="crop", help="how the reference is brought to size")
     add("--fps", type=float, help="of the video written")
+    add("--image", type=parse_image, nargs="+", action="extend", default=[], metavar="F[@FRAME]",
+        help="picture that a frame is to show, the first without @FRAME; or a sketch of it: "
+             "as the model's SparseCtrl takes them")
     add("--save-motion", type=Path, metavar="FILE", help="keep the reference's motion")
     add("--motion", type=Path, metavar="FILE", help="use a kept motion in place of --ref")
 
@@ -73,6 +77,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                                     "of AnimateDiff's motion modules")):
         group.add_argument(option, type=parse_scaled, nargs="+", action="extend", default=[],
                            metavar="F[:SCALE]", help=what)
+
+    group.add_argument("--ignore-alpha", action="store_true", help=IGNORE_ALPHA)
 
     group = p.add_argument_group("machine")
     add = group.add_argument
@@ -87,6 +93,14 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (x and width.isdigit() and height.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 512x512")
     return int(width), int(height)
+
+
+def parse_image(text: str) -> tuple[Path, int]:
+    """"a.png@15" -> (a.png, 15); frame 0 where none is given."""
+    path, at, frame = text.rpartition("@")
+    if at and frame.removeprefix("-").isdigit():
+        return Path(path), int(frame)
+    return Path(text), 0
 
 
 def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
@@ -132,6 +146,13 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     fps = model_config.fps if args.fps is None else args.fps
     if not 0.1 <= fps <= 100:
         raise InputError(f"--fps {fps} is not possible: 0.1 to 100")
+    for image, frame in args.image:
+        if not model_config.sparsectrl.kind:
+            raise InputError(f"--image {image}: these weights have no SparseCtrl; "
+                             "convert_weights.py --sparsectrl makes some that have")
+        if not -config.frames <= frame < config.frames:
+            raise InputError(f"--image {image}@{frame}: the clip has frames 0 to "
+                             f"{config.frames - 1}")
     for path in outputs(args):
         check_writable(path)
     for path in (args.save_motion, args.out.with_suffix(".json")):
@@ -141,7 +162,7 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
 
 
 def open_loras(args: argparse.Namespace) -> list[Lora]:
-    return [open_lora(option, path, scale) for option in LORAS
+    return [open_lora(option, path, scale, args.ignore_alpha) for option in LORAS
             for path, scale in getattr(args, option[2:].replace("-", "_"))]
 
 
@@ -164,6 +185,8 @@ def run(args: argparse.Namespace) -> None:
     if args.ref is not None:
         reference = read_video(args.ref, config.frames, (config.height, config.width),
                                start=args.start, duration=args.duration, fit=args.fit)
+    size = (config.height, config.width)
+    pictures = [read_picture(path, size, args.fit) for path, _ in args.image]
     timing["read"] = clock() - began
 
     began = clock()
@@ -176,11 +199,13 @@ def run(args: argparse.Namespace) -> None:
               else read_motion(args, model, reference, config))
     timing["extract"] = clock() - began
 
+    condition = given_frames(model, pictures, args, config)
     for i, out in enumerate(outputs(args)):
         seed = args.seed + i
         began = clock()
         generator = torch.Generator().manual_seed(seed)
-        bar = tqdm(sample(model, args.prompt, motion, config=config, generator=generator),
+        bar = tqdm(sample(model, args.prompt, motion, config=config, generator=generator,
+                          condition=condition),
                    total=config.steps, desc=f"seed {seed}", unit="step", file=sys.stderr)
         losses = []
         for state in bar:
@@ -202,7 +227,9 @@ def run(args: argparse.Namespace) -> None:
             "settings": dataclasses.asdict(config), "start": args.start,
             "duration": args.duration, "fit": args.fit, "fps": fps,
             "weights": str(args.weights), "weights_sha256": model.sha256,
+            "images": [(str(path), frame) for path, frame in args.image],
             "loras": [(str(lora.source.path), lora.scale) for lora in loras],
+            "ignore_alpha": args.ignore_alpha,
             "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
             "torch": torch.__version__, "motion_loss": losses,
             "seconds": {name: round(s, 3) for name, s in timing.items()}})
@@ -212,13 +239,30 @@ def run(args: argparse.Namespace) -> None:
 def read_motion(args: argparse.Namespace, model: Model, reference: torch.Tensor,
                 config: SampleConfig) -> Motion:
     latents = model.vae.encode(reference.to(model.device, model.dtype))
+    # Read under its own frames: the new clip's are not of this motion.
+    own = [reference[frame, None] for _, frame in args.image]
+    condition = given_frames(model, own, args, config)
     motion = extract_motion(model, latents, t=config.extract_t, k=config.top_k,
                             blocks=config.blocks,
-                            generator=torch.Generator().manual_seed(REFERENCE_SEED))
+                            generator=torch.Generator().manual_seed(REFERENCE_SEED),
+                            condition=condition)
     if args.save_motion is not None:
         dataclasses.replace(motion, info=motion.info | {"source": args.ref.name}).save(
             args.save_motion)
     return motion
+
+
+def given_frames(model: Model, pictures: list[torch.Tensor], args: argparse.Namespace,
+                 config: SampleConfig) -> torch.Tensor | None:
+    """SparseCtrl's condition: these pictures (1, 3, H, W), at the frames that --image names."""
+    if not pictures:
+        return None
+    given = torch.cat(pictures).to(model.device, model.dtype)
+    if model.config.sparsectrl.kind == "rgb":
+        given = rearrange(model.vae.encode(given), "1 c n h w -> n c h w")
+    else:
+        given = (given + 1) / 2
+    return sparse_condition(given, [frame for _, frame in args.image], config.frames)
 
 
 def warn_unknown(model: Model, prompt: str) -> None:

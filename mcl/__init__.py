@@ -5,8 +5,9 @@ from .errors import InputError, NumericalError
 from .model import Model
 from .motion import Motion, extract_motion, motion_loss
 from .sampler import State, sample
-from .video import read_video, write_video
+from .sparsectrl import sparse_condition
+from .video import read_picture, read_video, write_video
 
 __all__ = ["InputError", "Model", "ModelConfig", "Motion", "NumericalError", "SampleConfig",
-           "State", "extract_motion", "load_model", "motion_loss", "read_video", "sample",
-           "save_model", "write_video"]
+           "State", "extract_motion", "load_model", "motion_loss", "read_picture",
+           "read_video", "sample", "save_model", "sparse_condition", "write_video"]

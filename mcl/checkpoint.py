@@ -17,7 +17,6 @@ from .model import Model, build_model
 
 FORMAT = "mcl-model-1"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PARTS = ("unet", "vae", "text_encoder")
 FEW = 64
 
 
@@ -42,13 +41,13 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
     if loras:
         sha256 = hashlib.sha256("\n".join([sha256, *map(fingerprint, loras)]).encode()).hexdigest()
     model = build_model(config, "meta", sha256)
-    shapes = {f"{part}.{name}": tensor.shape for part in PARTS
-              for name, tensor in getattr(model, part).state_dict().items()}
+    shapes = {f"{part}.{name}": tensor.shape for part, module in model.parts.items()
+              for name, tensor in module.state_dict().items()}
     changes, _ = all_deltas(loras, shapes)
     with safe_open(path, framework="pt") as file:
         check_names(path, set(file.keys()), shapes)
-    for part in PARTS:
-        module, state = getattr(model, part), {}
+    for part, module in model.parts.items():
+        state = {}
         names = [f"{part}.{name}" for name in module.state_dict()]
         for name, tensor in read_tensors(path, names, chosen):
             check_shape(path, name, tensor, shapes[name])
@@ -74,8 +73,9 @@ def read_tensors(path: Path, names: list[str], device: torch.device
 def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapping[str, str]
                ) -> None:
     """Writes a model with its config; `sources` are the files that it was made of, by sha256."""
-    tensors = {f"{part}.{name}": tensor.detach().cpu().to(dtype) for part in PARTS
-               for name, tensor in getattr(model, part).state_dict().items()}
+    tensors = {f"{part}.{name}": tensor.detach().cpu().to(dtype)
+               for part, module in model.parts.items()
+               for name, tensor in module.state_dict().items()}
     save_safetensors(path, tensors, metadata(model.config, sources, dtype))
 
 

@@ -20,12 +20,14 @@ class UNetConfig:
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
+    attention_levels: tuple[int, ...] = (0, 1, 2)   # resolutions that have spatial transformers
     heads: int = 8
     text_channels: int = 768
     norm_groups: int = 32
 
     motion_modules: bool = True
     motion_heads: int = 8
+    motion_attentions: int = 2          # along time, in each motion module; SparseCtrl's have 1
     motion_mid_block: bool = False      # v2 has one more module, in the middle
     norm_per_frame: bool = True         # v1 normalises residual blocks over the whole clip
     max_frames: int = 32                # length of the positional encoding; v1: 24
@@ -33,6 +35,16 @@ class UNetConfig:
     @property
     def time_channels(self) -> int:
         return 4 * self.block_out_channels[0]
+
+
+@dataclass(frozen=True)
+class SparseCtrlConfig:
+    """What SparseCtrl takes beside the UNet's own sizes: pictures or sketches of some frames."""
+    kind: str = ""                      # "rgb" or "scribble"; "" where a model has none
+    motion_heads: int = 8
+    max_frames: int = 32
+    # Of the convolutions that bring a sketch down to the size of the latents.
+    sketch_channels: tuple[int, ...] = (16, 32, 96, 256)
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,7 @@ class ModelConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sparsectrl: SparseCtrlConfig = field(default_factory=SparseCtrlConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     fps: int = 8
     vocabulary: tuple[str, ...] = ()    # the words it was trained on, if they can be listed
@@ -134,8 +147,8 @@ SD15_V1 = dataclasses.replace(SD15, unet=UNetConfig(norm_per_frame=False, max_fr
 
 TINY = ModelConfig(
     name="tiny",
-    unet=UNetConfig(block_out_channels=(48, 96, 128), layers_per_block=1, heads=2,
-                    text_channels=64, norm_groups=8, motion_heads=4, max_frames=16),
+    unet=UNetConfig(block_out_channels=(48, 96, 192), layers_per_block=1, attention_levels=(1, 2),
+                    heads=4, text_channels=64, norm_groups=8, motion_heads=4, max_frames=16),
     vae=VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8,
                   scaling_factor=1.0),
     text=TextConfig(hidden_size=64, intermediate_size=256, layers=2, heads=4),

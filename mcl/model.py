@@ -3,13 +3,15 @@ from dataclasses import dataclass
 from typing import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import ModelConfig
+from .errors import InputError
 from .schedule import Schedule
+from .sparsectrl import SparseCtrl
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
-from .unet import UNet3D
+from .unet import Residuals, UNet3D
 from .vae import AutoencoderKL
 
 
@@ -21,6 +23,7 @@ class Model:
     tokenizer: Tokenizer
     schedule: Schedule
     config: ModelConfig
+    sparsectrl: SparseCtrl | None = None
     sha256: str = ""                # of the file that it was read from
 
     @property
@@ -36,6 +39,22 @@ class Model:
         with torch.no_grad():
             return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks by the names that their weights have in a file."""
+        named = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        return named if self.sparsectrl is None else named | {"sparsectrl": self.sparsectrl}
+
+    @torch.no_grad()
+    def residuals(self, condition: Tensor | None, t: int, text: Tensor) -> Residuals | None:
+        """What SparseCtrl adds to the UNet under a condition; it does not depend on the noise."""
+        if condition is None:
+            return None
+        if self.sparsectrl is None:
+            raise InputError("this model has no SparseCtrl to give frames to: convert one with "
+                             "--sparsectrl")
+        return self.sparsectrl(condition.to(self.device, self.dtype), t, text)
+
     def unknown_words(self, prompt: str) -> list[str]:
         """The prompt's words on which the model was not trained, where those can be listed."""
         known = set(self.config.vocabulary)
@@ -48,4 +67,6 @@ def build_model(config: ModelConfig, device: str = "cpu", sha256: str = "") -> M
     with torch.device(device):
         unet, vae = UNet3D(config.unet), AutoencoderKL(config.vae)
         text_encoder = TextEncoder(config.text)
-    return Model(unet, vae, text_encoder, Tokenizer(), Schedule(config.schedule), config, sha256)
+        sparsectrl = SparseCtrl(config.unet, config.sparsectrl) if config.sparsectrl.kind else None
+    return Model(unet, vae, text_encoder, Tokenizer(), Schedule(config.schedule), config,
+                 sparsectrl, sha256)

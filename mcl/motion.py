@@ -63,7 +63,8 @@ class Motion:
 @torch.no_grad()
 def extract_motion(model: Model, latents: Tensor, *, noise: Tensor | None = None,
                    generator: torch.Generator | None = None, t: int = 400, k: int = 1,
-                   blocks: Sequence[str] = ("up_blocks.1",)) -> Motion:
+                   blocks: Sequence[str] = ("up_blocks.1",), condition: Tensor | None = None
+                   ) -> Motion:
     """Reads the motion of a clip off one noised pass of the UNet, without inversion.
 
     latents    (1, c, f, h, w), scaled, of the reference
@@ -71,6 +72,8 @@ def extract_motion(model: Model, latents: Tensor, *, noise: Tensor | None = None
     t          timestep to which the latents are noised (t_alpha), 0 to 999
     k          values kept of each row of a map, 1 to f
     blocks     blocks, motion modules or layers to read
+    condition  of a model with SparseCtrl: the reference's own frames, at the places where the
+               new clip will be given others (`sparse_condition`)
 
     The null prompt, conditional branch only; the pass ends after the last block that is read.
     Raises InputError for a block without temporal attention and for a k that cannot be.
@@ -81,8 +84,9 @@ def extract_motion(model: Model, latents: Tensor, *, noise: Tensor | None = None
     if noise is None:
         noise = torch.randn(latents.shape, generator=generator)
     z = model.schedule.add_noise(latents.float(), noise.to(latents.device).float(), t)
-    _, maps = model.unet(z.to(model.dtype), t, model.encode_text([""]), maps_of=blocks,
-                         need_eps=False)
+    null = model.encode_text([""])
+    _, maps = model.unet(z.to(model.dtype), t, null, maps_of=blocks, need_eps=False,
+                         residuals=model.residuals(condition, t, null))
     top = {name: probs.topk(k, dim=-1) for name, probs in maps.items()}         # eq. 4, 5
     info = {"model": model.sha256, "t": t, "k": k, "blocks": list(blocks), "frames": frames,
             "height": latents.shape[3], "width": latents.shape[4]}

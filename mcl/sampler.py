@@ -38,12 +38,14 @@ def guidance_weight(step: int, config: SampleConfig, elements: int) -> float:
 
 def sample(model: Model, prompt: str, motion: Motion | None = None, *,
            config: SampleConfig = SampleConfig(), latents: Tensor | None = None,
-           generator: torch.Generator | None = None) -> Iterator[State]:
+           generator: torch.Generator | None = None, condition: Tensor | None = None
+           ) -> Iterator[State]:
     """Samples a clip of the prompt that moves like the reference, one state per step.
 
     motion     of the reference, from `extract_motion`; None samples without guidance
     latents    the starting noise (1, c, f, h, w), standard normal; drawn from the CPU
                `generator` where not given, so that a seed means the same on every device
+    condition  of a model with SparseCtrl, from `sparse_condition`: frames that are given
 
     Raises InputError where the motion does not fit the model or the size, NumericalError where
     the loss or the latents cease to be finite.
@@ -74,13 +76,13 @@ def sample(model: Model, prompt: str, motion: Motion | None = None, *,
         # 1. The noise under the prompt, and, in the first steps, how its maps differ in motion.
         if motion is not None and i < config.guidance_steps:
             weight = guidance_weight(i, config, shape[2] * shape[3] * shape[4])
-            eps, loss, grad = guided_noise(model, z, t, text, motion, weight)
+            eps, loss, grad = guided_noise(model, z, t, text, motion, weight, condition)
         else:
-            eps = noise(model, z, t, text)
+            eps = noise(model, z, t, text, condition)
 
         # 2. Classifier-free guidance.
         if config.cfg_scale != 1:
-            eps_null = noise(model, z, t, null)
+            eps_null = noise(model, z, t, null, condition)
             eps = eps_null + config.cfg_scale * (eps - eps_null)
 
         # 3. DDIM; motion guidance moves the direction, not the predicted clean clip.
@@ -95,18 +97,22 @@ def sample(model: Model, prompt: str, motion: Motion | None = None, *,
 
 
 @torch.no_grad()
-def noise(model: Model, z: Tensor, t: int, text: Tensor) -> Tensor:
+def noise(model: Model, z: Tensor, t: int, text: Tensor, condition: Tensor | None = None
+          ) -> Tensor:
     """The UNet's estimate of the noise in z, like z."""
-    eps, _ = model.unet(z.to(model.dtype), t, text)
+    eps, _ = model.unet(z.to(model.dtype), t, text,
+                        residuals=model.residuals(condition, t, text))
     return eps.float()
 
 
-def guided_noise(model: Model, z: Tensor, t: int, text: Tensor, motion: Motion, weight: float
-                 ) -> tuple[Tensor, Tensor, Tensor]:
+def guided_noise(model: Model, z: Tensor, t: int, text: Tensor, motion: Motion, weight: float,
+                 condition: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The noise, the motion loss g, and the gradient of weight * g with respect to z."""
+    residuals = model.residuals(condition, t, text)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        eps, maps = model.unet(z.to(model.dtype), t, text, maps_of=motion.layers)
+        eps, maps = model.unet(z.to(model.dtype), t, text, maps_of=motion.layers,
+                               residuals=residuals)
         loss = motion_loss(maps, motion)
         grad, = torch.autograd.grad(weight * loss, z)
     return eps.detach().float(), loss.detach(), grad

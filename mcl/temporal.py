@@ -36,15 +36,16 @@ def position_encoding(frames: int, channels: int) -> Tensor:
 
 
 class TemporalBlock(nn.Module):
-    """Two self-attentions along time and a feed-forward, each added to its input.
+    """Self-attentions along time (two of them) and a feed-forward, each added to its input.
 
     x (b*h*w, f, c) -> like x, and the asked-for maps (b*h*w, heads, f, f).
     """
 
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, attentions: int):
         super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(channels) for _ in range(2)])
-        self.attention_blocks = nn.ModuleList([Attention(channels, heads) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.LayerNorm(channels) for _ in range(attentions)])
+        self.attention_blocks = nn.ModuleList([Attention(channels, heads)
+                                               for _ in range(attentions)])
         self.ff_norm = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
@@ -64,11 +65,11 @@ class TemporalBlock(nn.Module):
 class TemporalTransformer(nn.Module):
     """norm, proj_in, block, proj_out, residual: x (b*f, c, h, w) -> like x, and the maps."""
 
-    def __init__(self, channels: int, heads: int, groups: int):
+    def __init__(self, channels: int, heads: int, groups: int, attentions: int = 2):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TemporalBlock(channels, heads)])
+        self.transformer_blocks = nn.ModuleList([TemporalBlock(channels, heads, attentions)])
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, frames: int, maps_of: tuple[str, ...] = ()
@@ -84,9 +85,9 @@ class TemporalTransformer(nn.Module):
 class MotionModule(nn.Module):
     """The name under which AnimateDiff's checkpoints keep a temporal transformer."""
 
-    def __init__(self, channels: int, heads: int, groups: int):
+    def __init__(self, channels: int, heads: int, groups: int, attentions: int = 2):
         super().__init__()
-        self.temporal_transformer = TemporalTransformer(channels, heads, groups)
+        self.temporal_transformer = TemporalTransformer(channels, heads, groups, attentions)
 
     def forward(self, x: Tensor, frames: int, maps_of: tuple[str, ...] = ()
                 ) -> tuple[Tensor, Maps]:

@@ -5,7 +5,7 @@ attention maps that were asked for. Names are those of AnimateDiff's checkpoints
 """
 import contextlib
 import math
-from typing import Iterable
+from typing import Iterable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,12 @@ from .layers import Downsample, FrameNorm, ResnetBlock, SpatialTransformer, Upsa
 from .temporal import Maps, MotionModule, below
 
 EPS = 1e-5
+
+
+class Residuals(NamedTuple):
+    """What SparseCtrl adds to the UNet: to each skip, (b*f, c, h, w), and to the middle."""
+    skips: list[Tensor]
+    middle: Tensor
 
 
 class TimestepEmbedding(nn.Module):
@@ -40,8 +46,8 @@ class TimestepEmbedding(nn.Module):
 class Block(nn.Module):
     """One resolution of the UNet: layers of (resnet, spatial transformer, motion module).
 
-    The layers of the way up take one skip tensor each, beside the features. The deepest
-    resolution has no spatial transformers.
+    The layers of the way up take one skip tensor each, beside the features. Which resolutions
+    have spatial transformers is the config's choice: in Stable Diffusion all but the deepest.
     """
 
     def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], attends: bool):
@@ -54,7 +60,7 @@ class Block(nn.Module):
             SpatialTransformer(c_out, config.heads, config.text_channels, groups)
             for _ in widths if attends])
         self.motion_modules = nn.ModuleList([
-            MotionModule(c_out, config.motion_heads, groups)
+            MotionModule(c_out, config.motion_heads, groups, config.motion_attentions)
             for _ in widths if config.motion_modules])
 
     def layer(self, i: int, x: Tensor, time: Tensor, text: Tensor, frames: int,
@@ -75,7 +81,7 @@ class DownBlock(Block):
         widths, last = config.block_out_channels, len(config.block_out_channels) - 1
         c_in, c_out = widths[max(level - 1, 0)], widths[level]
         super().__init__(config, [(c_in, c_out)] + [(c_out, c_out)] * (config.layers_per_block - 1),
-                         attends=level < last)
+                         attends=level in config.attention_levels)
         self.downsamplers = nn.ModuleList(
             [Downsample(c_out, pad_all_sides=True)] if level < last else [])
 
@@ -100,7 +106,7 @@ class UpBlock(Block):
         skips = [c_out] * (n - 1) + [widths[max(level - 1, 0)]]
         inputs = [c_out if deepest else widths[level + 1]] + [c_out] * (n - 1)
         super().__init__(config, [(c_in + skip, c_out) for c_in, skip in zip(inputs, skips)],
-                         attends=not deepest)
+                         attends=level in config.attention_levels)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if level > 0 else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, text: Tensor, frames: int,
@@ -124,7 +130,8 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([
             SpatialTransformer(c, config.heads, config.text_channels, groups)])
         self.motion_modules = nn.ModuleList(
-            [MotionModule(c, config.motion_heads, groups)] if config.motion_mid_block else [])
+            [MotionModule(c, config.motion_heads, groups, config.motion_attentions)]
+            if config.motion_mid_block else [])
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, frames: int,
                 maps_of: tuple[str, ...]) -> tuple[Tensor, Maps]:
@@ -175,14 +182,15 @@ class UNet3D(nn.Module):
         return [layer for layer in layers if any(below((layer,), r) for r in maps_of)]
 
     def forward(self, z: Tensor, t: Tensor | int, text: Tensor,
-                maps_of: Iterable[str] = (), need_eps: bool = True
-                ) -> tuple[Tensor | None, Maps]:
+                maps_of: Iterable[str] = (), need_eps: bool = True,
+                residuals: Residuals | None = None) -> tuple[Tensor | None, Maps]:
         """The noise in z, and the temporal attention maps that were asked for.
 
         z       noisy latents (b, c, f, h, w)
         t       timestep, one for all or (b,), 0 to 999
         text    embeddings of the prompts (b, 77, text_channels)
         maps_of blocks, motion modules or layers whose maps are wanted, e.g. ("up_blocks.1",)
+        residuals  SparseCtrl's, added to the skips and to what leaves the middle block
 
         Returns eps, like z, and {layer's name: (b*h*w, heads, f, f) float32}. Gradient flows back
         from the maps; past the last block that was asked, values go on but no gradient does, so
@@ -212,6 +220,9 @@ class UNet3D(nn.Module):
                     skips += new
                 elif name.startswith("mid"):
                     x, found = block(x, time, text, frames, want)
+                    if residuals is not None:
+                        skips = [s + r for s, r in zip(skips, residuals.skips, strict=True)]
+                        x = x + residuals.middle
                 else:
                     x, found = block(x, skips, time, text, frames, want)
             maps.update({f"{name}.{key}": m for key, m in found.items()})

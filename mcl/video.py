@@ -81,6 +81,15 @@ def read_video(path: str | os.PathLike, frames: int, size: tuple[int, int], star
     return torch.cat([fitted[index] for index in chosen])
 
 
+def read_picture(path: str | os.PathLike, size: tuple[int, int], fit: str = "crop"
+                 ) -> torch.Tensor:
+    """Read one image as (1, 3, H, W) float32 in [-1, 1], brought to `size` as `read_video` does.
+
+    Raises InputError where it is not an image that can be read.
+    """
+    return _fit(_on_black(_image_rgba(Path(path))), size, fit)
+
+
 def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> None:
     """Write frames (f, 3, H, W) in [-1, 1], clamped, of any float type and device.
 

@@ -13,8 +13,8 @@ from mcl.model import build_model
 EMBEDDED = Path(__file__).parent.parent / "weights" / "tiny.safetensors"
 SMALL = ModelConfig(
     name="small",
-    unet=UNetConfig(block_out_channels=(16, 24, 32), layers_per_block=1, heads=2, text_channels=12,
-                    norm_groups=4, motion_heads=2, max_frames=24),
+    unet=UNetConfig(block_out_channels=(16, 24, 32), layers_per_block=1, attention_levels=(0, 1),
+                    heads=2, text_channels=12, norm_groups=4, motion_heads=2, max_frames=24),
     vae=VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1, norm_groups=4),
     text=TextConfig(hidden_size=12, intermediate_size=24, layers=1, heads=2),
     sample=SampleConfig(steps=6, guidance_steps=3, frames=4, height=32, width=32, warmup=2,

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 import convert_weights
 from mcl import ModelConfig
-from mcl.config import SampleConfig, TextConfig, UNetConfig, VAEConfig
+from mcl.config import SampleConfig, SparseCtrlConfig, TextConfig, UNetConfig, VAEConfig
 from mcl.model import build_model
+from mcl.sparsectrl import SparseCtrl
 
 DATA = Path(__file__).parent / "data"
 MINI = ModelConfig(
@@ -92,6 +93,27 @@ def motion_adapter(version="v2"):
             new = name.replace("temporal_transformer.", "").replace(
                 "attention_blocks.0.pos_encoder", "pos_embed")
             result[new] = t
+    return result
+
+
+def sparsectrl(kind, names_of_diffusers=False):
+    """A SparseCtrl for the small model, with its encodings of positions."""
+    with torch.device("meta"):
+        shapes = SparseCtrl(MINI.unet, SparseCtrlConfig(kind)).state_dict()
+    g = torch.Generator().manual_seed(1)
+    result = {}
+    for name, t in shapes.items():
+        if names_of_diffusers and ".motion_modules." in name:
+            for old, new in ((".temporal_transformer", ""), ("attention_blocks.0", "attn1"),
+                             ("norms.0", "norm1"), ("ff_norm", "norm3")):
+                name = name.replace(old, new)
+        result[name] = 0.1 * torch.randn(t.shape, generator=g)
+    assert set(result) <= set(listing(f"{'diffusers_' * names_of_diffusers}sparsectrl_{kind}"))
+    for name, t in list(result.items()):
+        if name.endswith("to_q.weight") and ".motion_modules." in name:
+            pe = (name.replace("attn1.to_q.weight", "pos_embed.pe") if names_of_diffusers
+                  else name.replace("to_q.weight", "pos_encoder.pe"))
+            result[pe] = sinusoid(32, len(t))
     return result
 
 

@@ -5,6 +5,8 @@ import sys
 import types
 from pathlib import Path
 
+import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,7 +18,7 @@ from mcl.config import SD15, SD15_V1, SD15_V2, from_dict
 from mcl.config import ModelConfig
 
 from .foreign import (MINI, convert, diffusers_folder, ldm, mini_weights, motion, motion_adapter,
-                      old_attention, part, save, sinusoid)
+                      old_attention, part, save, sinusoid, sparsectrl)
 
 REF = Path(__file__).parent.parent / "examples" / "figure_eight.mp4"
 BUFFERS = {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000),
@@ -238,6 +240,37 @@ def test_a_converted_model_clones_a_motion(folder, tmp_path):
     assert clip.stat().st_size > 0
 
 
+@pytest.mark.parametrize("kind, form", [("rgb", "ckpt"), ("scribble", "diffusers")])
+def test_a_model_with_sparsectrl_takes_pictures(kind, form, folder, tmp_path, capsys):
+    state = sparsectrl(kind, form == "diffusers")
+    control = save(tmp_path / "control.ckpt", state if form == "diffusers" else {
+        "controlnet": {f"module.{name}": t for name, t in state.items()}})
+    out, picture = tmp_path / "my.safetensors", tmp_path / "picture.png"
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+                   "--sparsectrl", control, "--out", out, "--dtype", "fp32") == 0
+    assert equal(out, wanted() | {f"sparsectrl.{name}": t for name, t in sparsectrl(kind).items()
+                                  if not name.endswith(".pe")})
+    imageio.imwrite(picture, np.random.default_rng(0).integers(0, 255, (80, 90, 3), np.uint8))
+    argv = ["--weights", str(out), "--ref", str(REF), "--prompt", "a cat", "--size", "64x64",
+            "--frames", "4", "--steps", "2", "--guidance-steps", "1"]
+    clips = {}
+    for name, more in {"none": [], "first": [picture], "last": [f"{picture}@-1"],
+                       "both": [picture, f"{picture}@3"]}.items():
+        path = tmp_path / f"{name}.gif"
+        given = ["--image", *map(str, more)] if more else []
+        assert command.main([*argv, "--out", str(path), *given]) == 0
+        clips[name] = path.read_bytes()
+    assert len(set(clips.values())) == 4
+    capsys.readouterr()
+    assert command.main([*argv, "--image", f"{picture}@4"]) == 2
+    assert "the clip has frames 0 to 3" in capsys.readouterr().err
+
+
+def test_a_model_without_sparsectrl_takes_no_pictures(capsys):
+    assert command.main(["--ref", str(REF), "--prompt", "", "--image", "x.png"]) == 2
+    assert "these weights have no SparseCtrl" in capsys.readouterr().err
+
+
 def test_presets_name_the_real_sizes():
     assert (SD15.unet.max_frames, SD15_V1.unet.max_frames, SD15_V2.unet.max_frames) == (32, 24, 32)
 
@@ -275,13 +308,8 @@ def test_files_in_the_wrong_place_get_the_right_command(folder, tmp_path, capsys
 
 
 def test_files_that_have_no_place_are_told_so(folder, tmp_path, capsys):
-    control = save(tmp_path / "sparse.ckpt", {"controlnet": motion() | {
-        "controlnet_cond_embedding.weight": torch.zeros(32, 5, 3, 3)}})
     done = tmp_path / "done.safetensors"
     argv = ["--motion-module", folder / "mm.ckpt", "--out", done, "--base"]
-    assert convert(*argv, control) == 2
-    assert "sparse.ckpt: SparseCtrl (rgb); image-to-video is not supported here yet\n" in (
-        capsys.readouterr().err)
     bare = save(tmp_path / "bare.safetensors", ldm(("unet",)))
     assert convert(*argv, bare, "--vae", bare) == 2
     assert "(UNet): it holds nothing for --vae" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from mcl.convert.formats import recognise
 from mcl.convert.lazy import Checkpoint, LazyTensor
 from mcl.convert.lora import Lora, deltas
 from mcl.model import build_model
-from mcl.config import SD15, SD15_V1, SD15_V2
+from mcl.config import SD15, SD15_V1, SD15_V2, SparseCtrlConfig
 
 from .foreign import convert, listing, save, sinusoid
 
@@ -104,10 +104,15 @@ def test_the_whole_unet_of_a_training_gives_its_motion_modules(name):
 @pytest.mark.parametrize("name, kind", [
     ("sparsectrl_rgb", "rgb"), ("diffusers_sparsectrl_rgb", "rgb"),
     ("sparsectrl_scribble", "scribble"), ("diffusers_sparsectrl_scribble", "scribble")])
-def test_sparsectrl_is_known_and_not_supported_yet(name, kind):
-    found = source(real(name))
-    assert found.slot == ""
-    assert found.title == f"SparseCtrl ({kind}); image-to-video is not supported here yet"
+def test_real_sparsectrl_listings_fill_the_real_model_and_nothing_is_left(name, kind):
+    control = source(real(name), "control")
+    assert (control.slot, control.title) == ("--sparsectrl", f"AnimateDiff's SparseCtrl ({kind})")
+    found = plan("sd15", parts(base(), source(real("mm_v3"), "mm")) | {"sparsectrl": control}, [])
+    assert found.config.sparsectrl == SparseCtrlConfig(kind)
+    own = {key: t for key, t in found.weights.items() if key.startswith("sparsectrl.")}
+    assert len(own) == found.used[Path("control")] == len(real(name)) - 8
+    assert found.dropped[Path("control")] == {"encodings of positions, computed here": 8}
+    assert all(math.prod(found.shapes[key]) == math.prod(t.shape) for key, t in own.items())
 
 
 @pytest.mark.parametrize("name, slot, changed, dropped", [

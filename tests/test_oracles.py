@@ -9,11 +9,13 @@ import torch
 from einops import rearrange, repeat
 from torch import nn
 
-from mcl import InputError, extract_motion, sample
-from mcl.config import ScheduleConfig, TextConfig, UNetConfig
+from mcl import InputError, extract_motion, sample, sparse_condition
+from mcl.config import ScheduleConfig, SparseCtrlConfig, TextConfig, UNetConfig
+from mcl.inversion import invert
 from mcl.model import build_model
 from mcl.motion import Motion, motion_loss
 from mcl.schedule import Schedule, ddim_step
+from mcl.sparsectrl import SparseCtrl
 from mcl.text_encoder import TextEncoder
 from mcl.tokenizer import Tokenizer
 from mcl.unet import UNet3D
@@ -22,6 +24,7 @@ from mcl.vae import AutoencoderKL
 from .conftest import SMALL, randomize
 
 diffusers = pytest.importorskip("diffusers")
+sparse_unet = pytest.importorskip("diffusers.models.controlnets.controlnet_sparsectrl")
 motion_unet = pytest.importorskip("diffusers.models.unets.unet_motion_model")
 transformers = pytest.importorskip("transformers")
 
@@ -206,6 +209,53 @@ def test_gradient_of_the_motion_loss():
     assert relative(grad, expected) < 1e-4
 
 
+# SparseCtrl
+
+@functools.cache
+def sparse_controls(kind):
+    """Ours and diffusers' with the same random weights."""
+    own = SparseCtrlConfig(kind, motion_heads=V3.motion_heads, max_frames=V3.max_frames,
+                           sketch_channels=(4, 8, 8, 12))
+    ours = randomize(SparseCtrl(V3, own))
+    oracle = sparse_unet.SparseControlNetModel(
+        conditioning_channels=4 if kind == "rgb" else 3, block_out_channels=V3.block_out_channels,
+        layers_per_block=V3.layers_per_block, norm_num_groups=V3.norm_groups,
+        cross_attention_dim=V3.text_channels, num_attention_heads=V3.heads,
+        motion_num_attention_heads=V3.motion_heads, motion_max_seq_length=V3.max_frames,
+        conditioning_embedding_out_channels=own.sketch_channels,
+        use_simplified_condition_embedding=kind == "rgb")
+    tables = {name: v for name, v in oracle.state_dict().items() if name.endswith("pos_embed.pe")}
+    oracle.load_state_dict({diffusers_name(k): v for k, v in ours.state_dict().items()} | tables)
+    for module in list(oracle.modules()):
+        if isinstance(module, motion_unet.AnimateDiffTransformer3D):
+            module.norm = PerFrame(module.norm)
+    return ours, oracle.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("kind, frames, h, w, t", [
+    ("rgb", 8, 9, 13, 400), ("rgb", 1, 8, 8, 999), ("scribble", 24, 8, 8, 0)])
+def test_sparsectrl(kind, frames, h, w, t):
+    ours, oracle = sparse_controls(kind)
+    unet, unet_oracle = unets(V3)
+    z, text = inputs(frames, h, w)
+    given = randn(2, 4, h, w) if kind == "rgb" else randn(2, 3, 8 * h, 8 * w).sigmoid()
+    condition = sparse_condition(given, [0, -1], frames).repeat(BATCH, 1, 1, 1, 1)
+    condition[1] = condition[1].flip(1) * 0.5           # the two of a batch differ
+    flat = repeat(text, "b m c -> (b f) m c", f=frames)
+    with torch.no_grad():
+        found = ours(condition, t, text)
+        down, middle = oracle(z, t, flat, condition[:, :-1], conditioning_mask=condition[:, -1:],
+                              return_dict=False)
+        assert len(found.skips) == len(down) == 12
+        for mine, expected in zip([*found.skips, found.middle], [*down, middle]):
+            assert error(mine, expected.reshape(mine.shape)) < 1e-4
+        eps, _ = unet(z, t, text, residuals=found)
+        expected = unet_oracle(z, t, flat, down_block_additional_residuals=down,
+                               mid_block_additional_residual=middle).sample
+        assert error(eps, expected) < 1e-4
+        assert relative(unet(z, t, text)[0], expected) > 0.01
+
+
 # The VAE and the text encoder
 
 @functools.cache
@@ -310,6 +360,55 @@ def test_ddim_steps(spacing, steps):
         expected = oracle.step(eps, t, z).prev_sample
         z = ddim_step(z, eps, eps, ours.abar(t), ours.abar(t_prev))
         assert error(z, expected) < 1e-5
+
+
+class Dummy:
+    """A model whose noise is a fixed function of the latents and the timestep."""
+
+    def __init__(self, noise_of):
+        self.schedule, self.noise_of = Schedule(ScheduleConfig()), noise_of
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+
+    def encode_text(self, prompts):
+        return torch.zeros(len(prompts), 77, 1)
+
+    def residuals(self, condition, t, text):
+        return None
+
+    def unet(self, z, t, text, residuals=None):
+        return self.noise_of(z, t), {}
+
+
+@pytest.mark.parametrize("spacing, steps", [("leading", 25), ("leading", 1000), ("trailing", 25)])
+def test_ddim_inversion(spacing, steps):
+    oracle = diffusers.DDIMInverseScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        set_alpha_to_one=True, steps_offset=0, timestep_spacing=spacing)
+    oracle.set_timesteps(steps)
+    weight = randn(9, 9, seed=1) / 3
+    model = Dummy(lambda z, t: torch.tanh(z @ weight + t / 1000))
+    z = start = randn(1, 4, 3, 9, 9)
+    timesteps = oracle.timesteps.tolist()
+    for (t, mine), expected_t in zip(invert(model, start, "", timesteps), timesteps, strict=True):
+        assert t == expected_t
+        z = oracle.step(model.noise_of(z, t), t, z).prev_sample
+        assert error(mine, z) < 1e-5
+
+
+def test_inversion_and_sampling_are_a_round_trip():
+    """Of a linear model, weak enough that one step hardly changes the noise that it sees."""
+    weight = torch.linalg.qr(randn(9, 9, seed=1)).Q * 0.005
+    model = Dummy(lambda z, t: z @ weight)
+    clip = randn(1, 4, 3, 9, 9)
+    timesteps = list(range(1000))
+    for _, z in invert(model, clip, "", timesteps):
+        pass
+    assert relative(z, clip) > 0.5
+    abar = model.schedule.abar
+    for t in reversed(timesteps):
+        eps = model.noise_of(z, t)
+        z = ddim_step(z, eps, eps, abar(t), abar(t - 1))
+    assert (z - clip).abs().max() < 1e-4 * clip.abs().max()
 
 
 def oracle_run(oracle, reference, z, text, null, config):

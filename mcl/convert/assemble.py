@@ -7,21 +7,22 @@ from typing import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..checkpoint import PARTS, check_finite, metadata
-from ..config import ModelConfig, SampleConfig
+from ..checkpoint import check_finite, metadata
+from ..config import ModelConfig, SampleConfig, SparseCtrlConfig
 from ..errors import InputError
 from ..files import stream_safetensors
 from ..model import build_model
 from ..temporal import position_encoding
 from . import names as rename
-from .formats import BASE, MOTION, TEXT, VAE, Source
+from .formats import BASE, MOTION, SPARSECTRL, TEXT, VAE, Source
 from .lazy import LazyTensor
 from .lora import Delta, Lora, all_deltas, merged
-from .sizes import text_config, unet_config, vae_config
+from .sizes import sparsectrl_config, text_config, unet_config, vae_config
 
-OPTIONS = {"unet": BASE, "vae": VAE, "text_encoder": TEXT, "motion": MOTION}
+OPTIONS = {"unet": BASE, "vae": VAE, "text_encoder": TEXT, "motion": MOTION,
+           "sparsectrl": SPARSECTRL}
 WORDS = {"unet": "the UNet", "vae": "the VAE", "text_encoder": "the text encoder",
-         "motion": "the motion module"}
+         "motion": "the motion module", "sparsectrl": "SparseCtrl"}
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ class Plan:
 
 def missing(sources: Mapping[str, Source]) -> list[str]:
     """What a complete model still needs, and the options that give it."""
-    return [f"{WORDS[part]} ({OPTIONS[part]})" for part in OPTIONS if part not in sources]
+    return [f"{WORDS[part]} ({OPTIONS[part]})" for part in OPTIONS
+            if part not in sources and part != "sparsectrl"]
 
 
 def plan(name: str, parts: Mapping[str, Source], loras: list[Lora], ema: bool = False) -> Plan:
     """What to write for a model of these parts; reads little but names and shapes.
 
-    parts   "unet", "vae", "text_encoder", "motion", each from the source that has it
+    parts   "unet", "vae", "text_encoder", "motion" and, if wanted, "sparsectrl", each from the
+            source that has it
     loras   what is merged into them, in this order
     ema     take the moving averages of the UNet's weights
 
@@ -65,7 +68,9 @@ def plan(name: str, parts: Mapping[str, Source], loras: list[Lora], ema: bool = 
     if missing(parts):
         raise InputError("a complete model still needs " + ", ".join(missing(parts)))
     taken, dropped = choose(parts, ema)
-    check_positions(parts["motion"])
+    for part in ("motion", "sparsectrl"):
+        if part in parts:
+            check_positions(parts[part])
     config = infer_config(name, parts)
     weights: dict[str, LazyTensor] = {}
     paths: dict[str, Path] = {}
@@ -76,8 +81,8 @@ def plan(name: str, parts: Mapping[str, Source], loras: list[Lora], ema: bool = 
         weights |= new
         paths |= dict.fromkeys(new, source.path)
     model = build_model(config, "meta")
-    shapes = {f"{part}.{name}": tuple(tensor.shape) for part in PARTS
-              for name, tensor in getattr(model, part).state_dict().items()}
+    shapes = {f"{part}.{name}": tuple(tensor.shape) for part, module in model.parts.items()
+              for name, tensor in module.state_dict().items()}
     check(paths, weights, shapes, parts)
     changes, unused = all_deltas(loras, shapes)
     used = Counter(paths.values())
@@ -126,12 +131,12 @@ def check_positions(source: Source) -> None:
             if found.ndim != 3 or not torch.allclose(
                     found[0], position_encoding(*found.shape[1:]), atol=5e-3):
                 raise InputError(f"{source.path}: {name} is not AnimateDiff's encoding of "
-                                 "positions; such a motion module cannot be used here")
+                                 "positions; such motion modules cannot be used here")
 
 
 def infer_config(name: str, parts: Mapping[str, Source]) -> ModelConfig:
     """The sizes of all parts, and that they fit one another."""
-    unet, motion = parts["unet"], parts["motion"]
+    unet, motion, control = parts["unet"], parts["motion"], parts.get("sparsectrl")
     config = ModelConfig(
         name=name,
         unet=unet_config(unet.path, unet.shapes("unet"), unet.config("unet"),
@@ -141,6 +146,9 @@ def infer_config(name: str, parts: Mapping[str, Source]) -> ModelConfig:
                        parts["vae"].config("vae")),
         text=text_config(parts["text_encoder"].path, parts["text_encoder"].shapes("text_encoder"),
                          parts["text_encoder"].config("text_encoder")),
+        sparsectrl=SparseCtrlConfig() if control is None else sparsectrl_config(
+            control.path, control.shapes("sparsectrl"), control.config("sparsectrl"),
+            control.max_frames),
         sample=SampleConfig(frames=min(16, motion.max_frames)))
     for ours, theirs, what in (
             (config.unet.in_channels, config.vae.latent_channels, "channels of latents"),
@@ -158,7 +166,8 @@ def check(paths: Mapping[str, Path], weights: Mapping[str, LazyTensor],
     """
     for name in shapes:
         if name not in weights:
-            part = "motion" if ".motion_modules." in name else name.partition(".")[0]
+            part = ("motion" if name.startswith("unet.") and ".motion_modules." in name
+                    else name.partition(".")[0])
             raise InputError(f"{parts[part].path}: the tensor {name} is missing")
     for name, tensor in weights.items():
         if name not in shapes:

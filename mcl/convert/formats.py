@@ -11,6 +11,7 @@ from .reading import open_checkpoint
 from .sizes import check_config, count
 
 BASE, VAE, TEXT, MOTION = "--base", "--vae", "--text-encoder", "--motion-module"
+SPARSECTRL = "--sparsectrl"
 ADAPTER, LORA, MOTION_LORA, WEIGHTS = "--adapter", "--lora", "--motion-lora", "--weights"
 LORAS = (ADAPTER, LORA, MOTION_LORA)
 
@@ -42,6 +43,7 @@ DROPPED = (
 TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
                1280: "Stable Diffusion XL's refiner"}
 LORA_NAME = re.compile(r"[._]lora(\.|_down\.|_up\.|_mid\.|_A\.|_B\.|_linear_layer\.)")
+CONTROLNET = re.compile(r"control_model\.|(module\.)?controlnet_cond_embedding\.")
 CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix"}
 V1_FRAMES, SD15_WIDTH = 24, 320
 
@@ -86,8 +88,7 @@ def recognise(path: Path, checkpoint: Checkpoint) -> Source:
         return Source(path, WEIGHTS, "a converted model of this project", checkpoint)
     if not tensors:
         raise InputError(f"{path}: a checkpoint without tensors")
-    if any(re.match(r"control_model\.|controlnet_cond_embedding\.", name) for name in tensors) \
-            and not has(tensors, UNET_LDM):
+    if any(map(CONTROLNET.match, tensors)) and not has(tensors, UNET_LDM):
         return controlnet(path, checkpoint)
     if any(map(LORA_NAME.search, tensors)):
         return lora(path, checkpoint)
@@ -104,9 +105,29 @@ def controlnet(path: Path, checkpoint: Checkpoint) -> Source:
     if not any(".motion_modules." in name for name in checkpoint.tensors):
         raise InputError(f"{path}: a plain ControlNet, which cannot be used here; SparseCtrl has "
                          "motion modules")
-    kind = "rgb" if "controlnet_cond_embedding.weight" in checkpoint.tensors else "scribble"
-    return Source(path, "", f"SparseCtrl ({kind}); image-to-video is not supported here yet",
-                  checkpoint)
+    names, dropped, length = with_positions(path, checkpoint.tensors)
+    kind = "rgb" if "controlnet_cond_embedding.weight" in names else "scribble"
+    return Source(path, SPARSECTRL, f"AnimateDiff's SparseCtrl ({kind})", checkpoint,
+                  {"sparsectrl": names}, dropped, max_frames=length or 32)
+
+
+def with_positions(path: Path, tensors: dict[str, LazyTensor]
+                   ) -> tuple[dict[str, str], dict[str, str], int]:
+    """Of what has motion modules: {our name: its name}, {position encoding: why it is dropped},
+    and the number of positions, 0 where there are none."""
+    names: dict[str, str] = {}
+    dropped: dict[str, str] = {}
+    lengths: set[int] = set()
+    for name, tensor in tensors.items():
+        ours = rename.motion_name(name)
+        if rename.POSITIONS.search(ours):
+            dropped[name] = "encodings of positions, computed here"
+            lengths.update(tensor.shape[1:2])
+        else:
+            put(path, names, ours, name)
+    if len(lengths) > 1:
+        raise InputError(f"{path}: its encodings of positions differ in length: {sorted(lengths)}")
+    return names, dropped, min(lengths, default=0)
 
 
 def lora(path: Path, checkpoint: Checkpoint) -> Source:
@@ -135,28 +156,17 @@ def refuse_width(path: Path, shape: tuple[int, ...], what: str = "") -> None:
 def motion_module(path: Path, checkpoint: Checkpoint) -> Source:
     """AnimateDiff's motion modules, alone or inside a training checkpoint's whole UNet."""
     tensors = checkpoint.tensors
-    modules: dict[str, str] = {}
-    dropped: dict[str, str] = {}
-    lengths: set[int] = set()
-    for name, tensor in tensors.items():
-        ours = rename.motion_name(name)
-        if ours == "conv_in.weight" and tensor.shape[1:2] == (9,):
-            raise InputError(f"{path}: PIA, whose UNet takes 9 channels; it cannot be used here")
-        if ".motion_modules." not in ours:
-            dropped[name] = "the UNet around the motion modules, which --base gives"
-        elif rename.POSITIONS.search(ours):
-            dropped[name] = "encodings of positions, computed here"
-            lengths.update(tensor.shape[1:2])
-        else:
-            put(path, modules, ours, name)
+    modules, dropped, length = with_positions(path, tensors)
+    conv_in = tensors.get(modules.get("conv_in.weight", ""))
+    if conv_in is not None and conv_in.shape[1:2] == (9,):
+        raise InputError(f"{path}: PIA, whose UNet takes 9 channels; it cannot be used here")
+    for ours in [ours for ours in modules if ".motion_modules." not in ours]:
+        dropped[modules.pop(ours)] = "the UNet around the motion modules, which --base gives"
     first = "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"
     if first in modules and count(modules, "down_blocks") == 3 and \
             tensors[modules[first]].shape[:1] == (SD15_WIDTH,):
         raise InputError(f"{path}: a motion module for Stable Diffusion XL, which cannot be used "
                          "here")
-    if len(lengths) > 1:
-        raise InputError(f"{path}: its encodings of positions differ in length: {sorted(lengths)}")
-    length = min(lengths, default=0)
     converted = not any(".temporal_transformer." in name for name in tensors)
     version = motion_version(path, modules, length, converted)
     return Source(path, MOTION, f"an AnimateDiff motion module, {version}", checkpoint,

@@ -1,7 +1,7 @@
 """Low-rank changes to weights: the domain adapter, motion LoRAs, and LoRAs of every dialect.
 
 All say the same: W += scale * alpha / rank * up @ down, for one weight. It is computed and added
-in float32, and the sum is cast once.
+in float32, and the sum is cast once. AnimateDiff's own loader leaves alpha / rank out.
 """
 import hashlib
 import json
@@ -30,6 +30,7 @@ PREFIXES = ((r"(^|\.)base_model\.model\.", r"\1"), (r"^lora_unet_", "unet."),
             (r"^lora_te1?_", "text_encoder."), (r"^(?=(down|up)_blocks\.|mid_block\.)", "unet."),
             (r"^(?=text_model\.|encoder\.layers\.)", "text_encoder."),
             (r"^text_encoder\.encoder\.", "text_encoder.text_model.encoder."))
+IGNORE_ALPHA = "merge LoRAs as AnimateDiff's own loader does, by up @ down without alpha / rank"
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -37,6 +38,7 @@ OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out
 class Lora:
     source: Source
     scale: float = 1.0
+    ignore_alpha: bool = False          # as AnimateDiff's own loader does: W += scale * up @ down
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def parse_scaled(text: str) -> tuple[Path, float]:
     return (Path(text), 1.0) if math.isnan(value) else (Path(path), value)
 
 
-def open_lora(option: str, path: Path, scale: float = 1.0) -> Lora:
+def open_lora(option: str, path: Path, scale: float = 1.0, ignore_alpha: bool = False) -> Lora:
     """A LoRA by the option it was given with. Raises InputError if it is something else."""
     source = read_source(path)
     if source.slot != option:
@@ -79,7 +81,7 @@ def open_lora(option: str, path: Path, scale: float = 1.0) -> Lora:
         raise InputError(f"{path}: {source.title}, which is not for {option}: {fit}")
     if not math.isfinite(scale):
         raise InputError(f"{path}: the scale {scale} is not possible: a finite number")
-    return Lora(source, scale)
+    return Lora(source, scale, ignore_alpha)
 
 
 def deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Delta],
@@ -111,7 +113,7 @@ def deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, D
         part = weight.partition(".")[0]
         alpha = peft.get(f"{part}.lora_alpha") or peft.get("lora_alpha")
         result[weight] = one_delta(path, module, {r: tensors[n] for r, n in roles.items()},
-                                   shapes[weight], alpha, lora.scale)
+                                   shapes[weight], alpha, lora)
     return result, dropped
 
 
@@ -130,7 +132,7 @@ def by_module(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[s
 
 
 def one_delta(path: Path, module: str, factors: Mapping[str, LazyTensor], shape: Sequence[int],
-              alpha: float | None, scale: float) -> Delta:
+              alpha: float | None, lora: Lora) -> Delta:
     """Raises InputError where the factors have not the shape of the weight between them."""
     down, up, mid = factors["down"], factors["up"], factors.get("mid")
     core = math.prod((mid or down).shape[2:])
@@ -145,8 +147,10 @@ def one_delta(path: Path, module: str, factors: Mapping[str, LazyTensor], shape:
         alpha = float(factors["alpha"].read().flatten()[0])
     if alpha is not None and not math.isfinite(alpha):
         raise InputError(f"{path}: the alpha of {module} is {alpha}")
+    if lora.ignore_alpha:
+        alpha = rank
     # kohya's trainer takes an alpha of zero for the rank, too.
-    return Delta(down, up, mid, scale * (alpha or rank) / rank)
+    return Delta(down, up, mid, lora.scale * (alpha or rank) / rank)
 
 
 def all_deltas(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]
@@ -174,7 +178,7 @@ def fingerprint(lora: Lora) -> str:
     for path in lora.source.checkpoint.files:
         with open(path, "rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return f"{' '.join(digests)}:{lora.scale}"
+    return f"{' '.join(digests)}:{lora.scale}{' without alpha' * lora.ignore_alpha}"
 
 
 def flat(name: str) -> str:

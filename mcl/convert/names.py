@@ -84,9 +84,9 @@ def text_name(name: str) -> str:
 
 
 def motion_name(name: str) -> str:
-    """Of a motion module: AnimateDiff's names, under any wrapper's prefix, or MotionAdapter's."""
-    name = re.sub(r"^(?:(?:module|unet|model)\.)+(?=(?:down_blocks|mid_block|up_blocks)\.)", "",
-                  name)
+    """Of a motion module or SparseCtrl: AnimateDiff's names, under any prefix, or diffusers'."""
+    name = re.sub(r"^(?:(?:module|unet|model)\.)+(?=(?:down_blocks|mid_block|up_blocks|conv_in|"
+                  r"time_embedding|controlnet_\w+)\.)", "", name)
     adapter = re.fullmatch(r"(.*\.motion_modules\.\d+\.)(?!temporal_transformer\.)(.+)", name)
     if not adapter:
         return name

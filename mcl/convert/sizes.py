@@ -2,7 +2,7 @@
 import re
 from typing import Any, Mapping
 
-from ..config import TextConfig, UNetConfig, VAEConfig
+from ..config import SparseCtrlConfig, TextConfig, UNetConfig, VAEConfig
 from ..errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,18 +65,33 @@ def number_of_heads(config: Mapping[str, Any], keys: tuple[str, ...], default: i
 def unet_config(path: Any, unet: Shapes, config: Mapping[str, Any], motion: Shapes,
                 motion_config: Mapping[str, Any], version: str, max_frames: int) -> UNetConfig:
     """Of a UNet and a motion module, both under our names."""
-    to_k = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    attends = tuple(level for level in range(count(unet, "down_blocks"))
+                    if count(unet, f"down_blocks.{level}.attentions"))
+    to_k = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     return UNetConfig(
         in_channels=shape_of(unet, "conv_in.weight", path)[1],
         out_channels=shape_of(unet, "conv_out.weight", path)[0],
         block_out_channels=widths(unet, "down_blocks", path),
         layers_per_block=count(unet, "down_blocks.0.resnets"),
+        attention_levels=attends,
         heads=number_of_heads(config, ("num_attention_heads", "attention_head_dim"), 8, path),
         text_channels=shape_of(unet, to_k, path)[1],
         norm_groups=int(config.get("norm_num_groups") or 32),
         motion_heads=int(motion_config.get("motion_num_attention_heads") or 8),
         motion_mid_block=any(name.startswith("mid_block.motion_modules.") for name in motion),
         norm_per_frame=version != "v1", max_frames=max_frames)
+
+
+def sparsectrl_config(path: Any, control: Shapes, config: Mapping[str, Any], max_frames: int
+                      ) -> SparseCtrlConfig:
+    embedding = "controlnet_cond_embedding"
+    heads = int(config.get("motion_num_attention_heads") or 8)
+    if f"{embedding}.weight" in control:
+        return SparseCtrlConfig("rgb", heads, max_frames)
+    strided = range(1, count(control, f"{embedding}.blocks"), 2)
+    return SparseCtrlConfig("scribble", heads, max_frames, (
+        shape_of(control, f"{embedding}.conv_in.weight", path)[0],
+        *(shape_of(control, f"{embedding}.blocks.{i}.weight", path)[0] for i in strided)))
 
 
 def vae_config(path: Any, vae: Shapes, config: Mapping[str, Any]) -> VAEConfig:

@@ -20,7 +20,7 @@ def random_scene(rng: Rng, frames: int) -> Scene:
     camera = moving in ("camera", "both")
     texture = str(rng.choice(TEXTURES, p=[.3, .25, .25, .2] if camera else [.75, .1, .08, .07]))
     ground = pick(rng, GROUNDS)
-    radius = eased(rng, frames, *np.exp(rng.uniform(math.log(.2), math.log(.44), 2)))
+    radius = eased(rng, frames, *np.exp(rng.uniform(math.log(.25), math.log(.5), 2)))
     if moving != "object" or rng.random() < 0.75:
         radius = radius.mean().expand(frames)
     angle = torch.full((frames,), rng.normal(0, .08))

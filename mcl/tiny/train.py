@@ -42,13 +42,13 @@ STAGES = ("vae", "latents", "image", "motion", "decoder", "export")
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How long and how fast; what BENCHMARKS.md reports was trained with these."""
-    vae_steps: int = 1200
+    vae_steps: int = 2600
     vae_batch: int = 32
     vae_rate: float = 2e-3
     clips: int = 5000
-    image_steps: int = 1600
+    image_steps: int = 1800
     image_batch: int = 64
-    image_rate: float = 1.5e-3
+    image_rate: float = 4e-3
     motion_steps: int = 1350
     motion_batch: int = 6
     motion_rate: float = 1e-3
@@ -65,8 +65,7 @@ def train_vae(folder: Path, plan: Plan, device: str) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(TINY.vae).to(device)
     channels_last(vae)
-    trainee = Trainee(vae, [{"params": list(vae.parameters()), "lr": plan.vae_rate}],
-                      folder / "vae.pt", plan.ema)
+    trainee = Trainee(vae, lambda name: plan.vae_rate, folder / "vae.pt", plan.ema)
 
     def loss_of(step: int) -> tuple[Tensor, str]:
         x, _ = pictures(step, plan.vae_batch)
@@ -81,14 +80,20 @@ def train_vae(folder: Path, plan: Plan, device: str) -> None:
             mean, logvar = (y.float() for y in vae.moments(x))
             z = mean + (logvar / 2).exp() * torch.randn(mean.shape).to(device)
             out = vae.decoder(vae.post_quant_conv(z)).float()
-        mse, l1 = F.mse_loss(out, x), F.l1_loss(out, x)
+        mse = F.mse_loss(out, x)
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
         # Three of the channels stay near the picture made small: a latent space that looks like
         # pictures is learnt many times faster by a small UNet than one that is merely compact.
         small = F.mse_loss(mean[:, :3], 1.3 * F.avg_pool2d(x, TINY.vae.downsampling))
-        return mse + 0.3 * l1 + 2e-4 * kl + 0.03 * small, f"mse {mse:.5f} kl {kl:.2f}"
+        return picture_loss(out, x) + 2e-4 * kl + 0.03 * small, f"mse {mse:.5f} kl {kl:.2f}"
 
     trainee.run(plan.vae_steps, loss_of)
+
+
+def picture_loss(out: Tensor, x: Tensor) -> Tensor:
+    """Of pictures (b, 3, H, W). The differences of neighbours are where shapes are told apart."""
+    edges = sum(F.l1_loss(out.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
+    return F.mse_loss(out, x) + 0.3 * F.l1_loss(out, x) + 0.3 * edges
 
 
 def trained_vae(folder: Path, device: str) -> AutoencoderKL:
@@ -140,8 +145,7 @@ def train_images(folder: Path, plan: Plan, device: str) -> None:
     initialize(unet, model.text_encoder, tokens)
     both = nn.ModuleDict({"unet": unet, "text_encoder": model.text_encoder})
     channels_last(both.to(device))
-    trainee = Trainee(both, [{"params": list(both.parameters()), "lr": plan.image_rate}],
-                      folder / "image.pt", plan.ema)
+    trainee = Trainee(both, lambda name: plan.image_rate, folder / "image.pt", plan.ema)
 
     def loss_of(step: int) -> tuple[Tensor, str]:
         rng = np.random.default_rng([2, step])
@@ -162,12 +166,11 @@ def train_motion(folder: Path, plan: Plan, device: str) -> None:
     both.load_state_dict(both.state_dict() | trained)
     channels_last(both.to(device))
     model.text_encoder.requires_grad_(False)
-    new = [p for name, p in model.unet.named_parameters() if "motion_modules" in name]
-    old = [p for name, p in model.unet.named_parameters() if "motion_modules" not in name]
-    # All layers at the motion modules' rate diverge.
-    trainee = Trainee(model.unet, [{"params": new, "lr": plan.motion_rate},
-                                   {"params": old, "lr": plan.spatial_rate}],
-                      folder / "motion.pt", plan.ema)
+
+    def rate_of(name: str) -> float:
+        return plan.motion_rate if "motion_modules" in name else plan.spatial_rate
+
+    trainee = Trainee(model.unet, rate_of, folder / "motion.pt", plan.ema)
 
     def loss_of(step: int) -> tuple[Tensor, str]:
         rng = np.random.default_rng([3, step])
@@ -197,8 +200,7 @@ def train_decoder(folder: Path, plan: Plan, device: str) -> None:
     trained = nn.ModuleDict({"unet": unet, "text_encoder": model.text_encoder}).to(device)
     trained.load_state_dict(torch.load(folder / "image.pt", weights_only=True)["average"])
     channels_last(unet.requires_grad_(False))
-    trainee = Trainee(decoder, [{"params": list(decoder.parameters()), "lr": plan.decoder_rate}],
-                      folder / "decoder.pt", plan.ema)
+    trainee = Trainee(decoder, lambda name: plan.decoder_rate, folder / "decoder.pt", plan.ema)
 
     @torch.no_grad()
     def latents(x: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
@@ -226,8 +228,7 @@ def train_decoder(folder: Path, plan: Plan, device: str) -> None:
             else:
                 x, z = x[::3], z[::3]
             out = vae.decoder(vae.post_quant_conv(z)).float()
-        mse = F.mse_loss(out, x)
-        return mse + 0.3 * F.l1_loss(out, x), f"mse {mse:.5f}"
+        return picture_loss(out, x), f"mse {F.mse_loss(out, x):.5f}"
 
     trainee.run(plan.decoder_steps, loss_of)
 

@@ -85,6 +85,19 @@ def test_kohya(alpha, ending, tmp_path):
     check(path, "--lora", factors, scale=0.7, alpha=alpha)
 
 
+def test_alpha_can_be_ignored_as_animatediff_does(tmp_path):
+    """By up @ down alone: with an alpha of half the rank, twice the usual change."""
+    name, factors = LINEAR[0] + ".weight", random_pairs(LINEAR)
+    path = save(tmp_path / "lora.safetensors", kohya(factors, alpha=RANK / 2))
+    before = mini_weights()[name]
+    usual, ignoring = (merged(before, all_deltas([open_lora("--lora", path, 0.7, ignore)],
+                                                 shapes())[0][name], torch.float32) - before
+                       for ignore in (False, True))
+    down, up = factors[LINEAR[0]]
+    assert torch.allclose(ignoring, 0.7 * up @ down, atol=1e-6)
+    assert torch.allclose(ignoring, 2 * usual, atol=1e-6)
+
+
 def test_kohya_with_another_prefix_and_flat_projections(tmp_path):
     factors = random_pairs([TEXT + "self_attn.k_proj", CONV1[0]])
     state = {name: t.flatten(1) if t.ndim == 4 else t

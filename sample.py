@@ -4,6 +4,7 @@
 """
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -22,12 +23,14 @@ from mcl.command import FORESEEN, Parser, explain
 from mcl.convert.formats import LORAS
 from mcl.convert.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
 from mcl.files import atomic, check_file
+from mcl.inversion import Inversion, inversion_path, invert_motion
 from mcl.unet import UNet3D
 from mcl.video import FITS, check_writable
 
 EMBEDDED = Path(__file__).parent / "weights" / "tiny.safetensors"
 # The published settings (arXiv 2406.05338): steps, guided steps, their share of the noise range.
 PRESETS = {"camera": (100, 50, 0.3), "object": (300, 180, 0.4)}
+METHODS = ("single-step", "inversion")
 # The reference is noised alike whatever the seed, so that a motion is the same in every sample and
 # in a file; with a number beyond all seeds, so that no clip starts from that noise.
 REFERENCE_SEED = 1 << 32
@@ -54,9 +57,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance-span", type=float, help="share of the noise range that these cover")
     add("--cfg-scale", type=float, help="classifier-free guidance, uncond + s (cond - uncond)")
     add("--motion-scale", type=float, help="weight of the motion guidance; 0 turns it off")
-    add("--top-k", type=int, help="values kept of each row of an attention map")
+    add("--top-k", type=top_k, metavar="K", help="values kept of each row of an attention map, "
+        "or all")
     add("--blocks", type=lambda text: tuple(text.split(",")),
         help="UNet blocks whose temporal attention is cloned, with commas between")
+    add("--block-weights", type=lambda text: tuple(map(float, text.split(","))),
+        help="of each of the blocks in the loss, with commas between")
+    add("--method", choices=METHODS, default="single-step",
+        help="how the reference is read: noised once, or inverted by DDIM (default: %(default)s)")
+    add("--inversion-steps", type=int, help="of --method inversion (default: 100)")
+    add("--ref-prompt", default="", help="what the reference shows, for --method inversion")
 
     group = p.add_argument_group("reference and video")
     add = group.add_argument
@@ -95,6 +105,11 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def top_k(text: str) -> int | str:
+    """The number, or "all"."""
+    return text if text == "all" else int(text)
+
+
 def parse_image(text: str) -> tuple[Path, int]:
     """"a.png@15" -> (a.png, 15); frame 0 where none is given."""
     path, at, frame = text.rpartition("@")
@@ -113,6 +128,12 @@ def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
         value = getattr(args, field.name, None)
         if value is not None:
             given[field.name] = value
+    if args.top_k == "all":
+        given["top_k"] = args.frames or default.frames
+    if args.method == "inversion":
+        given.setdefault("inversion_steps", 100)
+    elif args.inversion_steps or args.ref_prompt:
+        raise InputError("--inversion-steps and --ref-prompt belong to --method inversion")
     if args.size:
         given["width"], given["height"] = args.size
     return dataclasses.replace(default, **given)
@@ -130,6 +151,11 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
         raise InputError(f"--seed {args.seed} is not possible: 0 to {REFERENCE_SEED - 1}")
     if args.num_samples < 1:
         raise InputError(f"--num-samples {args.num_samples} is not possible: 1 or more")
+    if args.method == "inversion" and (args.ref is None or args.save_motion):
+        raise InputError("--method inversion reads the reference at every step: give it with "
+                         "--ref, and leave out --motion and --save-motion")
+    if args.method == "inversion" and args.image:
+        raise InputError("--image goes with --method single-step")
     if args.compare and args.ref is None:
         raise InputError("--compare shows the reference: give it with --ref")
     model_config = read_header(args.weights)
@@ -223,7 +249,8 @@ def run(args: argparse.Namespace) -> None:
             write_video(beside, torch.cat([reference, frames], dim=-1), fps)
             print(beside)
         write_sidecar(out.with_suffix(".json"), {
-            "prompt": args.prompt, "reference": str(args.ref or args.motion), "seed": seed,
+            "prompt": args.prompt, "method": args.method, "reference_prompt": args.ref_prompt,
+            "reference": str(args.ref or args.motion), "seed": seed,
             "settings": dataclasses.asdict(config), "start": args.start,
             "duration": args.duration, "fit": args.fit, "fps": fps,
             "weights": str(args.weights), "weights_sha256": model.sha256,
@@ -237,8 +264,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_motion(args: argparse.Namespace, model: Model, reference: torch.Tensor,
-                config: SampleConfig) -> Motion:
+                config: SampleConfig) -> Motion | Inversion:
     latents = model.vae.encode(reference.to(model.device, model.dtype))
+    if args.method == "inversion":
+        bar = functools.partial(tqdm, total=len(inversion_path(model.schedule, config)),
+                                desc="inversion", unit="step", file=sys.stderr)
+        return invert_motion(model, latents, args.ref_prompt, config, bar)
     # Read under its own frames: the new clip's are not of this motion.
     own = [reference[frame, None] for _, frame in args.image]
     condition = given_frames(model, own, args, config)

@@ -95,6 +95,8 @@ class SampleConfig:
     extract_t: int = 400                # t_alpha: the noise under which the reference is read
     top_k: int = 1                      # values kept of each row of a map
     blocks: tuple[str, ...] = ("up_blocks.1",)
+    block_weights: tuple[float, ...] = ()   # of each of them in the loss; 1 where none are given
+    inversion_steps: int = 0            # 0: the reference is noised once; else inverted by DDIM
 
     frames: int = 16
     height: int = 512                   # of the picture, in pixels
@@ -116,6 +118,10 @@ class SampleConfig:
             "frames": (self.frames >= 1, "1 or more"),
             "top_k": (1 <= self.top_k <= self.frames, f"1 to the number of frames, {self.frames}"),
             "blocks": (len(self.blocks) > 0, "at least one block"),
+            "block_weights": (len(self.block_weights) in (0, len(self.blocks))
+                              and all(0 <= w < math.inf for w in self.block_weights),
+                              f"none, or one of 0 or more for each of {len(self.blocks)} blocks"),
+            "inversion_steps": (0 <= self.inversion_steps <= 1000, "0 to 1000"),
             "height": (self.height >= 1, "1 or more"),
             "width": (self.width >= 1, "1 or more"),
         }

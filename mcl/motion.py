@@ -2,7 +2,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,10 @@ class Motion:
     @property
     def layers(self) -> tuple[str, ...]:
         return tuple(self.values)
+
+    def at(self, t: int) -> "Motion":
+        """The motion that guides at timestep t: this one at every t. (`Inversion` has others.)"""
+        return self
 
     def to(self, device: torch.device | str) -> "Motion":
         return Motion({name: v.to(device) for name, v in self.values.items()},
@@ -87,20 +91,29 @@ def extract_motion(model: Model, latents: Tensor, *, noise: Tensor | None = None
     null = model.encode_text([""])
     _, maps = model.unet(z.to(model.dtype), t, null, maps_of=blocks, need_eps=False,
                          residuals=model.residuals(condition, t, null))
-    top = {name: probs.topk(k, dim=-1) for name, probs in maps.items()}         # eq. 4, 5
-    info = {"model": model.sha256, "t": t, "k": k, "blocks": list(blocks), "frames": frames,
-            "height": latents.shape[3], "width": latents.shape[4]}
+    return strongest(maps, k, {"model": model.sha256, "t": t, "k": k, "blocks": list(blocks),
+                               "frames": frames, "height": latents.shape[3],
+                               "width": latents.shape[4]})
+
+
+def strongest(maps: dict[str, Tensor], k: int, info: dict[str, Any]) -> Motion:
+    """The k largest values of each row of the maps, and where they are (eqs. 4, 5)."""
+    top = {name: probs.topk(k, dim=-1) for name, probs in maps.items()}
     return Motion({name: found.values for name, found in top.items()},
                   {name: found.indices for name, found in top.items()}, info)
 
 
-def motion_loss(maps: dict[str, Tensor], motion: Motion) -> Tensor:
+def motion_loss(maps: dict[str, Tensor], motion: Motion,
+                block_weights: Mapping[str, float] | None = None) -> Tensor:
     """How far the maps are from the motion, at its indices alone: a float32 scalar (eq. 3, 6).
 
-    The sum over layers of the mean square difference, in the published code's scaling.
+    The sum over layers of the mean square difference, in the published code's scaling; each
+    weighted by the block whose layer it is, where `block_weights` names that.
     """
     losses = []
     for name, values in motion.values.items():
         generated = maps[name].gather(-1, motion.indices[name])
-        losses.append((generated - values).square().mean())
+        weight = next((w for block, w in (block_weights or {}).items()
+                       if name.startswith(block + ".")), 1.0)
+        losses.append(weight * (generated - values).square().mean())
     return torch.stack(losses).sum()

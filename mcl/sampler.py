@@ -1,6 +1,6 @@
 """The guided sampling loop: DDIM, steered by the gradient of the motion loss."""
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Any, Iterator, Mapping, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,17 @@ from .schedule import ddim_step
 
 # The size at which the published weights were tuned: 16 frames of 512x512, in latent elements.
 PUBLISHED_SIZE = 16 * 64 * 64
+
+
+class Guide(Protocol):
+    """What tells the sampler how to move: a `Motion`, or an `Inversion`."""
+    info: dict[str, Any]
+
+    def at(self, t: int) -> Motion:
+        """The motion to follow at timestep t."""
+
+    def to(self, device: torch.device | str) -> "Guide":
+        """The same on another device."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +47,14 @@ def guidance_weight(step: int, config: SampleConfig, elements: int) -> float:
     return config.motion_scale * up * down * elements / PUBLISHED_SIZE
 
 
-def sample(model: Model, prompt: str, motion: Motion | None = None, *,
+def sample(model: Model, prompt: str, motion: Guide | None = None, *,
            config: SampleConfig = SampleConfig(), latents: Tensor | None = None,
            generator: torch.Generator | None = None, condition: Tensor | None = None
            ) -> Iterator[State]:
     """Samples a clip of the prompt that moves like the reference, one state per step.
 
-    motion     of the reference, from `extract_motion`; None samples without guidance
+    motion     of the reference, from `extract_motion` or `invert_motion`; None samples without
+               guidance
     latents    the starting noise (1, c, f, h, w), standard normal; drawn from the CPU
                `generator` where not given, so that a seed means the same on every device
     condition  of a model with SparseCtrl, from `sparse_condition`: frames that are given
@@ -65,6 +77,7 @@ def sample(model: Model, prompt: str, motion: Motion | None = None, *,
     else:
         motion = None
 
+    blocks = dict(zip(config.blocks, config.block_weights))
     text, null = model.encode_text([prompt, config.negative_prompt]).split(1)
     timesteps = model.schedule.timesteps(config.steps, config.spacing, config.guidance_steps,
                                          config.guidance_span)
@@ -76,7 +89,8 @@ def sample(model: Model, prompt: str, motion: Motion | None = None, *,
         # 1. The noise under the prompt, and, in the first steps, how its maps differ in motion.
         if motion is not None and i < config.guidance_steps:
             weight = guidance_weight(i, config, shape[2] * shape[3] * shape[4])
-            eps, loss, grad = guided_noise(model, z, t, text, motion, weight, condition)
+            eps, loss, grad = guided_noise(model, z, t, text, motion.at(t), weight, blocks,
+                                           condition)
         else:
             eps = noise(model, z, t, text, condition)
 
@@ -106,6 +120,7 @@ def noise(model: Model, z: Tensor, t: int, text: Tensor, condition: Tensor | Non
 
 
 def guided_noise(model: Model, z: Tensor, t: int, text: Tensor, motion: Motion, weight: float,
+                 block_weights: Mapping[str, float] | None = None,
                  condition: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The noise, the motion loss g, and the gradient of weight * g with respect to z."""
     residuals = model.residuals(condition, t, text)
@@ -113,12 +128,12 @@ def guided_noise(model: Model, z: Tensor, t: int, text: Tensor, motion: Motion, 
         z = z.detach().requires_grad_()
         eps, maps = model.unet(z.to(model.dtype), t, text, maps_of=motion.layers,
                                residuals=residuals)
-        loss = motion_loss(maps, motion)
+        loss = motion_loss(maps, motion, block_weights)
         grad, = torch.autograd.grad(weight * loss, z)
     return eps.detach().float(), loss.detach(), grad
 
 
-def check_fit(motion: Motion, model: Model, shape: tuple[int, ...]) -> None:
+def check_fit(motion: Guide, model: Model, shape: tuple[int, ...]) -> None:
     """Raises InputError where a motion was read from another model or at another size."""
     if motion.info.get("model", model.sha256) != model.sha256:
         raise InputError("this motion was read from another model: extract it again with this one")

@@ -3,6 +3,8 @@ import re
 import shlex
 from pathlib import Path
 
+import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
 
@@ -43,12 +45,14 @@ def test_every_command_for_other_weights_runs(tmp_path, monkeypatch, capsys):
     foreign.save(tmp_path / "v3_sd15_adapter.ckpt", {
         "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora."
         f"{way}.weight": torch.zeros(shape) for way, shape in (("down", (4, 96)), ("up", (96, 4)))})
+    foreign.save(tmp_path / "v3_sd15_sparsectrl_rgb.ckpt", foreign.sparsectrl("rgb"))
+    imageio.imwrite(tmp_path / "kite.png", np.zeros((64, 64, 3), np.uint8))
     (tmp_path / "weights").mkdir()
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(c) for c in re.findall(
         r"python ((?:convert_weights.py|sample.py --weights) .*)", README)]
-    assert len(commands) == 5
+    assert len(commands) == 7
     small = ["--steps", "1", "--guidance-steps", "0", "--frames", "1", "--size", "64x64"]
     for name, *argv in commands:
         if name == "sample.py":

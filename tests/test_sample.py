@@ -54,6 +54,25 @@ def test_the_same_command_writes_the_same_bytes(tmp_path):
     assert first.read_bytes() == again.read_bytes() != other.read_bytes()
 
 
+def test_inversion_is_another_way_to_the_motion(tmp_path):
+    once = clone(tmp_path / "a.mp4")
+    inverted = clone(tmp_path / "b.mp4", "--method", "inversion", "--inversion-steps", 3,
+                     "--ref-prompt", "a yellow circle on gray", "--top-k", "all")
+    assert once.read_bytes() != inverted.read_bytes()
+    record = json.loads((tmp_path / "b.json").read_text())
+    assert (record["method"], record["settings"]["top_k"]) == ("inversion", 16)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--method", "inversion", "--save-motion", "m"], "leave out --motion and --save-motion"),
+    (["--ref-prompt", "a cat"], "belong to --method inversion"),
+    (["--inversion-steps", "9"], "belong to --method inversion"),
+    (["--block-weights", "1,2"], "block_weights = (1.0, 2.0) is not possible")])
+def test_what_does_not_go_with_a_method_is_refused(argv, message, tmp_path, capsys):
+    assert run("--ref", REF, "--prompt", "", "--out", tmp_path / "a.mp4", *argv) == 2
+    assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_a_kept_motion_gives_the_same_clip_as_its_reference(tmp_path):
     kept = tmp_path / "m.safetensors"
     first = clone(tmp_path / "a.mp4", "--save-motion", kept)

@@ -1,0 +1,61 @@
+"""The variant with inversion: what is kept of the way back, and what is read there."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from mcl import InputError, invert_motion, sample
+from mcl.inversion import inversion_path, invert
+
+CONFIG = dict(steps=6, guidance_steps=3, inversion_steps=5, top_k=2,
+              blocks=("up_blocks.1", "up_blocks.2"), block_weights=(1.0, 0.5))
+
+
+def randn(seed):
+    return torch.randn((1, 4, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def config(small):
+    return dataclasses.replace(small.config.sample, **CONFIG)
+
+
+def test_the_way_leads_through_every_guided_timestep(small, config):
+    path = inversion_path(small.schedule, config)
+    assert path == sorted({0, 250, 500, 749, 999} | {999, 850, 700})
+    motion = invert_motion(small, randn(0), "a ball", config)
+    assert set(motion.latents) == {999, 850, 700}
+    for t, z in invert(small, randn(0), "a ball", path):
+        assert t not in motion.latents or torch.equal(motion.latents[t], z)
+
+
+def test_the_motion_at_a_step_is_the_top_of_the_maps_of_its_own_latents(small, config):
+    motion = invert_motion(small, randn(0), "a ball", config)
+    text = small.encode_text(["a ball"])
+    _, maps = small.unet(motion.latents[850], 850, text, maps_of=config.blocks)
+    found = motion.at(850)
+    assert found.layers == tuple(maps) and len(maps) == 8
+    for name, probs in maps.items():
+        top = np.argsort(-probs.numpy(), axis=-1, kind="stable")[..., :2]
+        assert np.array_equal(found.indices[name].numpy(), top)
+    with pytest.raises(InputError, match="not inverted to timestep 400"):
+        motion.at(400)
+
+
+def test_guidance_follows_the_motion_of_each_step_with_the_blocks_weights(small, config):
+    motion = invert_motion(small, randn(0), "a ball", config)
+    start, text = randn(3), small.encode_text(["a red star"])
+    states = list(sample(small, "a red star", motion, config=config, latents=start))
+    z = start
+    for state in states[:3]:
+        _, maps = small.unet(z, state.t, text, maps_of=config.blocks)
+        expected, target = 0.0, motion.at(state.t)
+        for name, probs in maps.items():
+            here = np.take_along_axis(probs.numpy(), target.indices[name].numpy(), axis=-1)
+            square = (here - target.values[name].numpy()) ** 2
+            expected += square.mean() * (1.0 if name.startswith("up_blocks.1.") else 0.5)
+        assert state.loss == pytest.approx(expected, rel=1e-4)
+        z = state.latents
+    unguided = list(sample(small, "a red star", None, config=config, latents=start))
+    assert not torch.allclose(unguided[-1].latents, states[-1].latents, atol=1e-3)

@@ -1,6 +1,6 @@
 """Measures cloning on held-out clips, against the exact truth of how they were rendered.
 
-    python -m mcl.tiny.evaluate [--weights F] [--clips 12] [--camera-clips 6] [--seed 0]
+    python -m mcl.tiny.evaluate [--weights F] [--clips 12] [--camera-clips 6] [--still-clips 3]
 
 The references follow kinds of path that the trainer never draws, and differ from the prompts in
 subject, colour and ground. Everything is measured in the finished pictures; positions are in half
@@ -33,13 +33,14 @@ from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene, render, seen_cent
 
 PATHS = ("figure eight", "square", "spiral", "zigzag", "circle", "hops")
 CAMERAS = ("pan", "zoom", "roll")
+STILL = ("still",)
 FOUND_AREA = 0.004                      # of the picture: the least that counts as a subject
 
 
 @dataclass(frozen=True)
 class Case:
     """A reference and what is asked of its clone."""
-    motion: str                         # one of PATHS or CAMERAS
+    motion: str                         # one of PATHS, CAMERAS or STILL
     scene: Scene
     prompt: str
     shape: str
@@ -63,6 +64,8 @@ def held_out_path(kind: str, frames: int, reach: float) -> Tensor:
         xy = (0.2 + 0.8 * t)[:, None] * torch.stack([(1.5 * turn).cos(), (1.5 * turn).sin()], -1)
     elif kind == "zigzag":
         xy = torch.stack([2 * t - 1, 0.7 * (2 * (3 * t % 2 - 1).abs() - 1)], dim=-1)
+    elif kind == "still":
+        xy = torch.zeros(frames, 2)
     elif kind == "circle":
         xy = 0.85 * torch.stack([turn.cos(), turn.sin()], dim=-1)
     else:                                                   # hops
@@ -216,6 +219,7 @@ def main() -> None:
     p.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
     p.add_argument("--clips", type=int, default=12, help="references with a moving object")
     p.add_argument("--camera-clips", type=int, default=6, help="references with a moving camera")
+    p.add_argument("--still-clips", type=int, default=3, help="references without any motion")
     p.add_argument("--seed", type=int, default=0, help="of the first clip")
     p.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON",
                    help="settings other than the model's own, e.g. steps=50")
@@ -228,27 +232,31 @@ def main() -> None:
     changes = {name: json.loads(value) for name, value in (s.split("=", 1) for s in args.set)}
     config = from_dict(SampleConfig, to_dict(model.config.sample) | changes)
     cases = (held_out_cases(PATHS, args.clips, config.frames, args.seed)
-             + held_out_cases(CAMERAS, args.camera_clips, config.frames, args.seed))
+             + held_out_cases(CAMERAS, args.camera_clips, config.frames, args.seed)
+             + held_out_cases(STILL, args.still_clips, config.frames, args.seed))
     records = []
     for case in tqdm(cases, file=sys.stderr):
         for guided in (True,) if args.guided_only else (True, False):
             began = time.perf_counter()
             frames = clone(model, case, config, guided)
             figures = measure(frames, case) | {"seconds": time.perf_counter() - began}
-            records.append({"motion": case.motion, "prompt": case.prompt, "guided": guided,
-                            "camera clip": case.motion in CAMERAS} | figures)
+            records.append({"kind": kind_of(case.motion), "motion": case.motion,
+                            "prompt": case.prompt, "guided": guided} | figures)
             if args.save:
                 save_strip(args.save / f"{len(records):03d}.png",
                            [render(case.scene, config.height), frames])
     print(dataclasses.asdict(config))
-    for camera in (False, True):
+    for kind in ("object", "camera", "still"):
         for guided in (True, False):
-            some = [r for r in records if r["camera clip"] == camera and r["guided"] == guided]
+            some = [r for r in records if r["kind"] == kind and r["guided"] == guided]
             if some:
-                print(summary(some, f"{'camera' if camera else 'object'} clips, "
-                                    f"{'guided' if guided else 'unguided'}"))
+                print(summary(some, f"{kind} clips, {'guided' if guided else 'unguided'}"))
     if args.json:
         args.json.write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def kind_of(motion: str) -> str:
+    return "camera" if motion in CAMERAS else "still" if motion in STILL else "object"
 
 
 def summary(records: list[dict], title: str) -> str:

@@ -84,7 +84,8 @@ class Trainee:
     def save(self) -> None:
         temporary = self.file.with_suffix(".tmp")
         torch.save({"module": self.module.state_dict(), "average": self.average.state_dict(),
-                    "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step}, temporary)
+                    "optimizers": [o.state_dict() for o in self.optimizers],
+                    "step": self.step}, temporary)
         temporary.replace(self.file)
 
     def run(self, steps: int, loss_of: Callable[[int], tuple[Tensor, str]]) -> None:

@@ -24,12 +24,15 @@ from mcl.convert.formats import LORAS
 from mcl.convert.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
 from mcl.files import atomic, check_file
 from mcl.inversion import Inversion, inversion_path, invert_motion
+from mcl.semantic import Semantics, semantics_of
 from mcl.unet import UNet3D
 from mcl.video import FITS, check_writable
 
 EMBEDDED = Path(__file__).parent / "weights" / "tiny.safetensors"
 # The published settings (arXiv 2406.05338): steps, guided steps, their share of the noise range.
 PRESETS = {"camera": (100, 50, 0.3), "object": (300, 180, 0.4)}
+# Of the weight of the semantic loss to that of the motion loss, in the inversion variant.
+PUBLISHED_SEMANTIC_SHARE = 42 / 1667
 METHODS = ("single-step", "inversion")
 # The reference is noised alike whatever the seed, so that a motion is the same in every sample and
 # in a file; with a number beyond all seeds, so that no clip starts from that noise.
@@ -66,7 +69,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--method", choices=METHODS, default="single-step",
         help="how the reference is read: noised once, or inverted by DDIM (default: %(default)s)")
     add("--inversion-steps", type=int, help="of --method inversion (default: 100)")
-    add("--ref-prompt", default="", help="what the reference shows, for --method inversion")
+    add("--ref-prompt", default="", help="what the reference shows, for inversion and --subject")
+    add("--subject", nargs=2, metavar=("REF_WORD", "NEW_WORD"),
+        help="semantic guidance where these words of the two prompts show")
+    add("--semantic-scale", type=float, help="weight of semantic guidance; without --subject it "
+        "compares whole frames")
 
     group = p.add_argument_group("reference and video")
     add = group.add_argument
@@ -132,8 +139,13 @@ def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
         given["top_k"] = args.frames or default.frames
     if args.method == "inversion":
         given.setdefault("inversion_steps", 100)
-    elif args.inversion_steps or args.ref_prompt:
-        raise InputError("--inversion-steps and --ref-prompt belong to --method inversion")
+    elif args.inversion_steps:
+        raise InputError("--inversion-steps belongs to --method inversion")
+    elif args.ref_prompt and not args.subject:
+        raise InputError("--ref-prompt belongs to --method inversion or --subject")
+    if args.subject:
+        given.setdefault("semantic_scale", PUBLISHED_SEMANTIC_SHARE
+                         * given.get("motion_scale", default.motion_scale))
     if args.size:
         given["width"], given["height"] = args.size
     return dataclasses.replace(default, **given)
@@ -154,8 +166,10 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     if args.method == "inversion" and (args.ref is None or args.save_motion):
         raise InputError("--method inversion reads the reference at every step: give it with "
                          "--ref, and leave out --motion and --save-motion")
-    if args.method == "inversion" and args.image:
-        raise InputError("--image goes with --method single-step")
+    if args.image and (args.method == "inversion" or args.subject or args.semantic_scale):
+        raise InputError("--image goes with --method single-step, without semantic guidance")
+    if args.subject and args.ref is None:
+        raise InputError("--subject looks for its word in the reference: give it with --ref")
     if args.compare and args.ref is None:
         raise InputError("--compare shows the reference: give it with --ref")
     model_config = read_header(args.weights)
@@ -221,8 +235,11 @@ def run(args: argparse.Namespace) -> None:
     warn_unknown(model, args.prompt)
 
     began = clock()
-    motion = (Motion.load(args.motion) if reference is None
-              else read_motion(args, model, reference, config))
+    latents = (None if reference is None
+               else model.vae.encode(reference.to(model.device, model.dtype)))
+    motion = (Motion.load(args.motion) if reference is None or latents is None
+              else read_motion(args, model, reference, latents, config))
+    semantics = read_semantics(args, model, motion, latents, config)
     timing["extract"] = clock() - began
 
     condition = given_frames(model, pictures, args, config)
@@ -231,7 +248,7 @@ def run(args: argparse.Namespace) -> None:
         began = clock()
         generator = torch.Generator().manual_seed(seed)
         bar = tqdm(sample(model, args.prompt, motion, config=config, generator=generator,
-                          condition=condition),
+                          condition=condition, semantics=semantics),
                    total=config.steps, desc=f"seed {seed}", unit="step", file=sys.stderr)
         losses = []
         for state in bar:
@@ -250,7 +267,7 @@ def run(args: argparse.Namespace) -> None:
             print(beside)
         write_sidecar(out.with_suffix(".json"), {
             "prompt": args.prompt, "method": args.method, "reference_prompt": args.ref_prompt,
-            "reference": str(args.ref or args.motion), "seed": seed,
+            "subject": args.subject, "reference": str(args.ref or args.motion), "seed": seed,
             "settings": dataclasses.asdict(config), "start": args.start,
             "duration": args.duration, "fit": args.fit, "fps": fps,
             "weights": str(args.weights), "weights_sha256": model.sha256,
@@ -264,8 +281,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_motion(args: argparse.Namespace, model: Model, reference: torch.Tensor,
-                config: SampleConfig) -> Motion | Inversion:
-    latents = model.vae.encode(reference.to(model.device, model.dtype))
+                latents: torch.Tensor, config: SampleConfig) -> Motion | Inversion:
     if args.method == "inversion":
         bar = functools.partial(tqdm, total=len(inversion_path(model.schedule, config)),
                                 desc="inversion", unit="step", file=sys.stderr)
@@ -275,12 +291,32 @@ def read_motion(args: argparse.Namespace, model: Model, reference: torch.Tensor,
     condition = given_frames(model, own, args, config)
     motion = extract_motion(model, latents, t=config.extract_t, k=config.top_k,
                             blocks=config.blocks,
-                            generator=torch.Generator().manual_seed(REFERENCE_SEED),
-                            condition=condition)
+                            noise=reference_noise(latents), condition=condition)
     if args.save_motion is not None:
         dataclasses.replace(motion, info=motion.info | {"source": args.ref.name}).save(
             args.save_motion)
     return motion
+
+
+def reference_noise(latents: torch.Tensor) -> torch.Tensor:
+    return torch.randn(latents.shape, generator=torch.Generator().manual_seed(REFERENCE_SEED))
+
+
+def read_semantics(args: argparse.Namespace, model: Model, motion: Motion | Inversion,
+                   latents: torch.Tensor | None, config: SampleConfig) -> Semantics | None:
+    if not config.semantic_scale or not config.motion_scale:
+        return None
+    if not args.subject or latents is None:
+        return Semantics(model, config.blocks)
+    ref_word, word = args.subject
+    reference: Inversion | torch.Tensor
+    if isinstance(motion, Inversion):
+        reference = motion
+    else:
+        noise = reference_noise(latents).to(latents.device)
+        reference = model.schedule.add_noise(latents.float(), noise, config.extract_t)
+    return semantics_of(model, config.blocks, args.prompt, word, args.ref_prompt, ref_word,
+                        reference, config.extract_t)
 
 
 def given_frames(model: Model, pictures: list[torch.Tensor], args: argparse.Namespace,

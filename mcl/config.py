@@ -89,6 +89,7 @@ class SampleConfig:
     cfg_scale: float = 8.5              # uncond + s * (cond - uncond)
 
     motion_scale: float = 2000.0        # lambda, at 16 frames of 512x512
+    semantic_scale: float = 0.0         # weight of semantic guidance, where there is any
     warmup: int = 10                    # guided steps over which lambda rises at the start
     cooldown: int = 10                  # and falls at the end
 
@@ -112,6 +113,7 @@ class SampleConfig:
             "spacing": (self.spacing in SPACINGS, "one of " + ", ".join(SPACINGS)),
             "cfg_scale": (0 <= self.cfg_scale < math.inf, "0 or more"),
             "motion_scale": (0 <= self.motion_scale < math.inf, "0 or more"),
+            "semantic_scale": (0 <= self.semantic_scale < math.inf, "0 or more"),
             "warmup": (self.warmup >= 0, "0 or more"),
             "cooldown": (self.cooldown >= 0, "0 or more"),
             "extract_t": (0 <= self.extract_t <= 999, "0 to 999"),

@@ -56,12 +56,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, want_map: bool = False
-                ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, context: Tensor | None = None, want: tuple[str, ...] = ()
+                ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (b, n, c) -> like x, and what is wanted: "" the map, "to_k" the keys (b, m, c)."""
         context = x if context is None else context
-        out, probs = attention(self.to_q(x), self.to_k(context), self.to_v(context),
-                               self.heads, want_map)
-        return self.to_out[0](out), probs
+        keys = self.to_k(context)
+        out, probs = attention(self.to_q(x), keys, self.to_v(context), self.heads, "" in want)
+        found = {} if probs is None else {"": probs}
+        return self.to_out[0](out), found | ({"to_k": keys} if "to_k" in want else {})
 
 
 class GEGLU(nn.Module):
@@ -171,17 +173,25 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, want_map: bool = False
+                ) -> tuple[Tensor, Tensor | None]:
+        """x (b*f, n, c), text (b, m, text_channels) -> like x, and the map of the attention to the
+        text (b*f, heads, n, m), if it is wanted."""
         b, n = text.shape[0], x.shape[1]
         x = x + self.attn1(self.norm1(x))[0]
         # All frames of a clip attend to one text: its keys and values are computed once.
         y = rearrange(self.norm2(x), "(b f) n c -> b (f n) c", b=b)
-        x = x + rearrange(self.attn2(y, text)[0], "b (f n) c -> (b f) n c", n=n)
-        return x + self.ff(self.norm3(x))
+        y, found = self.attn2(y, text, want=("",) if want_map else ())
+        x = x + rearrange(y, "b (f n) c -> (b f) n c", n=n)
+        probs = found.get("")
+        if probs is not None:
+            probs = rearrange(probs, "b heads (f n) m -> (b f) heads n m", n=n)
+        return x + self.ff(self.norm3(x)), probs
 
 
 class SpatialTransformer(nn.Module):
-    """The transformer of one frame: x (b*f, c, h, w) and text (b, m, text_channels) -> like x."""
+    """The transformer of one frame: x (b*f, c, h, w) and text (b, m, text_channels) -> like x, and
+    the map of its attention to the text (b*f, heads, h*w, m), if it is wanted."""
 
     def __init__(self, channels: int, heads: int, text_channels: int, groups: int):
         super().__init__()
@@ -190,11 +200,12 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, text_channels)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, want_map: bool = False
+                ) -> tuple[Tensor, Tensor | None]:
         h = x.shape[2]
         y = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
-        y = self.transformer_blocks[0](y, text)
-        return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h))
+        y, probs = self.transformer_blocks[0](y, text, want_map)
+        return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h)), probs
 
 
 def channels_last(module: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """The guided sampling loop: DDIM, steered by the gradient of the motion loss."""
-from dataclasses import dataclass
-from typing import Any, Iterator, Mapping, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from .model import Model
 from .motion import Motion, motion_loss
 from .schedule import ddim_step
 
+if TYPE_CHECKING:
+    from .semantic import Features, Semantics
+
+Steps = list[tuple[int, int]]           # each timestep, and the one that it leads to
 # The size at which the published weights were tuned: 16 frames of 512x512, in latent elements.
 PUBLISHED_SIZE = 16 * 64 * 64
 
@@ -49,8 +53,8 @@ def guidance_weight(step: int, config: SampleConfig, elements: int) -> float:
 
 def sample(model: Model, prompt: str, motion: Guide | None = None, *,
            config: SampleConfig = SampleConfig(), latents: Tensor | None = None,
-           generator: torch.Generator | None = None, condition: Tensor | None = None
-           ) -> Iterator[State]:
+           generator: torch.Generator | None = None, condition: Tensor | None = None,
+           semantics: "Semantics | None" = None) -> Iterator[State]:
     """Samples a clip of the prompt that moves like the reference, one state per step.
 
     motion     of the reference, from `extract_motion` or `invert_motion`; None samples without
@@ -58,6 +62,7 @@ def sample(model: Model, prompt: str, motion: Guide | None = None, *,
     latents    the starting noise (1, c, f, h, w), standard normal; drawn from the CPU
                `generator` where not given, so that a seed means the same on every device
     condition  of a model with SparseCtrl, from `sparse_condition`: frames that are given
+    semantics  for semantic guidance beside that of the motion, weighted by config.semantic_scale
 
     Raises InputError where the motion does not fit the model or the size, NumericalError where
     the loss or the latents cease to be finite.
@@ -82,15 +87,18 @@ def sample(model: Model, prompt: str, motion: Guide | None = None, *,
     timesteps = model.schedule.timesteps(config.steps, config.spacing, config.guidance_steps,
                                          config.guidance_span)
     z = latents.to(model.device, torch.float32)
-    for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:] + [-1])):
+    steps = list(zip(timesteps, timesteps[1:] + [-1]))
+    own = None if semantics is None else semantics.unguided(z, text, null, steps, config)
+    for i, (t, t_prev) in enumerate(steps):
         abar, abar_prev = model.schedule.abar(t), model.schedule.abar(t_prev)
         loss = grad = None
 
         # 1. The noise under the prompt, and, in the first steps, how its maps differ in motion.
         if motion is not None and i < config.guidance_steps:
             weight = guidance_weight(i, config, shape[2] * shape[3] * shape[4])
-            eps, loss, grad = guided_noise(model, z, t, text, motion.at(t), weight, blocks,
-                                           condition)
+            guidance = Guidance(motion.at(t), blocks, semantics, None if own is None else next(own),
+                                config.semantic_scale / config.motion_scale)
+            eps, loss, grad = guided_noise(model, z, t, text, guidance, weight, condition)
         else:
             eps = noise(model, z, t, text, condition)
 
@@ -119,17 +127,37 @@ def noise(model: Model, z: Tensor, t: int, text: Tensor, condition: Tensor | Non
     return eps.float()
 
 
-def guided_noise(model: Model, z: Tensor, t: int, text: Tensor, motion: Motion, weight: float,
-                 block_weights: Mapping[str, float] | None = None,
+@dataclass(frozen=True)
+class Guidance:
+    """What one step is guided by."""
+    motion: Motion
+    block_weights: Mapping[str, float] = field(default_factory=dict)
+    semantics: "Semantics | None" = None
+    own: "Features | None" = None       # of the unguided clip, for the semantic loss
+    semantic_weight: float = 0.0        # of that loss, relative to the motion's
+
+    @property
+    def maps_of(self) -> tuple[str, ...]:
+        return self.motion.layers + (() if self.semantics is None else self.semantics.keys)
+
+    def losses(self, maps: dict[str, Tensor], t: int) -> tuple[Tensor, Tensor]:
+        """The motion loss g, and the sum with the semantic one that is descended."""
+        loss = motion_loss(maps, self.motion, self.block_weights)
+        if self.semantics is None or self.own is None:
+            return loss, loss
+        return loss, loss + self.semantic_weight * self.semantics.loss(maps, self.own, t)
+
+
+def guided_noise(model: Model, z: Tensor, t: int, text: Tensor, guidance: Guidance, weight: float,
                  condition: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The noise, the motion loss g, and the gradient of weight * g with respect to z."""
     residuals = model.residuals(condition, t, text)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        eps, maps = model.unet(z.to(model.dtype), t, text, maps_of=motion.layers,
+        eps, maps = model.unet(z.to(model.dtype), t, text, maps_of=guidance.maps_of,
                                residuals=residuals)
-        loss = motion_loss(maps, motion, block_weights)
-        grad, = torch.autograd.grad(weight * loss, z)
+        loss, total = guidance.losses(maps, t)
+        grad, = torch.autograd.grad(weight * total, z)
     return eps.detach().float(), loss.detach(), grad
 
 

@@ -19,9 +19,9 @@ def below(maps_of: tuple[str, ...], child: str) -> tuple[str, ...]:
 
     An empty name stands for everything: ("up_blocks.1", "mid_block") below "up_blocks.1" is ("",).
     """
-    return tuple(name[len(child) + 1:] for name in maps_of
-                 if name == child or name.startswith(child + ".")) + \
-        (("",) if "" in maps_of else ())
+    inside = [name[len(child) + 1:] for name in maps_of if name.startswith(child + ".")]
+    whole = [name for name in maps_of if f"{child}.".startswith(name + ".") or not name]
+    return (*inside, *(("",) if whole else ()))
 
 
 def position_encoding(frames: int, channels: int) -> Tensor:
@@ -55,10 +55,9 @@ class TemporalBlock(nn.Module):
         for i, (norm, attend) in enumerate(zip(self.norms, self.attention_blocks)):
             name = f"attention_blocks.{i}"
             # Queries, keys and values all see the position; the residual does not.
-            y, probs = attend(norm(x) + position, want_map=bool(below(maps_of, name)))
+            y, found = attend(norm(x) + position, want=below(maps_of, name))
             x = x + y
-            if probs is not None:
-                maps[name] = probs
+            maps.update({f"{name}.{key}".rstrip("."): m for key, m in found.items()})
         return x + self.ff(self.ff_norm(x)), maps
 
 

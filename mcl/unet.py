@@ -68,12 +68,23 @@ class Block(nn.Module):
         """Layer i: x (b*f, c, h, w) -> (b*f, c_out, h, w); its maps are added to `maps`."""
         x = self.resnets[i](x, time, frames)
         if self.attentions:
-            x = self.attentions[i](x, text)
+            x = spatial(self.attentions, i, x, text, maps_of, maps)
         if self.motion_modules:
             name = f"motion_modules.{i}"
             x, found = self.motion_modules[i](x, frames, below(maps_of, name))
             maps.update({f"{name}.{key}": m for key, m in found.items()})
         return x
+
+
+def spatial(transformers: nn.ModuleList, i: int, x: Tensor, text: Tensor,
+            maps_of: tuple[str, ...], maps: Maps) -> Tensor:
+    """The i-th spatial transformer. Its map is wanted where it is named, and not where a whole
+    block is, which stands for temporal attention."""
+    named = below(tuple(filter(None, maps_of)), f"attentions.{i}")
+    x, probs = transformers[i](x, text, want_map=bool(named))
+    if probs is not None:
+        maps[f"attentions.{i}"] = probs
+    return x
 
 
 class DownBlock(Block):
@@ -136,11 +147,12 @@ class MidBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor, text: Tensor, frames: int,
                 maps_of: tuple[str, ...]) -> tuple[Tensor, Maps]:
         maps: Maps = {}
-        x = self.attentions[0](self.resnets[0](x, time, frames), text)
+        x = self.resnets[0](x, time, frames)
+        x = spatial(self.attentions, 0, x, text, maps_of, maps)
         if self.motion_modules:
             name = "motion_modules.0"
             x, found = self.motion_modules[0](x, frames, below(maps_of, name))
-            maps = {f"{name}.{key}": m for key, m in found.items()}
+            maps |= {f"{name}.{key}": m for key, m in found.items()}
         return self.resnets[1](x, time, frames), maps
 
 
@@ -174,12 +186,26 @@ class UNet3D(nn.Module):
                   if name.rpartition(".")[0].endswith("attention_blocks")]
         layers.sort(key=lambda name: next(i for block, i in order.items()
                                           if name.startswith(block + ".")))
+        maps_of = tuple(maps_of)
         for request in maps_of:
             if not any(below((layer,), request) for layer in layers):
                 blocks = [b for b in order if any(name.startswith(b + ".") for name in layers)]
                 raise InputError(f"no temporal attention under {request!r}: "
                                  f"this model has it in {', '.join(blocks)}")
         return [layer for layer in layers if any(below((layer,), r) for r in maps_of)]
+
+    def blocks_of(self, maps_of: Iterable[str]) -> list[str]:
+        """The blocks in which a request's maps are. Raises InputError as `forward` does."""
+        spatial = [name for name in maps_of if ".attentions" in name]
+        there = [name for name, module in self.named_modules()
+                 if isinstance(module, SpatialTransformer)]
+        for request in spatial:
+            if not any(below((name,), request) for name in there):
+                raise InputError(f"no spatial attention under {request!r}: this model has it in "
+                                 f"{', '.join(there)}")
+        layers = self.temporal_layers(name for name in maps_of if name not in spatial)
+        return [name.split(".motion_modules")[0].split(".attentions")[0]
+                for name in (*spatial, *layers)]
 
     def forward(self, z: Tensor, t: Tensor | int, text: Tensor,
                 maps_of: Iterable[str] = (), need_eps: bool = True,
@@ -189,13 +215,16 @@ class UNet3D(nn.Module):
         z       noisy latents (b, c, f, h, w)
         t       timestep, one for all or (b,), 0 to 999
         text    embeddings of the prompts (b, 77, text_channels)
-        maps_of blocks, motion modules or layers whose maps are wanted, e.g. ("up_blocks.1",)
+        maps_of blocks, motion modules or layers whose temporal maps are wanted, e.g.
+                ("up_blocks.1",); with ".to_k" after a layer's name, its keys; with ".attentions"
+                after a block's, the maps of its attention to the text
         residuals  SparseCtrl's, added to the skips and to what leaves the middle block
 
-        Returns eps, like z, and {layer's name: (b*h*w, heads, f, f) float32}. Gradient flows back
-        from the maps; past the last block that was asked, values go on but no gradient does, so
+        Returns eps, like z, and {layer's name: (b*h*w, heads, f, f) float32}; keys are
+        (b*h*w, f, c), maps of the attention to the text (b*f, heads, h*w, 77). Gradient flows back
+        from all of them; past the last block that was asked, values go on but no gradient does, so
         that the top of the UNet costs no graph. With `need_eps` false the pass ends after that
-        block and eps is None. Raises InputError for a block without temporal attention and for
+        block and eps is None. Raises InputError for a name under which there is no attention and for
         more frames than the positional encoding was trained on.
         """
         frames, maps_of = z.shape[2], tuple(maps_of)
@@ -203,8 +232,7 @@ class UNet3D(nn.Module):
             raise InputError(f"{frames} frames: this model's motion modules know up to "
                              f"{self.config.max_frames}")
         names = self.block_names()
-        asked = [name.split(".motion_modules")[0] for name in self.temporal_layers(maps_of)]
-        last = max((names.index(block) for block in asked), default=len(names))
+        last = max((names.index(block) for block in self.blocks_of(maps_of)), default=len(names))
         t = torch.as_tensor(t, device=z.device).expand(z.shape[0])
         time = repeat(self.time_embedding(t), "b c -> (b f) c", f=frames)
         x = self.conv_in(rearrange(z, "b c f h w -> (b f) c h w"))

@@ -63,10 +63,23 @@ def test_inversion_is_another_way_to_the_motion(tmp_path):
     assert (record["method"], record["settings"]["top_k"]) == ("inversion", 16)
 
 
+def test_semantic_guidance_changes_the_clip(tmp_path):
+    words = ["--ref-prompt", "a yellow circle on gray", "--subject", "circle", "star"]
+    clips = [clone(tmp_path / f"{i}.mp4", *argv).read_bytes() for i, argv in enumerate((
+        [], ["--semantic-scale", 5000], ["--semantic-scale", 5000, *words],
+        ["--method", "inversion", "--inversion-steps", 2, *words]))]
+    assert len(set(clips)) == 4
+    record = json.loads((tmp_path / "3.json").read_text())
+    assert record["subject"] == ["circle", "star"]
+    assert record["settings"]["semantic_scale"] == pytest.approx(
+        record["settings"]["motion_scale"] * 42 / 1667)
+
+
 @pytest.mark.parametrize("argv, message", [
+    (["--subject", "ball", "star"], "the word 'star' is not in the prompt ''"),
     (["--method", "inversion", "--save-motion", "m"], "leave out --motion and --save-motion"),
-    (["--ref-prompt", "a cat"], "belong to --method inversion"),
-    (["--inversion-steps", "9"], "belong to --method inversion"),
+    (["--ref-prompt", "a cat"], "belongs to --method inversion or --subject"),
+    (["--inversion-steps", "9"], "belongs to --method inversion"),
     (["--block-weights", "1,2"], "block_weights = (1.0, 2.0) is not possible")])
 def test_what_does_not_go_with_a_method_is_refused(argv, message, tmp_path, capsys):
     assert run("--ref", REF, "--prompt", "", "--out", tmp_path / "a.mp4", *argv) == 2

@@ -49,10 +49,10 @@ class Plan:
     image_steps: int = 1800
     image_batch: int = 64
     image_rate: float = 4e-3
-    motion_steps: int = 1350
+    motion_steps: int = 2600
     motion_batch: int = 6
-    motion_rate: float = 1e-3
-    spatial_rate: float = 4e-4          # of the layers already trained, in the motion stage
+    motion_rate: float = 3e-3
+    spatial_rate: float = 1e-3          # of the layers already trained, in the motion stage
     decoder_steps: int = 400
     decoder_rate: float = 1.5e-3
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance

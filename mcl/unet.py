@@ -224,8 +224,8 @@ class UNet3D(nn.Module):
         (b*h*w, f, c), maps of the attention to the text (b*f, heads, h*w, 77). Gradient flows back
         from all of them; past the last block that was asked, values go on but no gradient does, so
         that the top of the UNet costs no graph. With `need_eps` false the pass ends after that
-        block and eps is None. Raises InputError for a name under which there is no attention and for
-        more frames than the positional encoding was trained on.
+        block and eps is None. Raises InputError for a name under which there is no attention, and
+        for more frames than the positional encoding was trained on.
         """
         frames, maps_of = z.shape[2], tuple(maps_of)
         if self.config.motion_modules and frames > self.config.max_frames:

@@ -30,9 +30,10 @@ def beside_examples(tmp_path, monkeypatch):
 def test_every_command_of_the_readme_runs(beside_examples, capsys):
     commands = [shlex.split(c)[1:] for c in COMMANDS
                 if "--help" not in c and "--weights" not in c]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for argv in commands:
-        assert command.main(argv + ["--steps", "2", "--guidance-steps", "1"]) == 0
+        few = ["--inversion-steps", "2"] if "inversion" in argv else []
+        assert command.main(argv + ["--steps", "2", "--guidance-steps", "1", *few]) == 0
         assert Path(capsys.readouterr().out.splitlines()[-1]).exists()
 
 

@@ -1,0 +1,199 @@
+"""The options of sample.py: what they say, and everything that can be wrong with them."""
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import DTYPES, read_header
+from .command import Parser
+from .config import SampleConfig
+from .convert.formats import LORAS
+from .convert.lora import IGNORE_ALPHA, parse_scaled
+from .errors import InputError
+from .files import check_file
+from .unet import UNet3D
+from .video import FITS, check_writable
+
+DESCRIPTION = "Clones the motion of a reference video into a new video of a prompt."
+EMBEDDED = Path(__file__).parent.parent / "weights" / "tiny.safetensors"
+# The published settings (arXiv 2406.05338): steps, guided steps, their share of the noise range.
+PRESETS = {"camera": (100, 50, 0.3), "object": (300, 180, 0.4)}
+# Of the weight of the semantic loss to that of the motion loss, in the inversion variant.
+PUBLISHED_SEMANTIC_SHARE = 42 / 1667
+METHODS = ("single-step", "inversion")
+# The reference is noised alike whatever the seed, so that a motion is the same in every sample and
+# in a file; with a number beyond all seeds, so that no clip starts from that noise.
+REFERENCE_SEED = 1 << 32
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = Parser(prog="sample.py", description=DESCRIPTION, allow_abbrev=False)
+    add = p.add_argument
+    add("--ref", type=Path, help="reference video, gif or folder of images")
+    add("--prompt", required=True, help="what the new video shows; may be empty")
+    add("--negative-prompt", help="what it should not show")
+    add("--weights", type=Path, help="model file; the embedded one without it")
+    add("--out", type=Path, default=Path("out.mp4"),
+        help=".mp4, .gif, .webp, or a folder of PNGs (default: %(default)s)")
+    add("--compare", action="store_true", help="also write reference and result side by side")
+    add("--seed", type=int, default=0)
+    add("--num-samples", type=int, default=1, help="this many, with seeds counted up")
+
+    group = p.add_argument_group("method; the defaults are kept with the weights")
+    add = group.add_argument
+    add("--preset", choices=PRESETS, help="published steps for camera or object motion")
+    add("--steps", type=int, help="of DDIM")
+    add("--guidance-steps", type=int, help="how many of them, the first, are guided")
+    add("--guidance-span", type=float, help="share of the noise range that these cover")
+    add("--cfg-scale", type=float, help="classifier-free guidance, uncond + s (cond - uncond)")
+    add("--motion-scale", type=float, help="weight of the motion guidance; 0 turns it off")
+    add("--top-k", type=top_k, metavar="K", help="values kept of each row of an attention map, "
+        "or all")
+    add("--blocks", type=lambda text: tuple(text.split(",")),
+        help="UNet blocks whose temporal attention is cloned, with commas between")
+    add("--block-weights", type=lambda text: tuple(map(float, text.split(","))),
+        help="of each of the blocks in the loss, with commas between")
+    add("--method", choices=METHODS, default="single-step",
+        help="how the reference is read: noised once, or inverted by DDIM (default: %(default)s)")
+    add("--inversion-steps", type=int, help="of --method inversion (default: 100)")
+    add("--ref-prompt", default="", help="what the reference shows, for inversion and --subject")
+    add("--subject", nargs=2, metavar=("REF_WORD", "NEW_WORD"),
+        help="semantic guidance where these words of the two prompts show")
+    add("--semantic-scale", type=float, help="weight of semantic guidance; without --subject it "
+        "compares whole frames")
+
+    group = p.add_argument_group("reference and video")
+    add = group.add_argument
+    add("--frames", type=int)
+    add("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="in pixels")
+    add("--start", type=float, default=0.0, help="seconds into the reference")
+    add("--duration", type=float, help="seconds of the reference; all the rest without it")
+    add("--fit", choices=FITS, default="crop", help="how the reference is brought to size")
+    add("--fps", type=float, help="of the video written")
+    add("--image", type=parse_image, nargs="+", action="extend", default=[], metavar="F[@FRAME]",
+        help="picture that a frame is to show, the first without @FRAME; or a sketch of it: "
+             "as the model's SparseCtrl takes them")
+    add("--save-motion", type=Path, metavar="FILE", help="keep the reference's motion")
+    add("--motion", type=Path, metavar="FILE", help="use a kept motion in place of --ref")
+
+    group = p.add_argument_group("LoRAs, merged into the weights as these are read")
+    for option, what in zip(LORAS, ("AnimateDiff's domain adapter", "of Stable Diffusion 1.5",
+                                    "of AnimateDiff's motion modules")):
+        group.add_argument(option, type=parse_scaled, nargs="+", action="extend", default=[],
+                           metavar="F[:SCALE]", help=what)
+
+    group.add_argument("--ignore-alpha", action="store_true", help=IGNORE_ALPHA)
+
+    group = p.add_argument_group("machine")
+    add = group.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", default="auto", choices=("auto", *DTYPES))
+    return p.parse_args(argv)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """"512x320" -> (width, height)."""
+    width, x, height = text.partition("x")
+    if not (x and width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 512x512")
+    return int(width), int(height)
+
+
+def top_k(text: str) -> int | str:
+    """The number, or "all"."""
+    return text if text == "all" else int(text)
+
+
+def parse_image(text: str) -> tuple[Path, int]:
+    """"a.png@15" -> (a.png, 15); frame 0 where none is given."""
+    path, at, frame = text.rpartition("@")
+    if at and frame.removeprefix("-").isdigit():
+        return Path(path), int(frame)
+    return Path(text), 0
+
+
+def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
+    """The settings that suit the weights, with the preset's and then the options' over them."""
+    given: dict[str, Any] = {}
+    if args.preset:
+        names = ("steps", "guidance_steps", "guidance_span")
+        given.update(zip(names, PRESETS[args.preset]))
+    for field in dataclasses.fields(SampleConfig):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            given[field.name] = value
+    if args.top_k == "all":
+        given["top_k"] = args.frames or default.frames
+    if args.method == "inversion":
+        given.setdefault("inversion_steps", 100)
+    elif args.inversion_steps:
+        raise InputError("--inversion-steps belongs to --method inversion")
+    elif args.ref_prompt and not args.subject:
+        raise InputError("--ref-prompt belongs to --method inversion or --subject")
+    if args.subject:
+        given.setdefault("semantic_scale", PUBLISHED_SEMANTIC_SHARE
+                         * given.get("motion_scale", default.motion_scale))
+    if args.size:
+        given["width"], given["height"] = args.size
+    return dataclasses.replace(default, **given)
+
+
+def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
+    """Everything that can be wrong and can be known before weights are read."""
+    if args.weights is None:
+        args.weights = EMBEDDED
+        print("no --weights: the embedded model runs, which knows coloured shapes on grounds",
+              file=sys.stderr)
+    if (args.ref is None) == (args.motion is None):
+        raise InputError("give the reference with --ref, or its kept motion with --motion")
+    if not 0 <= args.seed < REFERENCE_SEED:
+        raise InputError(f"--seed {args.seed} is not possible: 0 to {REFERENCE_SEED - 1}")
+    if args.num_samples < 1:
+        raise InputError(f"--num-samples {args.num_samples} is not possible: 1 or more")
+    if args.method == "inversion" and (args.ref is None or args.save_motion):
+        raise InputError("--method inversion reads the reference at every step: give it with "
+                         "--ref, and leave out --motion and --save-motion")
+    if args.image and (args.method == "inversion" or args.subject or args.semantic_scale):
+        raise InputError("--image goes with --method single-step, without semantic guidance")
+    if args.subject and args.ref is None:
+        raise InputError("--subject looks for its word in the reference: give it with --ref")
+    if args.compare and args.ref is None:
+        raise InputError("--compare shows the reference: give it with --ref")
+    model_config = read_header(args.weights)
+    config = settings(args, model_config.sample)
+    step = model_config.vae.downsampling
+    if config.height % step or config.width % step:
+        raise InputError(f"--size {config.width}x{config.height} is not possible: "
+                         f"width and height must be multiples of {step}")
+    if config.frames > model_config.unet.max_frames:
+        raise InputError(f"--frames {config.frames}: this model's motion modules know up to "
+                         f"{model_config.unet.max_frames}")
+    with torch.device("meta"):
+        UNet3D(model_config.unet).temporal_layers(config.blocks)
+    fps = model_config.fps if args.fps is None else args.fps
+    if not 0.1 <= fps <= 100:
+        raise InputError(f"--fps {fps} is not possible: 0.1 to 100")
+    for image, frame in args.image:
+        if not model_config.sparsectrl.kind:
+            raise InputError(f"--image {image}: these weights have no SparseCtrl; "
+                             "convert_weights.py --sparsectrl makes some that have")
+        if not -config.frames <= frame < config.frames:
+            raise InputError(f"--image {image}@{frame}: the clip has frames 0 to "
+                             f"{config.frames - 1}")
+    for path in outputs(args):
+        check_writable(path)
+    for path in (args.save_motion, args.out.with_suffix(".json")):
+        if path is not None:
+            check_file(path)
+    return config, fps
+
+
+def outputs(args: argparse.Namespace) -> list[Path]:
+    """Where each sample goes: out.mp4, or out-0.mp4, out-1.mp4, ... by their seeds."""
+    if args.num_samples == 1:
+        return [args.out]
+    return [args.out.with_stem(f"{args.out.stem}-{args.seed + i}")
+            for i in range(args.num_samples)]

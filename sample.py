@@ -23,7 +23,8 @@ from mcl.convert.formats import LORAS
 from mcl.convert.lora import Lora, open_lora
 from mcl.files import atomic
 from mcl.inversion import Inversion, inversion_path, invert_motion
-from mcl.options import REFERENCE_SEED, check, outputs, parse
+from mcl.options import REFERENCE_SEED, check, outputs, parse_jobs
+from mcl.pictures import draw
 from mcl.semantic import Semantics, semantics_of
 
 
@@ -32,8 +33,23 @@ def open_loras(args: argparse.Namespace) -> list[Lora]:
             for path, scale in getattr(args, option[2:].replace("-", "_"))]
 
 
-def run(args: argparse.Namespace) -> None:
-    config, fps = check(args)
+class Models:
+    """Reads models; the last one is kept for the next job, if that wants the same."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] = ()
+        self.model: Model | None = None
+
+    def read(self, args: argparse.Namespace, loras: list[Lora]) -> Model:
+        key = (args.weights, args.device, args.dtype, args.ignore_alpha,
+               *((lora.source.path, lora.scale) for lora in loras))
+        if self.model is None or key != self.key:
+            self.model = None           # not two at a time
+            self.model, self.key = load_model(args.weights, args.device, args.dtype, loras), key
+        return self.model
+
+
+def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: float) -> None:
     loras = open_loras(args)
     timing: dict[str, float] = {}
     clock = time.perf_counter
@@ -48,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     timing["read"] = clock() - began
 
     began = clock()
-    model = load_model(args.weights, args.device, args.dtype, loras)
+    model = models.read(args, loras)
     timing["load"] = clock() - began
     warn_unknown(model, args.prompt)
 
@@ -68,10 +84,11 @@ def run(args: argparse.Namespace) -> None:
         bar = tqdm(sample(model, args.prompt, motion, config=config, generator=generator,
                           condition=condition, semantics=semantics),
                    total=config.steps, desc=f"seed {seed}", unit="step", file=sys.stderr)
-        losses = []
+        losses, grads = [], []
         for state in bar:
-            if state.loss is not None:
+            if state.loss is not None and state.grad_norm is not None:
                 losses.append(state.loss)
+                grads.append(state.grad_norm)
                 bar.set_postfix(loss=f"{state.loss:.2e}")
         timing["sample"] = clock() - began
 
@@ -83,6 +100,9 @@ def run(args: argparse.Namespace) -> None:
             beside = out.with_stem(out.stem + "-compare")
             write_video(beside, torch.cat([reference, frames], dim=-1), fps)
             print(beside)
+        if args.maps is not None:
+            folder = args.maps if args.num_samples == 1 else args.maps / f"seed {seed}"
+            draw(folder, reference, frames, motion, semantics, losses, grads)
         write_sidecar(out.with_suffix(".json"), {
             "prompt": args.prompt, "method": args.method, "reference_prompt": args.ref_prompt,
             "subject": args.subject, "reference": str(args.ref or args.motion), "seed": seed,
@@ -169,8 +189,12 @@ def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """0 done, 1 failed, 2 bad usage or input, 130 interrupted; what went wrong is one line."""
     warnings.showwarning = one_line_warning
+    models = Models()
     try:
-        run(parse(argv))
+        jobs = parse_jobs(sys.argv[1:] if argv is None else argv)
+        checked = [check(args) for args in jobs]        # all before the first is begun
+        for args, (config, fps) in zip(jobs, checked):
+            run(args, models, config, fps)
     except FORESEEN as error:
         code, line = explain(error)
         print(line, file=sys.stderr)

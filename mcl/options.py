@@ -1,6 +1,7 @@
 """The options of sample.py: what they say, and everything that can be wrong with them."""
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compare", action="store_true", help="also write reference and result side by side")
     add("--seed", type=int, default=0)
     add("--num-samples", type=int, default=1, help="this many, with seeds counted up")
+    add("--jobs", type=Path, metavar="FILE", help="many clips with one model: a line of JSON for "
+        'each, its options as in {"ref": "a.mp4", "prompt": "a star", "out": "b.mp4"}; what stands '
+        "on the command line is for all")
+    add("--maps", type=Path, metavar="DIR", help="also write pictures of what was read and done: "
+        "the motion over the reference, the loss, masks, all frames on one sheet")
 
     group = p.add_argument_group("method; the defaults are kept with the weights")
     add = group.add_argument
@@ -92,6 +98,55 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=("auto", *DTYPES))
     return p.parse_args(argv)
+
+
+def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
+    """One set of options, or with --jobs one for each line of its file.
+
+    Raises InputError, with the file and line, for what no job can be made of, and where two jobs
+    would write one file.
+    """
+    first = Parser(prog="sample.py", add_help=False, allow_abbrev=False)
+    first.add_argument("--jobs", type=Path)
+    known, common = first.parse_known_args(argv)
+    if known.jobs is None:
+        return [parse(argv)]
+    try:
+        lines = known.jobs.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{known.jobs}: cannot be read ({error}); give a file with one JSON "
+                         "object in each line") from error
+    jobs, written = [], set[Path]()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{known.jobs}, line {number}"
+        try:
+            options = json.loads(line)
+            if not isinstance(options, dict) or "jobs" in options:
+                raise ValueError("not an object of options")
+            job = parse([*common, *words(options)])
+        except (ValueError, InputError) as error:
+            raise InputError(f"{where}: {error}") from error
+        if written & set(outputs(job)):
+            raise InputError(f"{where}: {job.out} is written by a job before it; give another out")
+        written |= set(outputs(job))
+        jobs.append(job)
+    if not jobs:
+        raise InputError(f"{known.jobs}: holds no job; give one JSON object in each line")
+    return jobs
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    """{"top_k": 3, "compare": true, "subject": ["a", "b"]} as a command line would have it."""
+    result: list[str] = []
+    for name, value in options.items():
+        if value is False or value is None:
+            continue
+        result.append("--" + name.replace("_", "-"))
+        if value is not True:
+            result += map(str, value if isinstance(value, list) else [value])
+    return result
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -188,6 +243,8 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     for path in (args.save_motion, args.out.with_suffix(".json")):
         if path is not None:
             check_file(path)
+    if args.maps is not None:
+        check_writable(args.maps)
     return config, fps
 
 

@@ -15,7 +15,7 @@ class Muon(torch.optim.Optimizer):
 
     K. Jordan et al., "Muon" (2024), with the step's size of arXiv 2502.16982, section 2.2, which
     lets it share AdamW's rates. A convolution's weight counts as one matrix, a row per output.
-    It learnt as much as AdamW in about half as many steps here.
+    BENCHMARKS.md has what it gains over AdamW.
     """
 
     def __init__(self, groups: list[dict[str, Any]]):

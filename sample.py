@@ -25,6 +25,7 @@ from mcl.files import atomic
 from mcl.inversion import Inversion, inversion_path, invert_motion
 from mcl.options import REFERENCE_SEED, check, outputs, parse_jobs
 from mcl.pictures import draw
+from mcl.report import measure, table
 from mcl.semantic import Semantics, semantics_of
 
 
@@ -100,6 +101,11 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
             beside = out.with_stem(out.stem + "-compare")
             write_video(beside, torch.cat([reference, frames], dim=-1), fps)
             print(beside)
+        figures = {}
+        if args.report and reference is not None:
+            figures = measured(args, model, config, seed, condition, reference,
+                               {"result": state.latents})
+            print(table(figures))
         if args.maps is not None:
             folder = args.maps if args.num_samples == 1 else args.maps / f"seed {seed}"
             draw(folder, reference, frames, motion, semantics, losses, grads)
@@ -113,7 +119,7 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
             "loras": [(str(lora.source.path), lora.scale) for lora in loras],
             "ignore_alpha": args.ignore_alpha,
             "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-            "torch": torch.__version__, "motion_loss": losses,
+            "torch": torch.__version__, "motion_loss": losses, "report": figures,
             "seconds": {name: round(s, 3) for name, s in timing.items()}})
         print(out)
 
@@ -155,6 +161,24 @@ def read_semantics(args: argparse.Namespace, model: Model, motion: Motion | Inve
         reference = model.schedule.add_noise(latents.float(), noise, config.extract_t)
     return semantics_of(model, config.blocks, args.prompt, word, args.ref_prompt, ref_word,
                         reference, config.extract_t)
+
+
+def measured(args: argparse.Namespace, model: Model, config: SampleConfig, seed: int,
+             condition: torch.Tensor | None, reference: torch.Tensor,
+             clips: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Figures of these latents, and of an unguided sample from the noise of the seed."""
+    bar = tqdm(sample(model, args.prompt, None, config=config, condition=condition,
+                      generator=torch.Generator().manual_seed(seed)),
+               total=config.steps, desc="unguided", unit="step", file=sys.stderr)
+    *_, unguided = bar
+
+    def motion(latents: torch.Tensor) -> Motion:
+        return extract_motion(model, latents, t=config.extract_t, blocks=config.blocks,
+                              noise=reference_noise(latents))
+
+    shown = motion(model.vae.encode(reference.to(model.device, model.dtype)))
+    return {name: measure(reference, model.vae.decode(z.to(model.dtype)).float().cpu(), shown,
+                          motion(z)) for name, z in (clips | {"unguided": unguided.latents}).items()}
 
 
 def given_frames(model: Model, pictures: list[torch.Tensor], args: argparse.Namespace,

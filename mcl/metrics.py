@@ -3,6 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .motion import Motion
+from .tracking import tracklets
+
+AT_REST = 0.01                  # half widths from frame to frame, below which a point stands still
 LEVELS = (16, 8, 4, 2, 1)       # coarse to fine: the picture is made this many times smaller
 
 
@@ -66,3 +70,59 @@ def curve_correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's correlation of two sets of curves (f, n), each about its own mean."""
     a, b = a - a.mean(dim=0), b - b.mean(dim=0)
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-8))
+
+
+def motion_fidelity(reference: Tensor, result: Tensor) -> tuple[float, float]:
+    """How alike the points of two clips (f, 3, H, W) move: (raw, corrected for chance).
+
+    raw        each tracklet's likeness to the most alike one of the other clip, averaged over both
+               clips (arXiv 2311.17009, section 5), in [-1, 1]
+    corrected  0 for what the same tracklets give when turned by a quarter, 1 for perfect. What
+               both share by standing still is in both, and cancels.
+
+    Two tracklets are alike by the mean cosine of their displacements, where both stand still 1,
+    where one does 0. A clip in which no point could be followed is alike to none: (0, 0).
+    """
+    return fidelity(tracklets(reference), tracklets(result))
+
+
+def fidelity(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """`motion_fidelity` of tracklets (n, f, 2) and (m, f, 2)."""
+    if not len(a) or not len(b):
+        return 0.0, 0.0
+    raw = symmetric(likeness(a, b))
+    quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    chance = sum(symmetric(likeness(a, b @ turn)) for turn in (quarter, -quarter)) / 2
+    return raw, 0.0 if chance > 1 - 1e-6 else (raw - chance) / (1 - chance)
+
+
+def likeness(a: Tensor, b: Tensor) -> Tensor:
+    """(n, m) of tracklets (n, f, 2) and (m, f, 2)."""
+    a, b = a.diff(dim=1)[:, None], b.diff(dim=1)[None]
+    rest_a, rest_b = a.norm(dim=-1) < AT_REST, b.norm(dim=-1) < AT_REST
+    cosine = torch.cosine_similarity(a, b, dim=-1, eps=1e-9)
+    return torch.where(rest_a | rest_b, (rest_a & rest_b).float(), cosine).mean(dim=-1)
+
+
+def symmetric(alike: Tensor) -> float:
+    return float(alike.amax(dim=0).mean() + alike.amax(dim=1).mean()) / 2
+
+
+def trajectory_distance(reference: Tensor, result: Tensor) -> float:
+    """Mean distance, in half widths, of each tracklet's way from its start to the nearest such way
+    of the other clip, over both clips; infinite where one has no tracklets."""
+    a, b = (x - x[:, :1] for x in (tracklets(reference), tracklets(result)))
+    if not len(a) or not len(b):
+        return float("inf")
+    return -symmetric(-(a[:, None] - b[None]).norm(dim=-1).mean(dim=-1))
+
+
+def flicker(frames: Tensor) -> float:
+    """Mean absolute difference of neighbouring frames (f, 3, H, W), as a share of the range."""
+    return float(frames.diff(dim=0).abs().mean() / 2) if len(frames) > 1 else 0.0
+
+
+def top1_agreement(a: Motion, b: Motion) -> float:
+    """Share of the rows of all temporal maps whose strongest attention is at the same frame."""
+    same = [(a.indices[name][..., 0] == b.indices[name][..., 0]).flatten() for name in a.indices]
+    return float(torch.cat(same).float().mean())

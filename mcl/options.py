@@ -45,6 +45,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=Path, metavar="FILE", help="many clips with one model: a line of JSON for "
         'each, its options as in {"ref": "a.mp4", "prompt": "a star", "out": "b.mp4"}; what stands '
         "on the command line is for all")
+    add("--report", action="store_true", help="also measure how well the clip follows, and an "
+        "unguided one of the same noise beside it")
     add("--maps", type=Path, metavar="DIR", help="also write pictures of what was read and done: "
         "the motion over the reference, the loss, masks, all frames on one sheet")
 
@@ -215,8 +217,9 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
         raise InputError("--image goes with --method single-step, without semantic guidance")
     if args.subject and args.ref is None:
         raise InputError("--subject looks for its word in the reference: give it with --ref")
-    if args.compare and args.ref is None:
-        raise InputError("--compare shows the reference: give it with --ref")
+    for name in ("compare", "report"):
+        if getattr(args, name) and args.ref is None:
+            raise InputError(f"--{name} needs the reference itself: give it with --ref")
     model_config = read_header(args.weights)
     config = settings(args, model_config.sample)
     step = model_config.vae.downsampling

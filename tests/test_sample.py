@@ -246,3 +246,12 @@ def test_maps_show_the_motion_the_masks_and_the_frames(tmp_path):
     reference = read_video(REF, 16, (128, 128))
     sheet = imageio.imread(tmp_path / "maps" / "sheet.png")[:128, :128] / 127.5 - 1
     assert abs(torch.from_numpy(sheet).movedim(-1, 0) - reference[0]).max() < 0.01
+
+
+def test_report_measures_the_clip_and_an_unguided_one(tmp_path, capsys):
+    out = clone(tmp_path / "a.mp4", "--report", "--steps", 12, "--guidance-steps", 8)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == str(out) and [line.split()[0] for line in lines] == [
+        "motion", "result", "unguided"]
+    report = json.loads((tmp_path / "a.json").read_text())["report"]
+    assert report["result"]["top-1 agreement"] > report["unguided"]["top-1 agreement"]

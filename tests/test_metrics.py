@@ -1,0 +1,109 @@
+"""The measures, on motion whose truth is known because it was drawn."""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mcl.metrics import (camera_curves, curve_correlation, fidelity, flicker, motion_fidelity,
+                         top1_agreement, trajectory_distance)
+from mcl.motion import Motion
+from mcl.tiny.evaluate import held_out_path
+from mcl.tiny.scenes import COLOURS, GROUNDS, Scene, render
+from mcl.tracking import tracklets
+
+FRAMES = 16
+STILL = torch.zeros(FRAMES)
+
+
+def scene(path, colour="red", ground="gray", shape="star", texture="plain", **more):
+    centre = path if path is not None else torch.zeros(FRAMES, 2)
+    return Scene(shape=shape, colour=COLOURS[colour], texture=texture, ground=GROUNDS[ground],
+                 second=(0.8, 0.8, 0.8), cell=0.4, texture_angle=0.2, centre=centre,
+                 radius=STILL + 0.35, angle=STILL, **({
+                     "pan": torch.zeros(FRAMES, 2), "zoom": STILL + 1, "roll": STILL} | more))
+
+
+def clip(path, size=128, **more):
+    return render(scene(path, **more), size)
+
+
+def path(kind):
+    return held_out_path(kind, FRAMES, 0.6)
+
+
+@pytest.mark.parametrize("kind", ["figure eight", "circle", "zigzag"])
+def test_tracklets_stay_on_the_subject(kind):
+    found, truth = tracklets(clip(path(kind))), path(kind)
+    assert len(found) >= 3
+    off = (found - found[:, :1]) - (truth - truth[0])
+    assert off.norm(dim=-1).mean() < 0.04
+
+
+def test_a_clip_is_wholly_like_itself_and_its_recoloured_self():
+    original = clip(path("figure eight"))
+    assert motion_fidelity(original, original) == pytest.approx((1, 1), abs=1e-5)
+    other = clip(path("figure eight"), colour="cyan", ground="navy", shape="cross")
+    raw, corrected = motion_fidelity(original, other)
+    assert raw >= 0.95 and corrected >= 0.95
+    assert trajectory_distance(original, other) < 0.05
+
+
+def test_independent_motion_is_not_alike():
+    raw, corrected = motion_fidelity(clip(path("circle")), clip(path("zigzag")))
+    assert corrected < 0.2
+    assert trajectory_distance(clip(path("circle")), clip(path("zigzag"))) > 0.3
+
+
+def test_a_reversed_pan_is_the_opposite():
+    pan = torch.stack([torch.linspace(-.3, .3, FRAMES), STILL], dim=-1)
+    there = clip(None, texture="dotted", pan=pan)
+    back = clip(None, texture="dotted", pan=-pan, colour="blue")
+    assert motion_fidelity(there, back) == pytest.approx((-1, -1), abs=0.05)
+    a, b = camera_curves(there), camera_curves(back)
+    assert curve_correlation(a[:, :2], b[:, :2]) == pytest.approx(-1, abs=0.02)
+
+
+def test_a_still_clip_gives_numbers():
+    still, moving = clip(None), clip(path("circle"))
+    assert motion_fidelity(still, still)[0] == pytest.approx(1)
+    assert all(math.isfinite(x) for x in motion_fidelity(still, moving))
+    assert flicker(still) == 0 and flicker(moving) > 0.01 and flicker(moving[:1]) == 0
+    blank = torch.zeros(4, 3, 64, 64)
+    assert motion_fidelity(blank, blank) == (0, 0)
+    assert trajectory_distance(blank, blank) == math.inf
+    assert fidelity(torch.zeros(0, 4, 2), torch.zeros(2, 4, 2)) == (0, 0)
+
+
+def test_figures_do_not_depend_on_the_resolution():
+    results = []
+    for size in (128, 256):
+        a, b = clip(path("figure eight"), size), clip(path("circle"), size, colour="blue")
+        results.append((*motion_fidelity(a, b), trajectory_distance(a, b)))
+    assert results[0] == pytest.approx(results[1], abs=0.05)
+
+
+@pytest.mark.parametrize("kind, column", [("pan", 0), ("zoom", 2), ("roll", 3)])
+def test_camera_curves_are_the_camera_s(kind, column):
+    t = torch.linspace(0, 1, FRAMES)
+    curve = 0.25 * (math.pi * t).sin()
+    truth = {"pan": {"pan": torch.stack([curve, STILL], dim=-1)}, "zoom": {"zoom": curve.exp()},
+             "roll": {"roll": curve}}[kind]
+    found = camera_curves(clip(None, texture="checkered", **truth))
+    expected = torch.zeros(FRAMES, 4)
+    expected[:, column] = curve
+    assert (found - expected).abs().max() < 0.03
+
+
+def test_agreement_counts_the_rows_that_point_alike():
+    indices = torch.tensor([0, 1, 2, 3]).reshape(1, 2, 2, 1)
+    a = Motion({"x": torch.ones(1, 2, 2, 1)}, {"x": indices})
+    b = dataclasses.replace(a, indices={"x": torch.tensor([0, 1, 2, 9]).reshape(1, 2, 2, 1)})
+    assert top1_agreement(a, a) == 1 and top1_agreement(a, b) == 0.75
+
+
+def test_half_the_size_by_interpolation_keeps_the_tracks():
+    big = clip(path("figure eight"), 256)
+    small = F.interpolate(big, (96, 96), mode="bilinear", antialias=True)
+    assert motion_fidelity(big, small)[1] > 0.95

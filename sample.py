@@ -103,8 +103,7 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
             print(beside)
         figures = {}
         if args.report and reference is not None:
-            figures = measured(args, model, config, seed, condition, reference,
-                               {"result": state.latents})
+            figures = measured(args, model, config, seed, condition, reference, state.latents)
             print(table(figures))
         if args.maps is not None:
             folder = args.maps if args.num_samples == 1 else args.maps / f"seed {seed}"
@@ -164,9 +163,9 @@ def read_semantics(args: argparse.Namespace, model: Model, motion: Motion | Inve
 
 
 def measured(args: argparse.Namespace, model: Model, config: SampleConfig, seed: int,
-             condition: torch.Tensor | None, reference: torch.Tensor,
-             clips: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Figures of these latents, and of an unguided sample from the noise of the seed."""
+             condition: torch.Tensor | None, reference: torch.Tensor, result: torch.Tensor
+             ) -> dict[str, dict[str, float]]:
+    """Figures of the result's latents, and of an unguided sample from the noise of the seed."""
     bar = tqdm(sample(model, args.prompt, None, config=config, condition=condition,
                       generator=torch.Generator().manual_seed(seed)),
                total=config.steps, desc="unguided", unit="step", file=sys.stderr)
@@ -178,7 +177,8 @@ def measured(args: argparse.Namespace, model: Model, config: SampleConfig, seed:
 
     shown = motion(model.vae.encode(reference.to(model.device, model.dtype)))
     return {name: measure(reference, model.vae.decode(z.to(model.dtype)).float().cpu(), shown,
-                          motion(z)) for name, z in (clips | {"unguided": unguided.latents}).items()}
+                          motion(z))
+            for name, z in (("result", result), ("unguided", unguided.latents))}
 
 
 def given_frames(model: Model, pictures: list[torch.Tensor], args: argparse.Namespace,

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..checkpoint import load_model
 from ..config import SampleConfig, from_dict, to_dict
-from ..metrics import camera_curves, curve_correlation
+from ..metrics import camera_curves, curve_correlation, flicker
 from ..model import Model
 from ..motion import extract_motion
 from ..sampler import sample
@@ -180,7 +180,7 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
         "direction": direction_agreement(centre, truth),
         "position error": float((centre - truth).norm(dim=-1).mean()),
         "found": float(found.float().mean()),
-        "flicker": float(frames.diff(dim=0).abs().mean() / 2),
+        "flicker": flicker(frames),
         "colour": 0.0, "ground": 0.0, "shape": 0.0}
     for i in range(len(frames)):
         around = rearrange(picture[i], "c h w -> (h w) c")[~mask[i].flatten()]

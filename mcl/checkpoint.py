@@ -18,6 +18,7 @@ from .model import Model, build_model
 FORMAT = "mcl-model-1"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FEW = 64
+SCALE = ".scale"                        # after a name: of each row of an int8 matrix
 
 
 def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
@@ -45,7 +46,8 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
               for name, tensor in module.state_dict().items()}
     changes, _ = all_deltas(loras, shapes)
     with safe_open(path, framework="pt") as file:
-        check_names(path, set(file.keys()), shapes)
+        check_names(path, {name for name in file.keys()
+                           if name.removesuffix(SCALE) not in shapes or name in shapes}, shapes)
     for part, module in model.parts.items():
         state = {}
         names = [f"{part}.{name}" for name in module.state_dict()]
@@ -60,22 +62,53 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
 
 def read_tensors(path: Path, names: list[str], device: torch.device
                  ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of some tensors of a file, in order.
+    """(name, tensor) of some tensors of a file, in order; packed ones as float32.
 
     A file that is open stays in memory as far as it was read: it is opened anew for every few.
+    Raises InputError where packed numbers have no scale, or others have one.
     """
     for i in range(0, len(names), FEW):
         with safe_open(path, framework="pt", device=str(device)) as file:
+            there = set(file.keys())
             for name in names[i:i + FEW]:
-                yield name, file.get_tensor(name)
+                tensor, packed = file.get_tensor(name), name + SCALE in there
+                if packed != (tensor.dtype == torch.int8):
+                    raise InputError(f"{path}: the tensor {name} is {tensor.dtype} "
+                                     f"{'with' if packed else 'without'} a scale")
+                yield name, unpack(tensor, file.get_tensor(name + SCALE)) if packed else tensor
 
 
-def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapping[str, str]
-               ) -> None:
-    """Writes a model with its config; `sources` are the files that it was made of, by sha256."""
-    tensors = {f"{part}.{name}": tensor.detach().cpu().to(dtype)
-               for part, module in model.parts.items()
-               for name, tensor in module.state_dict().items()}
+def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix or convolution as int8, and what each row is to be multiplied by, float16.
+
+    The error is a 254th of the largest value of a row at most.
+    """
+    largest = weight.float().flatten(1).abs().amax(dim=1)
+    scale = (largest / 127).half().reshape(-1, *[1] * (weight.ndim - 1))
+    steps = weight / scale.float().clamp(min=torch.finfo(torch.float16).tiny)
+    return steps.round().clamp(-127, 127).to(torch.int8), scale
+
+
+def unpack(steps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return steps.float() * scale.float()
+
+
+def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapping[str, str],
+               pack_from: int | None = None) -> None:
+    """Writes a model with its config.
+
+    dtype      of the weights in the file
+    sources    the files that it was made of, by sha256
+    pack_from  matrices of so many numbers or more are written as int8 with a scale for each row
+    """
+    tensors = {}
+    for part, module in model.parts.items():
+        for name, tensor in module.state_dict().items():
+            name, tensor = f"{part}.{name}", tensor.detach().cpu()
+            if pack_from is not None and tensor.ndim > 1 and tensor.numel() >= pack_from:
+                tensors[name], tensors[name + SCALE] = pack(tensor)
+            else:
+                tensors[name] = tensor.to(dtype)
     save_safetensors(path, tensors, metadata(model.config, sources, dtype))
 
 

@@ -41,6 +41,8 @@ def fit_similarity(before: Tensor, after: Tensor, start: Tensor, levels: tuple[i
             warped = F.grid_sample(a, similarity_grid(motion, x, y, h / w), align_corners=False,
                                    padding_mode="border")
             inside = similarity_grid(motion, x, y, h / w).abs().amax(dim=-1)[0] < 1
+            if not inside.any():        # led astray: nothing of the picture is left to fit
+                return start, float("inf")
             slope_y, slope_x = torch.gradient(warped[0], dim=(1, 2))
             slope_y, slope_x = slope_y * w / 2, slope_x * w / 2     # per half width
             jacobian = torch.stack([slope_x, slope_y, -(slope_x * x + slope_y * y),
@@ -49,7 +51,7 @@ def fit_similarity(before: Tensor, after: Tensor, start: Tensor, levels: tuple[i
             jacobian, rest = jacobian.flatten(0, 1), rest.flatten()
             normal = jacobian.T @ jacobian + 1e-4 * len(rest) * torch.eye(4)
             motion = motion + torch.linalg.solve(normal, jacobian.T @ rest)
-        error = float((b - warped)[0][:, inside].square().mean()) if inside.any() else float("inf")
+        error = float((b - warped)[0][:, inside].square().mean())
     return motion, error
 
 

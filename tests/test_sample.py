@@ -1,4 +1,5 @@
 """The command: what it writes, and what it says to bad input."""
+import copy
 import json
 import subprocess
 import sys
@@ -194,6 +195,34 @@ def test_weights_load_strictly(small, tmp_path, change, message):
     save_file(state, path, metadata)
     with pytest.raises(InputError, match=message):
         load_model(path, device="cpu")
+
+
+def test_packed_weights_are_nearly_the_same_and_as_strict(small, tmp_path):
+    path = tmp_path / "w.safetensors"
+    model = copy.deepcopy(small)
+    model.unet.conv_in.weight[3] = 0
+    save_model(model, path, torch.float16, {}, pack_from=500)
+    state = load_file(path)
+    packed = [name for name, t in state.items() if t.dtype == torch.int8]
+    assert "unet.conv_in.weight" in packed and "unet.conv_in.bias" not in packed
+    again = load_model(path, device="cpu")
+    for name, weight in model.unet.state_dict().items():
+        found = again.unet.state_dict()[name]
+        rows = weight.flatten(1).abs().amax(dim=1) if weight.ndim > 1 else weight.abs()
+        error = (found - weight).abs().reshape(len(rows), -1).amax(dim=1)
+        assert (error <= rows * (1 / 254 + 1e-3) + 1e-6).all()
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    for change, message in (
+            (lambda s: s.pop("unet.conv_in.weight.scale"), "conv_in.weight is torch.int8 without"),
+            (lambda s: s.update({"unet.conv_in.bias.scale": torch.ones(1)}),
+             "conv_in.bias is torch.float16 with a scale"),
+            (lambda s: s.update({"unet.more.scale": torch.ones(1)}), "unet.more.scale belongs to")):
+        changed = dict(state)
+        change(changed)
+        save_file(changed, path, metadata)
+        with pytest.raises(InputError, match=message):
+            load_model(path, device="cpu")
 
 
 def test_it_runs_as_a_program_of_its_own():

@@ -234,7 +234,10 @@ def train_decoder(folder: Path, plan: Plan, device: str) -> None:
 
 
 def export(folder: Path, weights: Path, sample: dict[str, Any]) -> None:
-    """Puts the averaged weights of the three networks into one self-describing file, in fp16."""
+    """Puts the averaged weights of the three networks into one self-describing file.
+
+    In float16, and the large matrices in int8, for a repository's sake.
+    """
     config = dataclasses.replace(TINY, sample=dataclasses.replace(TINY.sample, **sample),
                                  vocabulary=VOCABULARY)
     model = build_model(config)
@@ -248,7 +251,7 @@ def export(folder: Path, weights: Path, sample: dict[str, Any]) -> None:
         name.removeprefix("text_encoder."): value for name, value in image.items()
         if name.startswith("text_encoder.")})
     weights.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, weights, torch.float16, sources={})
+    save_model(model, weights, torch.float16, sources={}, pack_from=1 << 16)
 
 
 def main() -> None:

@@ -55,7 +55,8 @@ def motion_pictures(motion: Motion, size: tuple[int, int]) -> tuple[Tensor, Tens
     known = (motion.info["height"], motion.info["width"])
     frames = motion.info["frames"]
     here = torch.arange(frames)[:, None]
-    strengths, distances = [], []
+    strengths: list[Tensor] = []
+    distances: list[Tensor] = []
     for name, values in motion.values.items():
         far = (motion.indices[name].cpu() - here).abs().float() / max(frames - 1, 1)
         rows = round((values.shape[0] * known[0] / known[1]) ** 0.5)

@@ -21,7 +21,10 @@ PUBLISHED_SIZE = 16 * 64 * 64
 
 class Guide(Protocol):
     """What tells the sampler how to move: a `Motion`, or an `Inversion`."""
-    info: dict[str, Any]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Of which model and size it is: "model", "frames", "height", "width"."""
 
     def at(self, t: int) -> Motion:
         """The motion to follow at timestep t."""

@@ -36,7 +36,8 @@ def subject_tokens(model: Model, prompt: str, word: str) -> list[int]:
     Raises InputError, with the prompt's words, for a word that is not in it.
     """
     pieces, wanted = model.tokenizer.split(prompt), model.tokenizer.split(word)
-    positions, at = [], 1
+    positions: list[int] = []
+    at = 1
     for i, (_, ids) in enumerate(pieces):
         if wanted and pieces[i:i + len(wanted)] == wanted:
             positions += range(at, at + sum(len(ids) for _, ids in wanted))

@@ -42,11 +42,11 @@ def orthogonal(x: Tensor) -> Tensor:
         return orthogonal(x.T).T
     x = x / (x.norm() + 1e-7)
     square = x @ x.T
-    product = None
+    product = torch.eye(len(x), device=x.device)
     for _ in range(5):
         step = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
         step.diagonal().add_(3.4445)
-        product = step if product is None else step @ product
+        product = step @ product
         square = step @ square @ step
     return product @ x
 

@@ -70,8 +70,7 @@ class Trainee:
                    if inside == wanted] for wanted in (True, False)]
         self.optimizers = [Muon(chosen[0]),
                            torch.optim.AdamW(chosen[1], betas=(.9, .99), weight_decay=1e-3)]
-        self.groups = [g for o in self.optimizers for g in o.param_groups]
-        self.rates = [group["lr"] for group in self.groups]
+        self.rates = [group["lr"] for groups in chosen for group in groups]
         self.step = 0
         if file.exists():
             state = torch.load(file, weights_only=True)
@@ -90,10 +89,12 @@ class Trainee:
 
     def run(self, steps: int, loss_of: Callable[[int], tuple[Tensor, str]]) -> None:
         """Trains up to `steps`; the rate rises over 50 of them and falls by a cosine."""
+        # Not before: loading an optimizer's state puts other groups in the place of its own.
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         began, first, mean = time.perf_counter(), self.step, math.nan
         while self.step < steps:
             cosine = (1 + math.cos(math.pi * self.step / steps)) / 2
-            for group, rate in zip(self.groups, self.rates):
+            for group, rate in zip(groups, self.rates):
                 group["lr"] = rate * min(1, (self.step + 1) / 50) * (.02 + .98 * cosine)
             loss, more = loss_of(self.step)
             self.module.zero_grad()

@@ -34,8 +34,8 @@ from .trainer import Trainee, autocast
 
 # The settings of SampleConfig that suit this model.
 DEFAULTS: dict[str, Any] = {
-    "steps": 30, "guidance_steps": 18, "guidance_span": 0.4, "warmup": 4, "cooldown": 4,
-    "cfg_scale": 2.5, "motion_scale": 150000.0, "extract_t": 200}
+    "steps": 40, "guidance_steps": 16, "guidance_span": 0.25, "warmup": 4, "cooldown": 4,
+    "cfg_scale": 4.0, "motion_scale": 60000.0, "extract_t": 200}
 STAGES = ("vae", "latents", "image", "motion", "decoder", "export")
 
 
@@ -49,7 +49,7 @@ class Plan:
     image_steps: int = 1800
     image_batch: int = 64
     image_rate: float = 4e-3
-    motion_steps: int = 2600
+    motion_steps: int = 2200
     motion_batch: int = 6
     motion_rate: float = 3e-3
     spatial_rate: float = 1e-3          # of the layers already trained, in the motion stage

@@ -66,8 +66,9 @@ class Trainee:
             if p.requires_grad:
                 edge = any(part in name for part in ("embedding.", "conv_in", "conv_out"))
                 groups.setdefault((p.ndim >= 2 and not edge, rate_of(name)), []).append(p)
-        chosen = [[{"params": params, "lr": rate} for (inside, rate), params in groups.items()
-                   if inside == wanted] for wanted in (True, False)]
+        chosen: list[list[dict[str, Any]]] = [
+            [{"params": params, "lr": rate} for (inside, rate), params in groups.items()
+             if inside == wanted] for wanted in (True, False)]
         self.optimizers = [Muon(chosen[0]),
                            torch.optim.AdamW(chosen[1], betas=(.9, .99), weight_decay=1e-3)]
         self.rates = [group["lr"] for groups in chosen for group in groups]

@@ -128,7 +128,7 @@ def read_motion(args: argparse.Namespace, model: Model, reference: torch.Tensor,
     if args.method == "inversion":
         bar = functools.partial(tqdm, total=len(inversion_path(model.schedule, config)),
                                 desc="inversion", unit="step", file=sys.stderr)
-        return invert_motion(model, latents, args.ref_prompt, config, bar)
+        return invert_motion(model, latents, args.ref_prompt, config, bar, args.inversion_dir)
     # Read under its own frames: the new clip's are not of this motion.
     own = [reference[frame, None] for _, frame in args.image]
     condition = given_frames(model, own, args, config)
@@ -216,6 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     models = Models()
     try:
         jobs = parse_jobs(sys.argv[1:] if argv is None else argv)
+        if any(args.weights is None for args in jobs):
+            print("no --weights: the embedded model runs, which knows coloured shapes on grounds",
+                  file=sys.stderr)
         checked = [check(args) for args in jobs]        # all before the first is begun
         for args, (config, fps) in zip(jobs, checked):
             run(args, models, config, fps)

@@ -42,7 +42,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_folder(path: Path) -> None:
-    """Raises InputError if nothing could be written to `path` for want of a folder."""
+    """Raises InputError if nothing could be written to `path` for want of a folder around it."""
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
         raise InputError(f"{path}: there is no folder {path.parent} that can be written to; "
                          "make it first, or choose another")
@@ -53,6 +53,14 @@ def check_file(path: Path) -> None:
     check_folder(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file")
+
+
+def check_directory(path: Path) -> None:
+    """Raises InputError if files could not be written into a folder `path`; touches nothing."""
+    if path.exists() and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
+        raise InputError(f"{path}: is not a folder that can be written to; choose another")
+    if not path.exists():
+        check_folder(path)
 
 
 def save_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor],

@@ -4,16 +4,19 @@ The reference is led back, step by step, to the noise that it would have been sa
 guided step the motion is then read from its own latents at that timestep, in place of one reading
 from once-noised latents.
 """
-import dataclasses
+import hashlib
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import SampleConfig
 from .errors import InputError
+from .files import save_safetensors
 from .model import Model
 from .motion import Motion, strongest
 from .sampler import noise
@@ -21,16 +24,17 @@ from .schedule import Schedule, ddim_step
 
 
 @torch.no_grad()
-def invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[int]
-           ) -> Iterator[tuple[int, Tensor]]:
+def invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[int],
+           t_before: int = -1) -> Iterator[tuple[int, Tensor]]:
     """DDIM run backwards (arXiv 2010.02502): yields (t, z_t) of a clip for ascending timesteps.
 
-    One step leads from the timestep before, the first from the clean clip, to t, with the noise
-    that the model sees at t: the steps that sampling takes, without classifier-free guidance.
+    `latents` (1, c, f, h, w) are those of `t_before`: -1 for a clean clip. One step leads from
+    the timestep before to t, with the noise that the model sees at t: the steps that sampling
+    takes, without classifier-free guidance.
     """
     text = model.encode_text([prompt])
     z = latents.to(model.device, torch.float32)
-    for t_before, t in zip([-1, *timesteps], timesteps):
+    for t_before, t in zip([t_before, *timesteps], timesteps):
         eps = noise(model, z, t, text)
         z = ddim_step(z, eps, eps, model.schedule.abar(t_before), model.schedule.abar(t))
         yield t, z
@@ -41,7 +45,7 @@ class Inversion:
     """A reference along its inversion: latents {t: (1, c, f, h, w)}, read as they are needed."""
     model: Model
     prompt: str                         # of the reference
-    latents: dict[int, Tensor]
+    latents: Mapping[int, Tensor]
     k: int
     blocks: tuple[str, ...]
     info: dict[str, Any]
@@ -52,27 +56,102 @@ class Inversion:
         if t not in self.latents:
             raise InputError(f"the reference was not inverted to timestep {t}: invert it with the "
                              "settings that are sampled with")
-        z, text = self.latents[t].to(self.model.dtype), self.model.encode_text([self.prompt])
-        _, maps = self.model.unet(z, t, text, maps_of=self.blocks, need_eps=False)
+        z = self.latents[t].to(self.model.device, self.model.dtype)
+        _, maps = self.model.unet(z, t, self.model.encode_text([self.prompt]),
+                                  maps_of=self.blocks, need_eps=False)
         return strongest(maps, self.k, self.info | {"t": t})
 
     def to(self, device: torch.device | str) -> "Inversion":
-        return dataclasses.replace(self, latents={t: z.to(device)
-                                                  for t, z in self.latents.items()})
+        """Itself: its latents stay where they are, and go to the model's device one by one."""
+        return self
+
+
+class KeptLatents(Mapping[int, Tensor]):
+    """Latents {t: (1, c, f, h, w)} in the files of a folder, mapped into memory as they are read.
+
+    `key` says of what they are. Raises InputError where the folder cannot be written, where a
+    file cannot be read, and where one is of something else.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self.folder, self.key = folder, key
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made a folder ({error.strerror})") from error
+        for t in self:
+            self.open(t)
+
+    def open(self, t: int) -> safe_open:
+        file = self.file(t)
+        try:
+            opened = safe_open(file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file}: not inverted latents that can be read ({error}); delete "
+                             "it, and it is made again") from error
+        if (opened.metadata() or {}).get("key") != self.key:
+            raise InputError(f"{file}: is of another reference, prompt, model or other settings; "
+                             "choose an empty folder")
+        return opened
+
+    def file(self, t: int) -> Path:
+        return self.folder / f"{t:04d}.safetensors"
+
+    def __getitem__(self, t: int) -> Tensor:
+        if not self.file(t).exists():
+            raise KeyError(t)
+        latents: Tensor = self.open(t).get_tensor("latents")
+        return latents
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(int(file.stem) for file in self.folder.glob("[0-9]*.safetensors")))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def keep(self, t: int, latents: Tensor) -> None:
+        save_safetensors(self.file(t), {"latents": latents.cpu()}, {"key": self.key})
+
+    def drop(self, t: int) -> None:
+        self.file(t).unlink()
 
 
 def invert_motion(model: Model, latents: Tensor, prompt: str, config: SampleConfig,
-                  progress: Callable[[Iterator], Iterable] = iter) -> Inversion:
+                  progress: Callable[[Iterator], Iterable] = iter, folder: Path | None = None
+                  ) -> Inversion:
     """Inverts a reference (1, c, f, h, w) of this prompt, for sampling with these settings.
 
-    `progress` wraps the steps, of which there are len(inversion_path(...)), for a bar.
+    progress   wraps the steps, of which there are len(inversion_path(...)), for a bar
+    folder     where the latents are kept, in place of memory; what an interrupted inversion left
+               there is gone on from, and a finished one is used again
     """
+    path = inversion_path(model.schedule, config)
     guided = set(guided_timesteps(model.schedule, config))
-    steps = invert(model, latents, prompt, inversion_path(model.schedule, config))
     info = {"model": model.sha256, "frames": latents.shape[2], "height": latents.shape[3],
             "width": latents.shape[4]}
-    return Inversion(model, prompt, {t: z for t, z in progress(steps) if t in guided},
-                     config.top_k, config.blocks, info)
+    if folder is None:
+        steps = progress(invert(model, latents, prompt, path))
+        kept: Mapping[int, Tensor] = {t: z for t, z in steps if t in guided}
+    else:
+        kept = invert_into(folder, model, latents, prompt, path, guided, progress)
+    return Inversion(model, prompt, kept, config.top_k, config.blocks, info)
+
+
+def invert_into(folder: Path, model: Model, latents: Tensor, prompt: str, path: list[int],
+                guided: set[int], progress: Callable[[Iterator], Iterable]) -> KeptLatents:
+    """Inverts along a path, and keeps the latents of guided timesteps, and the last, on disk."""
+    pixels = latents.detach().float().cpu().contiguous().numpy().tobytes()
+    said = f"{model.sha256} {model.dtype} {prompt!r} {path} {tuple(latents.shape)}"
+    kept = KeptLatents(folder, hashlib.sha256(said.encode() + pixels).hexdigest())
+    before = max(kept, default=-1)
+    start = latents if before < 0 else kept[before]
+    ahead = [t for t in path if t > before]
+    for t, z in progress(invert(model, start, prompt, ahead, before)):
+        kept.keep(t, z)
+        if before >= 0 and before not in guided:
+            kept.drop(before)
+        before = t
+    return kept
 
 
 def guided_timesteps(schedule: Schedule, config: SampleConfig) -> list[int]:

@@ -2,7 +2,6 @@
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from .config import SampleConfig
 from .convert.formats import LORAS
 from .convert.lora import IGNORE_ALPHA, parse_scaled
 from .errors import InputError
-from .files import check_file
+from .files import check_directory, check_file
 from .unet import UNet3D
 from .video import FITS, check_writable
 
@@ -67,6 +66,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--method", choices=METHODS, default="single-step",
         help="how the reference is read: noised once, or inverted by DDIM (default: %(default)s)")
     add("--inversion-steps", type=int, help="of --method inversion (default: 100)")
+    add("--inversion-dir", type=Path, metavar="DIR", help="keep the inverted latents here, go on "
+        "with those of an interrupted run, use those of a finished one")
     add("--ref-prompt", default="", help="what the reference shows, for inversion and --subject")
     add("--subject", nargs=2, metavar=("REF_WORD", "NEW_WORD"),
         help="semantic guidance where these words of the two prompts show")
@@ -186,8 +187,8 @@ def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
         given["top_k"] = args.frames or default.frames
     if args.method == "inversion":
         given.setdefault("inversion_steps", 100)
-    elif args.inversion_steps:
-        raise InputError("--inversion-steps belongs to --method inversion")
+    elif args.inversion_steps or args.inversion_dir:
+        raise InputError("--inversion-steps and --inversion-dir belong to --method inversion")
     elif args.ref_prompt and not args.subject:
         raise InputError("--ref-prompt belongs to --method inversion or --subject")
     if args.subject:
@@ -202,8 +203,6 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     """Everything that can be wrong and can be known before weights are read."""
     if args.weights is None:
         args.weights = EMBEDDED
-        print("no --weights: the embedded model runs, which knows coloured shapes on grounds",
-              file=sys.stderr)
     if (args.ref is None) == (args.motion is None):
         raise InputError("give the reference with --ref, or its kept motion with --motion")
     if not 0 <= args.seed < REFERENCE_SEED:
@@ -246,8 +245,9 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     for path in (args.save_motion, args.out.with_suffix(".json")):
         if path is not None:
             check_file(path)
-    if args.maps is not None:
-        check_writable(args.maps)
+    for folder in (args.maps, args.inversion_dir):
+        if folder is not None:
+            check_directory(folder)
     return config, fps
 
 

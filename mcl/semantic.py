@@ -20,6 +20,7 @@ from .model import Model
 from .sampler import Steps, noise
 from .schedule import ddim_step
 
+SUBJECT = "up_blocks.1.attentions"      # whose attention to the text tells where the subject is
 THRESHOLD = 0.3                         # of the attention to the subject's word, min-max normalised
 SIGMA = 5 / 16                          # of the Gaussian around its centre, in sides of the grid
 
@@ -163,10 +164,8 @@ class Semantics:
             z = ddim_step(z, eps, eps, model.schedule.abar(t), model.schedule.abar(t_prev))
 
 
-SUBJECT = "up_blocks.1.attentions"      # whose attention to the text tells where the subject is
-
-
 def mask_of(maps: dict[str, Tensor], tokens: Sequence[int], grid: tuple[int, ...]) -> Tensor:
+    """The subject mask by the maps of SUBJECT, for latents of `grid` rows and columns."""
     found = [probs for name, probs in maps.items() if name.startswith(SUBJECT)]
     return subject_mask(found, tokens, grid_of(found[0].shape[2], grid[0] / grid[1]))
 
@@ -174,7 +173,7 @@ def mask_of(maps: dict[str, Tensor], tokens: Sequence[int], grid: tuple[int, ...
 def reference_masks(model: Model, latents: Tensor, prompt: str, word: str, t: int) -> Masks:
     """Of the word's subject in noised latents (1, c, f, h, w) at timestep t, softened."""
     with torch.no_grad():
-        _, maps = model.unet(latents.to(model.dtype), t, model.encode_text([prompt]),
+        _, maps = model.unet(latents.to(model.device, model.dtype), t, model.encode_text([prompt]),
                              maps_of=(SUBJECT,), need_eps=False)
     return softened(mask_of(maps, subject_tokens(model, prompt, word), latents.shape[-2:]))
 

@@ -1,5 +1,6 @@
 """The variant with inversion: what is kept of the way back, and what is read there."""
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -59,3 +60,37 @@ def test_guidance_follows_the_motion_of_each_step_with_the_blocks_weights(small,
         z = state.latents
     unguided = list(sample(small, "a red star", None, config=config, latents=start))
     assert not torch.allclose(unguided[-1].latents, states[-1].latents, atol=1e-3)
+
+
+def test_latents_on_disk_are_those_in_memory_and_are_gone_on_from(small, config, tmp_path):
+    expected = invert_motion(small, randn(0), "a ball", config)
+    taken = []
+
+    def counted(steps):
+        for step in steps:
+            taken.append(step[0])
+            yield step
+
+    def stopped(steps):
+        return itertools.islice(counted(steps), 4)
+
+    def into(folder, prompt="a ball", seed=0, progress=counted):
+        return invert_motion(small, randn(seed), prompt, config, progress, folder)
+
+    into(tmp_path / "a", progress=stopped)
+    assert taken == [0, 250, 500, 700]
+    kept = into(tmp_path / "a")
+    assert taken == [0, 250, 500, 700, 749, 850, 999]
+    assert list(kept.latents) == [700, 850, 999]
+    for t, z in expected.latents.items():
+        assert torch.equal(kept.latents[t], z)
+    assert all(torch.equal(kept.at(850).values[name], v)
+               for name, v in expected.at(850).values.items())
+    into(tmp_path / "a")
+    assert len(taken) == 7                  # nothing was left to do
+    for other in (dict(prompt="a star"), dict(seed=1)):
+        with pytest.raises(InputError, match="of another reference"):
+            into(tmp_path / "a", **other)
+    (tmp_path / "a" / "0850.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match="0850.safetensors: not inverted latents"):
+        into(tmp_path / "a")

@@ -58,9 +58,12 @@ def test_the_same_command_writes_the_same_bytes(tmp_path):
 
 def test_inversion_is_another_way_to_the_motion(tmp_path):
     once = clone(tmp_path / "a.mp4")
-    inverted = clone(tmp_path / "b.mp4", "--method", "inversion", "--inversion-steps", 3,
-                     "--ref-prompt", "a yellow circle on gray", "--top-k", "all")
+    argv = ["--method", "inversion", "--inversion-steps", 3, "--ref-prompt",
+            "a yellow circle on gray", "--top-k", "all", "--inversion-dir", tmp_path / "kept"]
+    inverted = clone(tmp_path / "b.mp4", *argv)
     assert once.read_bytes() != inverted.read_bytes()
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
+    assert clone(tmp_path / "c.mp4", *argv).read_bytes() == inverted.read_bytes()
     record = json.loads((tmp_path / "b.json").read_text())
     assert (record["method"], record["settings"]["top_k"]) == ("inversion", 16)
 
@@ -81,7 +84,8 @@ def test_semantic_guidance_changes_the_clip(tmp_path):
     (["--subject", "ball", "star"], "the word 'star' is not in the prompt ''"),
     (["--method", "inversion", "--save-motion", "m"], "leave out --motion and --save-motion"),
     (["--ref-prompt", "a cat"], "belongs to --method inversion or --subject"),
-    (["--inversion-steps", "9"], "belongs to --method inversion"),
+    (["--inversion-steps", "9"], "belong to --method inversion"),
+    (["--inversion-dir", "d"], "belong to --method inversion"),
     (["--block-weights", "1,2"], "block_weights = (1.0, 2.0) is not possible")])
 def test_what_does_not_go_with_a_method_is_refused(argv, message, tmp_path, capsys):
     assert run("--ref", REF, "--prompt", "", "--out", tmp_path / "a.mp4", *argv) == 2
@@ -153,6 +157,8 @@ def bad(tmp_path_factory):
     (["--weights", "{bad}/page.safetensors"], "not a safetensors file"),
     (["--motion", "{bad}/page.safetensors"], "with --ref, or its kept motion"),
     (["--save-motion", "{bad}/none/m"], "there is no folder"),
+    (["--maps", "{bad}/text.mp4"], "is not a folder that can be written to"),
+    (["--maps", "{bad}/none/maps"], "there is no folder"),
     (["--device", "abacus"], "'abacus' is not known"),
     (["--cfg-scael", "3"], "unrecognized arguments: --cfg-scael 3"),
     (["--fps", "0"], "--fps 0.0 is not possible"),
@@ -265,6 +271,8 @@ def test_jobs_that_cannot_be_are_refused_before_any_is_begun(lines, message, tmp
 
 def test_maps_show_the_motion_the_masks_and_the_frames(tmp_path):
     words = ["--ref-prompt", "a circle", "--subject", "circle", "star"]
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "sheet.png").write_bytes(b"of an earlier run")
     clone(tmp_path / "a.mp4", "--maps", tmp_path / "maps", *words)
     sizes = {}
     for name in ("sheet", "motion", "masks"):

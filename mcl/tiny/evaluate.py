@@ -24,10 +24,12 @@ from tqdm import tqdm
 
 from ..checkpoint import load_model
 from ..config import SampleConfig, from_dict, to_dict
+from ..inversion import Inversion, invert_motion
 from ..metrics import camera_curves, curve_correlation, flicker
 from ..model import Model
-from ..motion import extract_motion
+from ..motion import Motion, extract_motion
 from ..sampler import sample
+from ..semantic import semantics_of
 from .clips import an, tone
 from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene, render, seen_centre
 
@@ -42,6 +44,7 @@ class Case:
     """A reference and what is asked of its clone."""
     motion: str                         # one of PATHS, CAMERAS or STILL
     scene: Scene
+    reference_prompt: str               # what the reference shows, for inversion
     prompt: str
     shape: str
     colour: str
@@ -103,10 +106,12 @@ def held_out_case(motion: str, frames: int, seed: int) -> Case:
         texture=str(textures[0]) if camera else "plain", ground=reference_ground,
         second=tone(reference_ground), cell=0.5, texture_angle=0.0, centre=centre,
         radius=still + radius, angle=still, pan=pan, zoom=zoom.exp(), roll=roll)
-    shape, colour, ground = str(shapes[1]), str(colours[1]), str(grounds[1])
-    told = f"{textures[1]} {ground}" if camera else ground
-    return Case(motion, scene, f"{an(colour)} {shape} on {an(told)} background",
-                shape, colour, ground, seed)
+    prompts = []
+    for i in range(2):
+        ground = f"{textures[i]} {grounds[i]}" if camera else str(grounds[i])
+        prompts.append(f"{an(str(colours[i]))} {shapes[i]} on {an(ground)} background")
+    return Case(motion, scene, prompts[0], prompts[1], str(shapes[1]), str(colours[1]),
+                str(grounds[1]), seed)
 
 
 # ------------------------------------------------------------------------- reading the pictures
@@ -201,16 +206,30 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
     return figures
 
 
-def clone(model: Model, case: Case, config: SampleConfig, guided: bool) -> Tensor:
-    """Frames (f, 3, H, W) of the case's prompt, guided by its reference or not."""
-    generator = torch.Generator().manual_seed(case.seed)
-    motion = None
+def clone(model: Model, case: Case, config: SampleConfig, guided: bool = True, seed: int = 0
+          ) -> Tensor:
+    """Frames (f, 3, H, W) of the case's prompt, guided by its reference or not.
+
+    The reference is inverted where the settings have inversion_steps, and semantic guidance given
+    where they have a semantic_scale. Other seeds start from other noise.
+    """
+    motion: Motion | Inversion | None = None
+    semantics = None
     if guided:
-        reference = render(case.scene, config.height).to(model.device, model.dtype)
-        motion = extract_motion(model, model.vae.encode(reference), t=config.extract_t,
-                                generator=torch.Generator().manual_seed(case.seed + 1),
-                                k=config.top_k, blocks=config.blocks)
-    *_, state = sample(model, case.prompt, motion, config=config, generator=generator)
+        latents = model.vae.encode(render(case.scene, config.height).to(model.device, model.dtype))
+        if config.inversion_steps:
+            motion = invert_motion(model, latents, case.reference_prompt, config)
+        else:
+            motion = extract_motion(model, latents, t=config.extract_t, k=config.top_k,
+                                    generator=torch.Generator().manual_seed(case.seed + 1),
+                                    blocks=config.blocks)
+        if config.semantic_scale and isinstance(motion, Inversion):
+            semantics = semantics_of(model, config.blocks, case.prompt, case.shape,
+                                     case.reference_prompt, case.scene.shape, motion,
+                                     config.extract_t)
+    generator = torch.Generator().manual_seed(case.seed + 1000 * seed)
+    *_, state = sample(model, case.prompt, motion, config=config, generator=generator,
+                       semantics=semantics)
     return model.vae.decode(state.latents.to(model.dtype)).float().cpu()
 
 

@@ -1,0 +1,143 @@
+"""The claims of the paper in numbers: variants of the method on the same held-out clips.
+
+    python -m mcl.tiny.study --out study.jsonl [--clips 18] [--camera-clips 12] [--seeds 3]
+
+Hours on two cores. Every clip's figures are appended to the file as they are measured, and those
+that it has are not measured again; the table is printed at the end, or at once with --table.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..checkpoint import load_model
+from ..config import SampleConfig, from_dict, to_dict
+from ..options import PUBLISHED_SEMANTIC_SHARE
+from .evaluate import CAMERAS, PATHS, Case, clone, held_out_cases, kind_of, measure, save_strip
+from .scenes import render
+
+FIRST_SEED = 200                        # the settings were chosen on clips of other seeds
+COLUMNS = ("direction", "position error", "camera", "prompt", "flicker", "seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Settings other than the model's own, and the weights of the losses relative to its own."""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weight: float = 1.0
+    semantic: bool = False
+    guided: bool = True
+
+    def of(self, default: SampleConfig) -> SampleConfig:
+        scale = self.weight * default.motion_scale
+        return from_dict(SampleConfig, to_dict(default) | self.settings | {
+            "motion_scale": scale,
+            "semantic_scale": PUBLISHED_SEMANTIC_SHARE * scale if self.semantic else 0.0})
+
+
+VARIANTS = {
+    "unguided": Variant(guided=False),
+    "single-step, k = 1 (default)": Variant(),
+    "single-step, k = all": Variant({"top_k": 16}),
+    "inversion, k = 1": Variant({"inversion_steps": 100}),
+    "inversion, k = 1, semantic": Variant({"inversion_steps": 100}, semantic=True),
+    **{f"t = {t}": Variant({"extract_t": t}) for t in (400, 600, 800)},
+    **{f"{block} alone": Variant({"blocks": [block]})
+       for block in ("down_blocks.1", "down_blocks.2", "up_blocks.0", "up_blocks.2")},
+    "half the weight": Variant(weight=0.5),
+    "double weight": Variant(weight=2.0),
+    "8 frames": Variant({"frames": 8}),
+    "64x64": Variant({"height": 64, "width": 64}),
+}
+
+
+def figures_of(records: list[dict[str, Any]], column: str) -> np.ndarray:
+    """One value for each clip: the mean over its seeds."""
+    clips: dict[str, list[float]] = {}
+    for r in records:
+        value = (np.mean([r["colour"], r["ground"], r["shape"]]) if column == "prompt"
+                 else r.get(column, math.nan))
+        if column in ("direction", "position error") and r["kind"] != "object":
+            value = math.nan
+        if not math.isnan(value):
+            clips.setdefault(r["clip"], []).append(value)
+    return np.array([np.mean(values) for values in clips.values()])
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: the mean of each column over the clips, with its 95 % confidence interval."""
+    lines = ["| | " + " | ".join(COLUMNS) + " | clips x seeds |",
+             "|---" * (len(COLUMNS) + 2) + "|"]
+    for name in VARIANTS:
+        some = [r for r in records if r["variant"] == name]
+        if not some:
+            continue
+        cells = []
+        for column in COLUMNS:
+            values = figures_of(some, column)
+            if len(values) < 2:
+                cells.append("")
+                continue
+            interval = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+            cells.append(f"{values.mean():.3f} ± {interval:.3f}")
+        clips = len({r["clip"] for r in some})
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {clips} x {len(some) / clips:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Compares variants of the method on held-out clips.")
+    p.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
+    p.add_argument("--out", type=Path, required=True, help="file of the figures, gone on from")
+    p.add_argument("--clips", type=int, default=18, help="references with a moving object")
+    p.add_argument("--camera-clips", type=int, default=12, help="references with a moving camera")
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    p.add_argument("--save", type=Path, help="folder for the clips, as PNG strips")
+    p.add_argument("--table", action="store_true", help="measure nothing")
+    args = p.parse_args()
+
+    model = load_model(args.weights)
+    records: list[dict[str, Any]] = []
+    if args.out.exists():
+        records = [json.loads(line) for line in args.out.read_text("utf-8").splitlines()]
+    if any(r["model"] != model.sha256 for r in records):
+        sys.exit(f"error: {args.out}: has figures of another model; give another file")
+    done = {(r["variant"], r["clip"], r["seed"]) for r in records}
+    runs = []
+    for kinds, number in ((PATHS, args.clips), (CAMERAS, args.camera_clips)):
+        for name in args.variants:
+            config = VARIANTS[name].of(model.config.sample)
+            cases = held_out_cases(kinds, number, config.frames, FIRST_SEED)
+            runs += [(seed, i / number, name, config, case) for i, case in enumerate(cases)
+                     for seed in range(args.seeds)
+                     if (name, clip_name(case), seed) not in done]
+    # Clip by clip, so that whenever it is stopped all variants have been given the same ones.
+    runs.sort(key=lambda run: run[:2])
+    for seed, _, name, config, case in tqdm([] if args.table else runs, file=sys.stderr):
+        began = time.perf_counter()
+        frames = clone(model, case, config, VARIANTS[name].guided, seed)
+        record = {"model": model.sha256, "variant": name, "clip": clip_name(case), "seed": seed,
+                  "kind": kind_of(case.motion), "seconds": time.perf_counter() - began}
+        records.append(record | measure(frames, case))
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+        if args.save:
+            save_strip(args.save / f"{name}, {clip_name(case)}, {seed}.png",
+                       [render(case.scene, config.height), frames])
+    print(table(records))
+
+
+def clip_name(case: Case) -> str:
+    return f"{case.motion} {case.seed}"
+
+
+if __name__ == "__main__":
+    main()

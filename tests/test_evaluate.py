@@ -1,0 +1,49 @@
+"""The measures of cloning: what they say to a perfect clone, and to one of another motion."""
+import dataclasses
+
+import pytest
+
+from mcl.tiny.clips import tone
+from mcl.tiny.evaluate import CAMERAS, PATHS, held_out_cases, measure
+from mcl.tiny.scenes import COLOURS, GROUNDS, render
+from mcl.tiny.study import table
+
+
+def perfect(case, scene=None):
+    """What was asked for, drawn with a scene's motion."""
+    ground = GROUNDS[case.ground]
+    return render(dataclasses.replace(scene or case.scene, shape=case.shape, ground=ground,
+                                      colour=COLOURS[case.colour], second=tone(ground)), 128)
+
+
+@pytest.mark.parametrize("case", held_out_cases(PATHS, 6, 16, 40), ids=lambda case: case.motion)
+def test_a_perfect_clone_of_an_object_is_measured_as_one(case):
+    found = measure(perfect(case), case)
+    assert found["direction"] > 0.97 and found["position error"] < 0.06    # not all are centred
+    assert (found["found"], found["colour"], found["ground"]) == (1, 1, 1)
+    assert found["shape"] >= 0.9
+    turned = measure(perfect(case).flip(-1, -2), case)
+    assert turned["direction"] < -0.9 and turned["position error"] > 0.3
+
+
+@pytest.mark.parametrize("case", held_out_cases(CAMERAS, 3, 16, 40), ids=lambda case: case.motion)
+def test_a_perfect_clone_of_a_camera_is_measured_as_one(case):
+    frames = perfect(case)
+    assert measure(frames, case)["camera"] > 0.97
+    assert measure(frames.flip(0), case)["camera"] < 0
+
+
+def test_the_table_has_means_over_clips_and_their_intervals():
+    base = {"variant": "unguided", "kind": "object", "colour": 1.0, "ground": 1.0, "flicker": 0.0,
+            "seconds": 2.0}
+    records = [base | {"clip": clip, "seed": seed, "direction": d, "position error": 0.5,
+                       "shape": shape}
+               for clip, seed, d, shape in (("a", 0, 0.0, 1.0), ("a", 1, 0.4, 1.0),
+                                            ("b", 0, 0.6, 0.4))]
+    records.append(base | {"clip": "c", "seed": 0, "kind": "camera", "camera": 0.9, "shape": 1.0,
+                           "direction": 9.0, "position error": 9.0})
+    row = table(records).splitlines()[2].split(" | ")
+    assert row[0] == "| unguided"
+    assert row[1] == "0.400 ± 0.392"        # clips 0.2 and 0.6; 1.96 * 0.283 / sqrt(2)
+    assert row[2] == "0.500 ± 0.000" and row[3] == ""       # one camera clip has no interval
+    assert row[4].startswith("0.933") and row[7] == "3 x 1.3 |"

@@ -16,13 +16,13 @@ from typing import Iterable
 from tqdm import tqdm
 
 from mcl import InputError
-from mcl.checkpoint import DTYPES
 from mcl.command import FORESEEN, Parser, explain
 from mcl.convert import assemble
 from mcl.convert.formats import (BASE, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS, Source,
                                  read_source)
 from mcl.convert.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
 from mcl.files import check_file
+from mcl.machine import DTYPES
 
 SHORT = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
 NETWORKS = {BASE: "unet", VAE: "vae", TEXT: "text_encoder", MOTION: "motion",

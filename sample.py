@@ -23,6 +23,7 @@ from mcl.convert.formats import LORAS
 from mcl.convert.lora import Lora, open_lora
 from mcl.files import atomic
 from mcl.inversion import Inversion, inversion_path, invert_motion
+from mcl.machine import pick_recompute, set_aside
 from mcl.options import REFERENCE_SEED, check, outputs, parse_jobs
 from mcl.pictures import draw
 from mcl.report import measure, table
@@ -78,19 +79,21 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
     timing["extract"] = clock() - began
 
     condition = given_frames(model, pictures, args, config)
+    recompute = pick_recompute(args.memory, model, config)
     for i, out in enumerate(outputs(args)):
         seed = args.seed + i
         began = clock()
         generator = torch.Generator().manual_seed(seed)
         bar = tqdm(sample(model, args.prompt, motion, config=config, generator=generator,
-                          condition=condition, semantics=semantics),
+                          condition=condition, semantics=semantics, recompute=recompute),
                    total=config.steps, desc=f"seed {seed}", unit="step", file=sys.stderr)
         losses, grads = [], []
-        for state in bar:
-            if state.loss is not None and state.grad_norm is not None:
-                losses.append(state.loss)
-                grads.append(state.grad_norm)
-                bar.set_postfix(loss=f"{state.loss:.2e}")
+        with set_aside(model.vae, model.text_encoder):
+            for state in bar:
+                if state.loss is not None and state.grad_norm is not None:
+                    losses.append(state.loss)
+                    grads.append(state.grad_norm)
+                    bar.set_postfix(loss=f"{state.loss:.2e}")
         timing["sample"] = clock() - began
 
         began = clock()
@@ -118,6 +121,7 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
             "loras": [(str(lora.source.path), lora.scale) for lora in loras],
             "ignore_alpha": args.ignore_alpha,
             "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
+            "recompute": recompute,
             "torch": torch.__version__, "motion_loss": losses, "report": figures,
             "seconds": {name: round(s, 3) for name, s in timing.items()}})
         print(out)

@@ -13,10 +13,10 @@ from .convert.lora import Lora, all_deltas, fingerprint, merged
 from .errors import InputError
 from .files import save_safetensors
 from .layers import channels_last, layout
+from .machine import pick_device, pick_dtype
 from .model import Model, build_model
 
 FORMAT = "mcl-model-1"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FEW = 64
 SCALE = ".scale"                        # after a name: of each row of an int8 matrix
 
@@ -166,26 +166,3 @@ def place(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Puts the weights into a module on the meta device; only inputs will have gradients."""
     module.load_state_dict(state, assign=True)
     channels_last(module.requires_grad_(False).eval())
-
-
-def pick_device(name: str) -> torch.device:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        name = next(device for device, is_there in there.items() if is_there)
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device {name!r} is not known: auto, {', '.join(there)}") from error
-    if not there.get(device.type, False):
-        raise InputError(f"device {name!r} is not there: this machine has "
-                         f"{', '.join(d for d, is_there in there.items() if is_there)}")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "float16"
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is not known: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]

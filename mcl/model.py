@@ -37,7 +37,8 @@ class Model:
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings (b, 77, d) of the prompts; warns of what is cut off a prompt too long."""
         with torch.no_grad():
-            return self.text_encoder(self.tokenizer(prompts).to(self.device))
+            tokens = self.tokenizer(prompts).to(next(self.text_encoder.parameters()).device)
+            return self.text_encoder(tokens).to(self.device)
 
     @property
     def parts(self) -> dict[str, nn.Module]:

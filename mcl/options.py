@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from .checkpoint import DTYPES, read_header
+from .checkpoint import read_header
 from .command import Parser
 from .config import SampleConfig
 from .convert.formats import LORAS
 from .convert.lora import IGNORE_ALPHA, parse_scaled
 from .errors import InputError
 from .files import check_directory, check_file
+from .machine import DTYPES, MEMORY
 from .unet import UNet3D
 from .video import FITS, check_writable
 
@@ -100,6 +101,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = group.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=("auto", *DTYPES))
+    add("--memory", default="auto", choices=MEMORY, help="low computes activations a second time "
+        "for the gradient rather than keep them, high never does, auto if they would not fit")
     return p.parse_args(argv)
 
 

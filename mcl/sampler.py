@@ -57,7 +57,7 @@ def guidance_weight(step: int, config: SampleConfig, elements: int) -> float:
 def sample(model: Model, prompt: str, motion: Guide | None = None, *,
            config: SampleConfig = SampleConfig(), latents: Tensor | None = None,
            generator: torch.Generator | None = None, condition: Tensor | None = None,
-           semantics: "Semantics | None" = None) -> Iterator[State]:
+           semantics: "Semantics | None" = None, recompute: bool = False) -> Iterator[State]:
     """Samples a clip of the prompt that moves like the reference, one state per step.
 
     motion     of the reference, from `extract_motion` or `invert_motion`; None samples without
@@ -66,6 +66,7 @@ def sample(model: Model, prompt: str, motion: Guide | None = None, *,
                `generator` where not given, so that a seed means the same on every device
     condition  of a model with SparseCtrl, from `sparse_condition`: frames that are given
     semantics  for semantic guidance beside that of the motion, weighted by config.semantic_scale
+    recompute  in guided steps, as `UNet3D` does it: less memory, more time, the same numbers
 
     Raises InputError where the motion does not fit the model or the size, NumericalError where
     the loss or the latents cease to be finite.
@@ -100,7 +101,7 @@ def sample(model: Model, prompt: str, motion: Guide | None = None, *,
         if motion is not None and i < config.guidance_steps:
             weight = guidance_weight(i, config, shape[2] * shape[3] * shape[4])
             guidance = Guidance(motion.at(t), blocks, semantics, None if own is None else next(own),
-                                config.semantic_scale / config.motion_scale)
+                                config.semantic_scale / config.motion_scale, recompute)
             eps, loss, grad = guided_noise(model, z, t, text, guidance, weight, condition)
         else:
             eps = noise(model, z, t, text, condition)
@@ -138,6 +139,7 @@ class Guidance:
     semantics: "Semantics | None" = None
     own: "Features | None" = None       # of the unguided clip, for the semantic loss
     semantic_weight: float = 0.0        # of that loss, relative to the motion's
+    recompute: bool = False             # rather than keep activations for the gradient
 
     @property
     def maps_of(self) -> tuple[str, ...]:
@@ -158,7 +160,7 @@ def guided_noise(model: Model, z: Tensor, t: int, text: Tensor, guidance: Guidan
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         eps, maps = model.unet(z.to(model.dtype), t, text, maps_of=guidance.maps_of,
-                               residuals=residuals)
+                               residuals=residuals, recompute=guidance.recompute)
         loss, total = guidance.losses(maps, t)
         grad, = torch.autograd.grad(weight * total, z)
     return eps.detach().float(), loss.detach(), grad

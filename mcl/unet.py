@@ -5,12 +5,14 @@ attention maps that were asked for. Names are those of AnimateDiff's checkpoints
 """
 import contextlib
 import math
-from typing import Iterable, NamedTuple
+from dataclasses import dataclass
+from typing import Callable, Iterable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import UNetConfig
 from .errors import InputError
@@ -43,6 +45,25 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(wave.to(self.linear_1.weight.dtype))))
 
 
+@dataclass(frozen=True)
+class Call:
+    """What every block of the UNet is given beside its features."""
+    time: Tensor                        # (b*f, time_channels)
+    text: Tensor                        # (b, m, text_channels)
+    frames: int
+    maps_of: tuple[str, ...] = ()       # names within the block
+    recompute: bool = False             # on the way back, rather than keep what is in a layer
+
+    def run(self, layer: Callable[[int, Tensor, "Call"], tuple[Tensor, Maps]], i: int, x: Tensor
+            ) -> tuple[Tensor, Maps]:
+        """layer(i, x, self)"""
+        if self.recompute and torch.is_grad_enabled():
+            result: tuple[Tensor, Maps] = checkpoint(layer, i, x, self, use_reentrant=False,
+                                                     preserve_rng_state=False)
+            return result
+        return layer(i, x, self)
+
+
 class Block(nn.Module):
     """One resolution of the UNet: layers of (resnet, spatial transformer, motion module).
 
@@ -63,27 +84,32 @@ class Block(nn.Module):
             MotionModule(c_out, config.motion_heads, groups, config.motion_attentions)
             for _ in widths if config.motion_modules])
 
-    def layer(self, i: int, x: Tensor, time: Tensor, text: Tensor, frames: int,
-              maps_of: tuple[str, ...], maps: Maps) -> Tensor:
-        """Layer i: x (b*f, c, h, w) -> (b*f, c_out, h, w); its maps are added to `maps`."""
-        x = self.resnets[i](x, time, frames)
+    def layer(self, i: int, x: Tensor, call: "Call") -> tuple[Tensor, Maps]:
+        """Layer i: x (b*f, c, h, w) -> (b*f, c_out, h, w), and its maps."""
+        maps: Maps = {}
+        x = self.resnets[i](x, call.time, call.frames)
         if self.attentions:
-            x = spatial(self.attentions, i, x, text, maps_of, maps)
+            x = spatial(self.attentions, i, x, call, maps)
         if self.motion_modules:
-            name = f"motion_modules.{i}"
-            x, found = self.motion_modules[i](x, frames, below(maps_of, name))
-            maps.update({f"{name}.{key}": m for key, m in found.items()})
-        return x
+            x = temporal(self.motion_modules, i, x, call, maps)
+        return x, maps
 
 
-def spatial(transformers: nn.ModuleList, i: int, x: Tensor, text: Tensor,
-            maps_of: tuple[str, ...], maps: Maps) -> Tensor:
+def spatial(transformers: nn.ModuleList, i: int, x: Tensor, call: "Call", maps: Maps) -> Tensor:
     """The i-th spatial transformer. Its map is wanted where it is named, and not where a whole
     block is, which stands for temporal attention."""
-    named = below(tuple(filter(None, maps_of)), f"attentions.{i}")
-    x, probs = transformers[i](x, text, want_map=bool(named))
+    named = below(tuple(filter(None, call.maps_of)), f"attentions.{i}")
+    x, probs = transformers[i](x, call.text, want_map=bool(named))
     if probs is not None:
         maps[f"attentions.{i}"] = probs
+    return x
+
+
+def temporal(modules: nn.ModuleList, i: int, x: Tensor, call: "Call", maps: Maps) -> Tensor:
+    """The i-th motion module, whose maps are added to `maps`."""
+    name = f"motion_modules.{i}"
+    x, found = modules[i](x, call.frames, below(call.maps_of, name))
+    maps.update({f"{name}.{key}": m for key, m in found.items()})
     return x
 
 
@@ -96,12 +122,12 @@ class DownBlock(Block):
         self.downsamplers = nn.ModuleList(
             [Downsample(c_out, pad_all_sides=True)] if level < last else [])
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, frames: int,
-                maps_of: tuple[str, ...]) -> tuple[Tensor, list[Tensor], Maps]:
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, list[Tensor], Maps]:
         skips: list[Tensor] = []
         maps: Maps = {}
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, time, text, frames, maps_of, maps)
+            x, found = call.run(self.layer, i, x)
+            maps |= found
             skips.append(x)
         if self.downsamplers:
             x = self.downsamplers[0](x)
@@ -120,12 +146,11 @@ class UpBlock(Block):
                          attends=level in config.attention_levels)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if level > 0 else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, text: Tensor, frames: int,
-                maps_of: tuple[str, ...]) -> tuple[Tensor, Maps]:
+    def forward(self, x: Tensor, skips: list[Tensor], call: Call) -> tuple[Tensor, Maps]:
         maps: Maps = {}
         for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), time, text, frames,
-                           maps_of, maps)
+            x, found = call.run(self.layer, i, torch.cat([x, skips.pop()], dim=1))
+            maps |= found
         if self.upsamplers:
             x = self.upsamplers[0](x, skips[-1].shape[-2:])
         return x, maps
@@ -144,16 +169,16 @@ class MidBlock(nn.Module):
             [MotionModule(c, config.motion_heads, groups, config.motion_attentions)]
             if config.motion_mid_block else [])
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, frames: int,
-                maps_of: tuple[str, ...]) -> tuple[Tensor, Maps]:
+    def layer(self, i: int, x: Tensor, call: Call) -> tuple[Tensor, Maps]:
         maps: Maps = {}
-        x = self.resnets[0](x, time, frames)
-        x = spatial(self.attentions, 0, x, text, maps_of, maps)
+        x = self.resnets[0](x, call.time, call.frames)
+        x = spatial(self.attentions, 0, x, call, maps)
         if self.motion_modules:
-            name = "motion_modules.0"
-            x, found = self.motion_modules[0](x, frames, below(maps_of, name))
-            maps |= {f"{name}.{key}": m for key, m in found.items()}
-        return self.resnets[1](x, time, frames), maps
+            x = temporal(self.motion_modules, 0, x, call, maps)
+        return self.resnets[1](x, call.time, call.frames), maps
+
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Maps]:
+        return call.run(self.layer, 0, x)
 
 
 class UNet3D(nn.Module):
@@ -209,7 +234,8 @@ class UNet3D(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor | int, text: Tensor,
                 maps_of: Iterable[str] = (), need_eps: bool = True,
-                residuals: Residuals | None = None) -> tuple[Tensor | None, Maps]:
+                residuals: Residuals | None = None, recompute: bool = False
+                ) -> tuple[Tensor | None, Maps]:
         """The noise in z, and the temporal attention maps that were asked for.
 
         z       noisy latents (b, c, f, h, w)
@@ -219,6 +245,8 @@ class UNet3D(nn.Module):
                 ("up_blocks.1",); with ".to_k" after a layer's name, its keys; with ".attentions"
                 after a block's, the maps of its attention to the text
         residuals  SparseCtrl's, added to the skips and to what leaves the middle block
+        recompute  keep only what enters each layer, and compute the rest again for the gradient:
+                the same numbers in a fraction of the memory
 
         Returns eps, like z, and {layer's name: (b*h*w, heads, f, f) float32}; keys are
         (b*h*w, f, c), maps of the attention to the text (b*f, heads, h*w, 77). Gradient flows back
@@ -241,18 +269,19 @@ class UNet3D(nn.Module):
         skips = [x]
         grad: contextlib.AbstractContextManager = contextlib.nullcontext()
         for i, name in enumerate(names):
-            block, want = self.get_submodule(name), below(maps_of, name)
+            block = self.get_submodule(name)
+            call = Call(time, text, frames, below(maps_of, name), recompute)
             with grad:
                 if name.startswith("down"):
-                    x, new, found = block(x, time, text, frames, want)
+                    x, new, found = block(x, call)
                     skips += new
                 elif name.startswith("mid"):
-                    x, found = block(x, time, text, frames, want)
+                    x, found = block(x, call)
                     if residuals is not None:
                         skips = [s + r for s, r in zip(skips, residuals.skips, strict=True)]
                         x = x + residuals.middle
                 else:
-                    x, found = block(x, skips, time, text, frames, want)
+                    x, found = block(x, skips, call)
             maps.update({f"{name}.{key}": m for key, m in found.items()})
             if i == last:
                 if not need_eps:

@@ -46,7 +46,7 @@ def test_writes_a_video_and_a_record_of_all_settings(tmp_path, capsys):
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["seed"] == 3 and record["prompt"] == PROMPT
     assert record["settings"]["steps"] == 4 and len(record["motion_loss"]) == 2
-    assert len(record["weights_sha256"]) == 64
+    assert len(record["weights_sha256"]) == 64 and record["recompute"] is False
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-compare.mp4", "a.json", "a.mp4"]
 
 
@@ -107,7 +107,8 @@ def test_a_motion_scale_of_zero_is_the_unguided_clip(tmp_path, embedded):
 
 
 def test_several_samples_are_named_by_their_seeds(tmp_path):
-    clone(tmp_path / "a.gif", "--num-samples", 2, "--seed", 5)
+    clone(tmp_path / "a.gif", "--num-samples", 2, "--seed", 5, "--memory", "low")
+    assert json.loads((tmp_path / "a-5.json").read_text())["recompute"] is True
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "a-5.gif", "a-5.json", "a-6.gif", "a-6.json"]
     alone = clone(tmp_path / "b.gif", "--seed", 6)

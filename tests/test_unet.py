@@ -140,3 +140,28 @@ def test_more_frames_than_positions_are_refused(small):
 
 def test_default_config_is_sd15():
     assert UNetConfig().block_out_channels == (320, 640, 1280, 1280)
+
+
+def kept_for_gradient(unet, z, text, recompute):
+    """The gradient of a loss on the maps, the maps, and the bytes that autograd kept for it."""
+    sizes = {}
+
+    def pack(x):
+        sizes[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
+        return x
+
+    z = z.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        eps, maps = unet(z, 500, text, maps_of=("up_blocks.1",), recompute=recompute)
+        loss = sum(m[..., :2].square().mean() for m in maps.values())
+    grad, = torch.autograd.grad(loss, z)
+    return grad, eps, sum(size for size, _ in sizes.values())
+
+
+def test_recomputing_gives_the_same_gradient_from_less_memory(small):
+    z, text = torch.randn(1, 4, 8, 16, 16), torch.randn(1, 77, 12)
+    plain, eps, kept = kept_for_gradient(small.unet, z, text, recompute=False)
+    again, same, less = kept_for_gradient(small.unet, z, text, recompute=True)
+    assert torch.equal(eps, same)
+    assert torch.allclose(plain, again, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+    assert less < 0.3 * kept

@@ -1,0 +1,188 @@
+"""What a step of sampling costs on this machine: time, memory, arithmetic. Reports; judges nothing.
+
+    python -m mcl.bench [--config sd15] [--size 512x512] [--frames 16] [--dtype float16]
+
+Weights are random, but for the embedded model's: times do not depend on them.
+"""
+import argparse
+import ctypes
+import dataclasses
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .checkpoint import load_model
+from .command import FORESEEN, Parser, explain
+from .config import SD15, SD15_V2, ModelConfig, SampleConfig
+from .layers import channels_last
+from .machine import DTYPES, MEMORY, pick_device, pick_dtype, pick_recompute
+from .model import Model, build_model
+from .motion import strongest
+from .options import EMBEDDED, parse_size
+from .sampler import Guidance, guided_noise, noise
+from .unet import UNet3D
+
+CONFIGS = {"tiny": None, "sd15": SD15, "sd15-v2": SD15_V2}
+T = 800                                 # any timestep: they cost alike
+
+
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
+    """A model with a UNet alone; the other networks have no weights."""
+    with torch.device(device):
+        unet = UNet3D(config.unet).to(dtype).requires_grad_(False).eval()
+    channels_last(unet)
+    return dataclasses.replace(build_model(config, "meta"), unet=unet)
+
+
+def steps_of(model: Model, config: SampleConfig, recompute: bool
+             ) -> dict[str, Callable[[], object]]:
+    """A forward pass of the UNet, a step without guidance, and one with it."""
+    s, device = model.config.vae.downsampling, model.device
+    z = torch.randn(1, model.config.unet.in_channels, config.frames, config.height // s,
+                    config.width // s, device=device)
+    text, null = torch.randn(2, 1, model.config.text.max_length, model.config.unet.text_channels,
+                             device=device, dtype=model.dtype)
+    with torch.no_grad():
+        _, maps = model.unet(torch.randn_like(z).to(model.dtype), T, null, maps_of=config.blocks,
+                             need_eps=False)
+    guidance = Guidance(strongest(maps, config.top_k, {}), recompute=recompute)
+
+    def unguided() -> None:
+        noise(model, z, T, text)
+        noise(model, z, T, null)
+
+    def guided() -> None:
+        guided_noise(model, z, T, text, guidance, config.motion_scale)
+        noise(model, z, T, null)
+
+    return {"UNet, forward": lambda: noise(model, z, T, text), "unguided step": unguided,
+            "guided step": guided}
+
+
+def seconds(action: Callable[[], object], repeat: int, device: torch.device) -> float:
+    """The median of several, after one that is not counted."""
+    times = []
+    for _ in range(repeat + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        action()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def peak_bytes(action: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that an action took beside what was taken before; None if it can't be told.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
+        return None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:                # what is free is given back, to be counted when taken
+        trim(0)
+    Path("/proc/self/clear_refs").write_text("5", "ascii")      # the high-water mark is now's
+    before = high_water()
+    action()
+    return high_water() - before
+
+
+def high_water() -> int:
+    """The most memory, in bytes, that was resident since it was last reset."""
+    lines = dict(line.split(":", 1) for line in
+                 Path("/proc/self/status").read_text("ascii").splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
+    """FLOP/s of a product of square matrices."""
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / seconds(lambda: a @ b, 5, device)
+
+
+class Flops(TorchDispatchMode):
+    """Counts those of products and convolutions. (FlopCounterMode refuses autograd.grad.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops(action: Callable[[], object]) -> int:
+    with Flops() as counter:
+        action()
+    return counter.total
+
+
+def report(model: Model, config: SampleConfig, recompute: bool, repeat: int) -> None:
+    device, dtype = model.device, model.dtype
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"{device.type}, {torch.get_num_threads()} threads")
+    rate = matmul_rate(device, dtype)
+    print(f"machine  {platform.platform()}, {name}, torch {torch.__version__}; "
+          f"{rate / 1e9:.0f} GFLOP/s in products of {str(dtype).removeprefix('torch.')} matrices")
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    print(f"model    {model.config.name}, UNet of {parameters / 1e6:.1f} M parameters, "
+          f"{config.frames} frames of {config.width}x{config.height}, "
+          f"{'activations recomputed' if recompute else 'activations kept'}")
+    print(f"{'':15}  {'seconds':>8}  {'peak MB':>8}  {'GFLOP':>8}  {'GFLOP/s':>8}  of the rate")
+    for what, action in steps_of(model, config, recompute).items():
+        work, memory = flops(action), peak_bytes(action, device)
+        taken = seconds(action, repeat, device)
+        peak = "?" if memory is None else f"{memory / 1e6:.0f}"
+        print(f"{what:15}  {taken:8.3f}  {peak:>8}  {work / 1e9:8.1f}  {work / taken / 1e9:8.1f}  "
+              f"{work / taken / rate:.2f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = Parser(prog="-m mcl.bench", description="What a step of sampling costs here.")
+    p.add_argument("--config", choices=CONFIGS, default="tiny")
+    p.add_argument("--frames", type=int)
+    p.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
+    p.add_argument("--memory", default="auto", choices=MEMORY)
+    p.add_argument("--repeat", type=int, default=3, help="times of which the median is taken")
+    try:
+        run(p.parse_args(argv))
+    except FORESEEN as error:
+        code, line = explain(error)
+        print(line, file=sys.stderr)
+        return code
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    device, config = pick_device(args.device), CONFIGS[args.config]
+    model = (load_model(EMBEDDED, args.device, args.dtype) if config is None
+             else random_model(config, device, pick_dtype(args.dtype, device)))
+    given = {} if args.frames is None else {"frames": args.frames}
+    if args.size:
+        given |= dict(zip(("width", "height"), args.size))
+    settings = dataclasses.replace(model.config.sample, **given)
+    report(model, settings, pick_recompute(args.memory, model, settings), args.repeat)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What is decided by the machine that runs: device, precision, and what is kept in memory."""
+import contextlib
+import re
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from torch import nn
+
+from .config import SampleConfig
+from .errors import InputError
+from .model import Model
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MEMORY = ("auto", "low", "high")
+# Features of the top resolution that a guided step of Stable Diffusion 1.5 keeps for its gradient,
+# as BENCHMARKS.md has it measured, and what it needs besides.
+KEPT, BESIDES = 250, 60
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is cuda, then mps, then cpu. Raises InputError for a device that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        name = next(device for device, is_there in there.items() if is_there)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} is not known: auto, {', '.join(there)}") from error
+    if not there.get(device.type, False):
+        raise InputError(f"device {name!r} is not there: this machine has "
+                         f"{', '.join(d for d, is_there in there.items() if is_there)}")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is float32 on the cpu, else float16. Raises InputError for an unknown name."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "float16"
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not known: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def pick_recompute(memory: str, model: Model, config: SampleConfig) -> bool:
+    """Whether a guided step computes its activations a second time rather than keep them.
+
+    "low" always does, "high" never; "auto" does where they would not fit into free memory. Raises
+    InputError for another name.
+    """
+    if memory not in MEMORY:
+        raise InputError(f"memory {memory!r} is not known: {', '.join(MEMORY)}")
+    free = free_memory(model.device)
+    needed = guided_bytes(model, config)
+    return memory == "low" or (memory == "auto" and free is not None and needed > free)
+
+
+def guided_bytes(model: Model, config: SampleConfig) -> int:
+    """About what a guided step needs beside the weights, if it keeps its activations."""
+    s = model.config.vae.downsampling
+    positions = config.frames * (config.height // s) * (config.width // s)
+    width = model.config.unet.block_out_channels[0]
+    return (KEPT + BESIDES) * positions * width * model.dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int | None:
+    """In bytes; None where it cannot be told."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text("ascii"))
+    except OSError:                     # not Linux
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+@contextlib.contextmanager
+def set_aside(*modules: nn.Module) -> Iterator[None]:
+    """Keeps modules off the accelerator meanwhile, to leave its memory to the UNet."""
+    devices = [next(module.parameters()).device for module in modules]
+    try:
+        for module in modules:
+            module.to("cpu")
+        yield
+    finally:
+        for module, device in zip(modules, devices):
+            module.to(device)

@@ -1,0 +1,53 @@
+"""What is decided by the machine: above all, when a guided step recomputes."""
+import dataclasses
+
+import pytest
+import torch
+
+from mcl import InputError, extract_motion, machine, sample
+from mcl.machine import free_memory, guided_bytes, pick_recompute, set_aside
+
+
+def test_activations_are_recomputed_when_they_would_not_fit(small, monkeypatch):
+    config = small.config.sample
+    needed = guided_bytes(small, config)
+    for free, memory, expected in ((needed, "auto", False), (needed - 1, "auto", True),
+                                   (needed, "low", True), (0, "high", False),
+                                   (None, "auto", False)):
+        monkeypatch.setattr(machine, "free_memory", lambda device, free=free: free)
+        assert pick_recompute(memory, small, config) == expected
+    long = dataclasses.replace(config, frames=2 * config.frames)
+    assert guided_bytes(small, long) == 2 * needed
+    with pytest.raises(InputError, match="memory 'some' is not known: auto, low, high"):
+        pick_recompute("some", small, config)
+
+
+def test_free_memory_of_this_machine_is_told():
+    free = free_memory(torch.device("cpu"))
+    assert free is None or 2 ** 20 < free < 2 ** 50
+
+
+def test_a_clip_is_the_same_with_and_without_recomputing(small):
+    config = small.config.sample
+    clip = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    motion = extract_motion(small, clip, noise=clip.flip(2))
+    ends = [list(sample(small, "a star", motion, config=config, latents=clip, recompute=again))
+            for again in (False, True)]
+    assert torch.allclose(ends[0][-1].latents, ends[1][-1].latents, atol=1e-5)
+    assert ends[0][2].grad_norm == pytest.approx(ends[1][2].grad_norm, rel=1e-5)
+
+
+class Parked(torch.nn.Linear):
+    """Remembers where it was sent."""
+    sent: list[str] = []
+
+    def to(self, device):
+        self.sent.append(str(device))
+
+
+def test_what_was_set_aside_comes_back_whatever_happens():
+    module = Parked(1, 1, device="meta")
+    with pytest.raises(KeyError), set_aside(module):
+        assert module.sent == ["cpu"]
+        raise KeyError
+    assert module.sent == ["cpu", "meta"]

@@ -67,15 +67,15 @@ def steps_of(model: Model, config: SampleConfig, recompute: bool
 
 
 def seconds(action: Callable[[], object], repeat: int, device: torch.device) -> float:
-    """The median of several, after one that is not counted."""
+    """The median of several."""
     times = []
-    for _ in range(repeat + 1):
+    for _ in range(repeat):
         synchronize(device)
         began = time.perf_counter()
         action()
         synchronize(device)
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
 def synchronize(device: torch.device) -> None:
@@ -84,7 +84,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that an action took beside what was taken before; None if it can't be told.
+    """The most memory that an action, now done, took beside what was taken before it.
+
+    None where that cannot be told.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -92,6 +94,7 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int | None
         action()
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
+        action()
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:                # what is free is given back, to be counted when taken
@@ -129,12 +132,6 @@ class Flops(TorchDispatchMode):
         return out
 
 
-def flops(action: Callable[[], object]) -> int:
-    with Flops() as counter:
-        action()
-    return counter.total
-
-
 def report(model: Model, config: SampleConfig, recompute: bool, repeat: int) -> None:
     device, dtype = model.device, model.dtype
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
@@ -148,8 +145,9 @@ def report(model: Model, config: SampleConfig, recompute: bool, repeat: int) -> 
           f"{'activations recomputed' if recompute else 'activations kept'}")
     print(f"{'':15}  {'seconds':>8}  {'peak MB':>8}  {'GFLOP':>8}  {'GFLOP/s':>8}  of the rate")
     for what, action in steps_of(model, config, recompute).items():
-        work, memory = flops(action), peak_bytes(action, device)
-        taken = seconds(action, repeat, device)
+        with Flops() as counter:        # the first time, which takes longer than the others
+            memory = peak_bytes(action, device)
+        taken, work = seconds(action, repeat, device), counter.total
         peak = "?" if memory is None else f"{memory / 1e6:.0f}"
         print(f"{what:15}  {taken:8.3f}  {peak:>8}  {work / 1e9:8.1f}  {work / taken / 1e9:8.1f}  "
               f"{work / taken / rate:.2f}")

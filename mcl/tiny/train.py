@@ -34,8 +34,8 @@ from .trainer import Trainee, autocast
 
 # The settings of SampleConfig that suit this model.
 DEFAULTS: dict[str, Any] = {
-    "steps": 40, "guidance_steps": 16, "guidance_span": 0.25, "warmup": 4, "cooldown": 4,
-    "cfg_scale": 4.0, "motion_scale": 60000.0, "extract_t": 200}
+    "steps": 60, "guidance_steps": 24, "guidance_span": 0.25, "warmup": 6, "cooldown": 6,
+    "cfg_scale": 5.0, "motion_scale": 32000.0, "extract_t": 200}
 STAGES = ("vae", "latents", "image", "motion", "decoder", "export")
 
 
@@ -49,10 +49,10 @@ class Plan:
     image_steps: int = 1800
     image_batch: int = 64
     image_rate: float = 4e-3
-    motion_steps: int = 2200
+    motion_steps: int = 5000
     motion_batch: int = 6
     motion_rate: float = 3e-3
-    spatial_rate: float = 1e-3          # of the layers already trained, in the motion stage
+    spatial_rate: float = 1.5e-3          # of the layers already trained, in the motion stage
     decoder_steps: int = 400
     decoder_rate: float = 1.5e-3
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance

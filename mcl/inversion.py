@@ -104,7 +104,8 @@ class KeptLatents(Mapping[int, Tensor]):
         return latents
 
     def __iter__(self) -> Iterator[int]:
-        return iter(sorted(int(file.stem) for file in self.folder.glob("[0-9]*.safetensors")))
+        files = self.folder.glob("[0-9]" * 4 + ".safetensors")     # others may lie there too
+        return iter(sorted(int(file.stem) for file in files))
 
     def __len__(self) -> int:
         return len(list(iter(self)))

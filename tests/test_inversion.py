@@ -86,6 +86,7 @@ def test_latents_on_disk_are_those_in_memory_and_are_gone_on_from(small, config,
         assert torch.equal(kept.latents[t], z)
     assert all(torch.equal(kept.at(850).values[name], v)
                for name, v in expected.at(850).values.items())
+    (tmp_path / "a" / "9 of mine.safetensors").write_bytes(b"not its own")
     into(tmp_path / "a")
     assert len(taken) == 7                  # nothing was left to do
     for other in (dict(prompt="a star"), dict(seed=1)):

@@ -87,6 +87,7 @@ class SampleConfig:
     guidance_span: float = 0.3          # the share of the noise range that they cover
     spacing: str = "uneven"             # or "linspace", "leading": of the timesteps
     cfg_scale: float = 8.5              # uncond + s * (cond - uncond)
+    cfg_share: float = 1.0              # of the steps, the first, that s applies to; then it is 1
 
     motion_scale: float = 2000.0        # lambda, at 16 frames of 512x512
     semantic_scale: float = 0.0         # weight of semantic guidance, where there is any
@@ -112,6 +113,7 @@ class SampleConfig:
             "guidance_span": (0 < self.guidance_span <= 1, "above 0, up to 1"),
             "spacing": (self.spacing in SPACINGS, "one of " + ", ".join(SPACINGS)),
             "cfg_scale": (0 <= self.cfg_scale < math.inf, "0 or more"),
+            "cfg_share": (0 <= self.cfg_share <= 1, "0 to 1"),
             "motion_scale": (0 <= self.motion_scale < math.inf, "0 or more"),
             "semantic_scale": (0 <= self.semantic_scale < math.inf, "0 or more"),
             "warmup": (self.warmup >= 0, "0 or more"),

@@ -57,6 +57,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance-steps", type=int, help="how many of them, the first, are guided")
     add("--guidance-span", type=float, help="share of the noise range that these cover")
     add("--cfg-scale", type=float, help="classifier-free guidance, uncond + s (cond - uncond)")
+    add("--cfg-share", type=float, help="share of the steps, the first, that have it; the others "
+        "need half the time")
     add("--motion-scale", type=float, help="weight of the motion guidance; 0 turns it off")
     add("--top-k", type=top_k, metavar="K", help="values kept of each row of an attention map, "
         "or all")

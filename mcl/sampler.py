@@ -54,6 +54,11 @@ def guidance_weight(step: int, config: SampleConfig, elements: int) -> float:
     return config.motion_scale * up * down * elements / PUBLISHED_SIZE
 
 
+def cfg_scale(step: int, config: SampleConfig) -> float:
+    """The scale of classifier-free guidance; the last steps may do without (arXiv 2404.07724)."""
+    return config.cfg_scale if step < config.cfg_share * config.steps else 1.0
+
+
 def sample(model: Model, prompt: str, motion: Guide | None = None, *,
            config: SampleConfig = SampleConfig(), latents: Tensor | None = None,
            generator: torch.Generator | None = None, condition: Tensor | None = None,
@@ -107,9 +112,10 @@ def sample(model: Model, prompt: str, motion: Guide | None = None, *,
             eps = noise(model, z, t, text, condition)
 
         # 2. Classifier-free guidance.
-        if config.cfg_scale != 1:
+        scale = cfg_scale(i, config)
+        if scale != 1:
             eps_null = noise(model, z, t, null, condition)
-            eps = eps_null + config.cfg_scale * (eps - eps_null)
+            eps = eps_null + scale * (eps - eps_null)
 
         # 3. DDIM; motion guidance moves the direction, not the predicted clean clip.
         direction = eps if grad is None else eps - (1 - abar).sqrt() * grad

@@ -17,7 +17,7 @@ from .config import SampleConfig
 from .errors import InputError
 from .inversion import Inversion
 from .model import Model
-from .sampler import Steps, noise
+from .sampler import Steps, cfg_scale, noise
 from .schedule import ddim_step
 
 SUBJECT = "up_blocks.1.attentions"      # whose attention to the text tells where the subject is
@@ -151,16 +151,17 @@ class Semantics:
         """Samples by classifier-free guidance alone; yields what is seen before each step."""
         model, grid = self.model, z.shape[-2:]
         cross = () if self.tokens is None else (SUBJECT,)
-        for t, t_prev in steps:
+        for i, (t, t_prev) in enumerate(steps):
             eps, maps = model.unet(z.to(model.dtype), t, text, maps_of=(*self.keys, *cross))
             keys = {name: maps[name] for name in self.keys}
             yield Features(keys, None if self.tokens is None else
                            plain(mask_of(maps, self.tokens, grid)))
             assert eps is not None
             eps = eps.float()
-            if config.cfg_scale != 1:
+            scale = cfg_scale(i, config)
+            if scale != 1:
                 eps_null = noise(model, z, t, null)
-                eps = eps_null + config.cfg_scale * (eps - eps_null)
+                eps = eps_null + scale * (eps - eps_null)
             z = ddim_step(z, eps, eps, model.schedule.abar(t), model.schedule.abar(t_prev))
 
 

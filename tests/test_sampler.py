@@ -83,6 +83,14 @@ def test_classifier_free_guidance_is_the_common_form(small, scale):
     assert torch.allclose(first, expected, atol=1e-4 * float(expected.std()))
 
 
+def test_steps_beyond_their_share_have_no_classifier_free_guidance(small):
+    none, half, full = (states(small, None, cfg_share=share) for share in (0, .5, 1))
+    assert torch.equal(half[2].latents, full[2].latents)
+    assert not torch.equal(half[3].latents, full[3].latents)
+    weak = states(small, None, cfg_scale=1.0)
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(none, weak))
+
+
 def test_the_negative_prompt_takes_the_place_of_the_null_prompt(small):
     plain, negative = (states(small, None, negative_prompt=p)[-1].latents for p in ("", "a ring"))
     assert not torch.equal(plain, negative)

@@ -93,6 +93,7 @@ class SampleConfig:
     semantic_scale: float = 0.0         # weight of semantic guidance, where there is any
     warmup: int = 10                    # guided steps over which lambda rises at the start
     cooldown: int = 10                  # and falls at the end
+    guidance_every: int = 1             # guided steps to one gradient, which they all use
 
     extract_t: int = 400                # t_alpha: the noise under which the reference is read
     top_k: int = 1                      # values kept of each row of a map
@@ -118,6 +119,7 @@ class SampleConfig:
             "semantic_scale": (0 <= self.semantic_scale < math.inf, "0 or more"),
             "warmup": (self.warmup >= 0, "0 or more"),
             "cooldown": (self.cooldown >= 0, "0 or more"),
+            "guidance_every": (self.guidance_every >= 1, "1 or more"),
             "extract_t": (0 <= self.extract_t <= 999, "0 to 999"),
             "frames": (self.frames >= 1, "1 or more"),
             "top_k": (1 <= self.top_k <= self.frames, f"1 to the number of frames, {self.frames}"),

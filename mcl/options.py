@@ -55,6 +55,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preset", choices=PRESETS, help="published steps for camera or object motion")
     add("--steps", type=int, help="of DDIM")
     add("--guidance-steps", type=int, help="how many of them, the first, are guided")
+    add("--guidance-every", type=int, metavar="N", help="take the gradient in every N-th guided "
+        "step only, and use it in the others too")
     add("--guidance-span", type=float, help="share of the noise range that these cover")
     add("--cfg-scale", type=float, help="classifier-free guidance, uncond + s (cond - uncond)")
     add("--cfg-share", type=float, help="share of the steps, the first, that have it; the others "

@@ -39,7 +39,7 @@ class State:
     step: int               # 0 to steps - 1
     t: int                  # the timestep that it started from
     latents: Tensor         # (1, c, f, h, w) float32, scaled, after the step
-    loss: float | None      # the motion loss before weighting, in guided steps
+    loss: float | None      # the motion loss before weighting, in steps that take its gradient
     grad_norm: float | None
 
 
@@ -105,9 +105,14 @@ def sample(model: Model, prompt: str, motion: Guide | None = None, *,
         # 1. The noise under the prompt, and, in the first steps, how its maps differ in motion.
         if motion is not None and i < config.guidance_steps:
             weight = guidance_weight(i, config, shape[2] * shape[3] * shape[4])
-            guidance = Guidance(motion.at(t), blocks, semantics, None if own is None else next(own),
-                                config.semantic_scale / config.motion_scale, recompute)
-            eps, loss, grad = guided_noise(model, z, t, text, guidance, weight, condition)
+            features = None if own is None else next(own)
+            if i % config.guidance_every == 0:
+                guidance = Guidance(motion.at(t), blocks, semantics, features,
+                                    config.semantic_scale / config.motion_scale, recompute)
+                eps, loss, grad = guided_noise(model, z, t, text, guidance, weight, condition)
+                slope = grad / weight
+            else:
+                eps, grad = noise(model, z, t, text, condition), weight * slope
         else:
             eps = noise(model, z, t, text, condition)
 

@@ -65,6 +65,18 @@ def test_guidance_lowers_the_loss(small, motion):
     assert strong[4].loss < weak[4].loss
 
 
+def test_a_gradient_serves_for_several_steps(small, motion):
+    every, third = (states(small, motion, guidance_steps=4, guidance_every=n, motion_scale=3e5)
+                    for n in (1, 3))
+    assert [s.loss is not None for s in third] == [True, False, False, True, False, False]
+    assert torch.equal(third[0].latents, every[0].latents)
+    weights = [guidance_weight(i, dataclasses.replace(small.config.sample, guidance_steps=4), 1)
+               for i in range(3)]
+    assert [third[i].grad_norm / third[0].grad_norm for i in (1, 2)] == pytest.approx(
+        [weights[i] / weights[0] for i in (1, 2)])
+    assert third[4].grad_norm is None
+
+
 def test_weight_rises_falls_and_is_the_published_one_at_the_published_size():
     config = SampleConfig()
     at = [guidance_weight(i, config, 16 * 64 * 64) for i in range(50)]

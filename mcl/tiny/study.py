@@ -55,6 +55,11 @@ VARIANTS = {
     "double weight": Variant(weight=2.0),
     "8 frames": Variant({"frames": 8}),
     "64x64": Variant({"height": 64, "width": 64}),
+    **{f"a gradient every {n} steps": Variant({"guidance_every": n}) for n in (2, 3)},
+    **{f"CFG in {share:.0%} of the steps": Variant({"cfg_share": share}) for share in (.7, .4)},
+    **{f"{steps} steps": Variant({"steps": steps, "guidance_steps": steps * 2 // 5,
+                                  "warmup": steps // 10, "cooldown": steps // 10})
+       for steps in (40, 30, 20)},
 }
 
 

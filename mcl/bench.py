@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .checkpoint import load_model
 from .command import FORESEEN, Parser, explain
-from .config import SD15, SD15_V2, ModelConfig, SampleConfig
+from .config import SD15, SD15_V2, TINY, ModelConfig, SampleConfig
 from .layers import channels_last
 from .machine import DTYPES, MEMORY, pick_device, pick_dtype, pick_recompute
 from .model import Model, build_model
@@ -29,8 +29,16 @@ from .options import EMBEDDED, parse_size
 from .sampler import Guidance, guided_noise, noise
 from .unet import UNet3D
 
-CONFIGS = {"tiny": None, "sd15": SD15, "sd15-v2": SD15_V2}
+CONFIGS = {"tiny": TINY, "sd15": SD15, "sd15-v2": SD15_V2}
 T = 800                                 # any timestep: they cost alike
+ATEN = torch.ops.aten
+# Of products and convolutions; torch's own table leaves out the fused attention of CPUs.
+FORMULAS = {
+    ATEN._scaled_dot_product_flash_attention_for_cpu:
+        flop_registry[ATEN._scaled_dot_product_flash_attention],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
+        flop_registry[ATEN._scaled_dot_product_flash_attention_backward],
+    **flop_registry}
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
@@ -119,7 +127,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> floa
 
 
 class Flops(TorchDispatchMode):
-    """Counts those of products and convolutions. (FlopCounterMode refuses autograd.grad.)"""
+    """Counts those of FORMULAS. (FlopCounterMode refuses autograd.grad.)"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,8 +135,8 @@ class Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        if func.overloadpacket in FORMULAS:
+            self.total += FORMULAS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
 
@@ -173,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     device, config = pick_device(args.device), CONFIGS[args.config]
-    model = (load_model(EMBEDDED, args.device, args.dtype) if config is None
+    model = (load_model(EMBEDDED, args.device, args.dtype) if config is TINY
              else random_model(config, device, pick_dtype(args.dtype, device)))
     given = {} if args.frames is None else {"frames": args.frames}
     if args.size:

@@ -16,21 +16,22 @@ def random_scene(rng: Rng, frames: int) -> Scene:
 
     Textured grounds are drawn oftener where the camera moves: on a plain one it cannot be seen.
     """
-    moving = rng.choice(["object", "camera", "both", "nothing"], p=[.55, .25, .1, .1])
+    moving = rng.choice(["object", "camera", "both", "nothing"], p=[.5, .3, .1, .1])
     camera = moving in ("camera", "both")
-    texture = str(rng.choice(TEXTURES, p=[.3, .25, .25, .2] if camera else [.75, .1, .08, .07]))
+    texture = str(rng.choice(TEXTURES, p=[.2, .3, .25, .25] if camera else [.75, .1, .08, .07]))
     ground = pick(rng, GROUNDS)
-    radius = eased(rng, frames, *np.exp(rng.uniform(math.log(.25), math.log(.5), 2)))
+    radius = eased(rng, frames, *np.exp(rng.uniform(math.log(.28), math.log(.5), 2)))
     if moving != "object" or rng.random() < 0.75:
         radius = radius.mean().expand(frames)
     angle = torch.full((frames,), rng.normal(0, .08))
-    if rng.random() < 0.2:
+    if rng.random() < 0.08:
         angle = angle + eased(rng, frames, 0, rng.uniform(-3, 3))
 
     still = torch.zeros(frames)
     pan, zoom, roll = torch.zeros(frames, 2), still, still
     if camera:
-        kinds = rng.permutation(["pan", "zoom", "roll"])[:1 + (rng.random() < 0.25)]
+        kinds = rng.choice(["pan", "zoom", "roll"], 1 + (rng.random() < 0.25), replace=False,
+                           p=[.3, .3, .4])
         if "pan" in kinds:
             pan = path(rng, frames, reach=1.0)
             pan = pan - pan.mean(dim=0)

@@ -6,7 +6,7 @@ Six stages, each of which goes on where it was stopped:
     vae      the autoencoder, on single frames
     latents  clips of the training world, encoded once and kept on disk
     image    the UNet without motion modules and the text encoder, on single frames
-    motion   the motion modules, on clips, and all the rest at a lower learning rate
+    motion   the motion modules, on clips and on single frames, and the rest at a lower rate
     decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's
     export   everything into one file, weights/tiny.safetensors
 """
@@ -35,7 +35,7 @@ from .trainer import Trainee, autocast
 # The settings of SampleConfig that suit this model.
 DEFAULTS: dict[str, Any] = {
     "steps": 60, "guidance_steps": 24, "guidance_span": 0.25, "warmup": 6, "cooldown": 6,
-    "cfg_scale": 5.0, "motion_scale": 32000.0, "extract_t": 200}
+    "cfg_scale": 4.0, "motion_scale": 20000.0, "extract_t": 200}
 STAGES = ("vae", "latents", "image", "motion", "decoder", "export")
 
 
@@ -45,14 +45,15 @@ class Plan:
     vae_steps: int = 2600
     vae_batch: int = 32
     vae_rate: float = 2e-3
-    clips: int = 5000
+    clips: int = 8000
     image_steps: int = 1800
     image_batch: int = 64
     image_rate: float = 4e-3
-    motion_steps: int = 5000
+    motion_steps: int = 8900
     motion_batch: int = 6
     motion_rate: float = 3e-3
-    spatial_rate: float = 1.5e-3          # of the layers already trained, in the motion stage
+    spatial_rate: float = 1.5e-3        # of the layers already trained, in the motion stage
+    image_share: float = 0.5            # of the motion stage's steps, on single frames
     decoder_steps: int = 400
     decoder_rate: float = 1.5e-3
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
@@ -177,7 +178,11 @@ def train_motion(folder: Path, plan: Plan, device: str) -> None:
 
     def loss_of(step: int) -> tuple[Tensor, str]:
         rng = np.random.default_rng([3, step])
-        x0, captions = clips.batch(rng, plan.motion_batch, FRAMES, plan.drop_caption)
+        # As many frames, of sixteen times as many scenes (arXiv 2204.03458, section 3.1).
+        number, frames = plan.motion_batch, FRAMES
+        if rng.random() < plan.image_share:
+            number, frames = number * frames, 1
+        x0, captions = clips.batch(rng, number, frames, plan.drop_caption)
         text = model.encode_text(captions)
         return denoising_loss(model, model.unet, x0.to(device), text, rng), ""
 

@@ -1,12 +1,14 @@
 """The measures of cloning: what they say to a perfect clone, and to one of another motion."""
 import dataclasses
 
+import imageio.v3 as imageio
 import pytest
+import torch
 
 from mcl.tiny.clips import tone
-from mcl.tiny.evaluate import CAMERAS, PATHS, held_out_cases, measure
+from mcl.tiny.evaluate import CAMERAS, PATHS, held_out_cases, measure, save_strip
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
-from mcl.tiny.study import table
+from mcl.tiny.study import DEFAULT, sheet, strip_name, table
 
 
 def perfect(case, scene=None):
@@ -47,3 +49,18 @@ def test_the_table_has_means_over_clips_and_their_intervals():
     assert row[1] == "0.400 ± 0.392"        # clips 0.2 and 0.6; 1.96 * 0.283 / sqrt(2)
     assert row[2] == "0.500 ± 0.000" and row[3] == ""       # one camera clip has no interval
     assert row[4].startswith("0.933") and row[7] == "3 x 1.3 |"
+
+
+def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path):
+    records = [{"variant": DEFAULT, "clip": f"a {i}", "seed": 0, "kind": kind, name: score}
+               for i, (kind, name, score) in enumerate([("object", "direction", .5),
+                                                        ("camera", "camera", .9),
+                                                        ("object", "direction", -.2)])]
+    for i, r in enumerate(records):
+        clip = torch.full((4, 3, 16, 16), -0.5 + 0.5 * i)
+        save_strip(tmp_path / strip_name(r), [torch.full_like(clip, -1.0), clip])
+    sheet(records + [records[2] | {"variant": "unguided"}], tmp_path, tmp_path / "s.png", 1)
+    picture = imageio.imread(tmp_path / "s.png")
+    assert picture.shape == (2 * 8 + 8, 2 * (2 * 8 + 8), 3)     # two frames of four, at half size
+    reference, clone = picture[6, :, 0], picture[14, :, 0]
+    assert reference[6] == 0 and clone[6] == 128 and clone[24 + 6] == 191

@@ -88,10 +88,8 @@ def diffusers_name(name):
     return name
 
 
-@functools.cache
-def unets(config):
-    """Ours and diffusers' with the same random weights."""
-    ours = randomize(UNet3D(config))
+def diffusers_unet(ours, config):
+    """diffusers' own, with our weights."""
     attending = len(config.block_out_channels) - 1
     oracle = motion_unet.UNetMotionModel(
         down_block_types=("CrossAttnDownBlockMotion",) * attending + ("DownBlockMotion",),
@@ -102,6 +100,14 @@ def unets(config):
         motion_max_seq_length=config.max_frames, use_motion_mid_block=config.motion_mid_block)
     tables = {name: v for name, v in oracle.state_dict().items() if name.endswith("pos_embed.pe")}
     oracle.load_state_dict({diffusers_name(k): v for k, v in ours.state_dict().items()} | tables)
+    return oracle.requires_grad_(False).eval()
+
+
+@functools.cache
+def unets(config):
+    """Ours and diffusers' with the same random weights and the same group norms."""
+    ours = randomize(UNet3D(config))
+    oracle = diffusers_unet(ours, config)
     for module in list(oracle.modules()):
         if isinstance(module, motion_unet.AnimateDiffTransformer3D):
             module.norm = PerFrame(module.norm)
@@ -109,7 +115,7 @@ def unets(config):
             module.norm1, module.norm2 = OverFrames(module.norm1), OverFrames(module.norm2)
     if not config.norm_per_frame:
         oracle.conv_norm_out = OverFrames(oracle.conv_norm_out)
-    return ours, oracle.requires_grad_(False).eval()
+    return ours, oracle
 
 
 def oracle_noise(oracle, z, t, text):

@@ -4,6 +4,7 @@
 
 Hours on two cores. Every clip's figures are appended to the file as they are measured, and those
 that it has are not measured again; the table is printed at the end, or at once with --table.
+--sheet draws the default's best and worst clips from the strips that --save has kept.
 """
 import argparse
 import dataclasses
@@ -14,11 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as imageio
 import numpy as np
+import torch
+from einops import rearrange, reduce
 from tqdm import tqdm
 
 from ..checkpoint import load_model
 from ..config import SampleConfig, from_dict, to_dict
+from ..files import atomic
 from ..options import PUBLISHED_SEMANTIC_SHARE
 from .evaluate import CAMERAS, PATHS, Case, clone, held_out_cases, kind_of, measure, save_strip
 from .scenes import render
@@ -42,9 +47,10 @@ class Variant:
             "semantic_scale": PUBLISHED_SEMANTIC_SHARE * scale if self.semantic else 0.0})
 
 
+DEFAULT = "single-step, k = 1 (default)"
 VARIANTS = {
     "unguided": Variant(guided=False),
-    "single-step, k = 1 (default)": Variant(),
+    DEFAULT: Variant(),
     "single-step, k = all": Variant({"top_k": 16}),
     "inversion, k = 1": Variant({"inversion_steps": 100}),
     "inversion, k = 1, semantic": Variant({"inversion_steps": 100}, semantic=True),
@@ -97,6 +103,32 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def sheet(records: list[dict[str, Any]], strips: Path, path: Path, number: int = 5) -> None:
+    """One PNG of every second frame, at half size, of the default's clips and their references.
+
+    The `number` that follow best are on the left, those that follow worst on the right.
+    """
+    def score(r: dict[str, Any]) -> float:
+        return float(r["camera"] if r["kind"] == "camera" else r["direction"])
+
+    ranked = sorted((r for r in records if r["variant"] == DEFAULT), key=score, reverse=True)
+    columns = []
+    for some in (ranked[:number], ranked[-number:]):
+        rows = []
+        for r in some:
+            strip = torch.from_numpy(imageio.imread(strips / strip_name(r)))
+            frames = rearrange(strip, "(two h) (f w) c -> two f h w c", two=2, w=len(strip) // 2)
+            small = reduce(frames[:, ::2].float(), "two f (h 2) (w 2) c -> (two h) (f w) c", "mean")
+            rows.append(torch.nn.functional.pad(small, (0, 0, 4, 4, 4, 4), value=255.0))
+        columns.append(torch.cat(rows))
+    with atomic(path) as temporary:
+        imageio.imwrite(temporary, torch.cat(columns, dim=1).byte().numpy(), extension=".png")
+
+
+def strip_name(record: dict[str, Any]) -> str:
+    return "{variant}, {clip}, {seed}.png".format(**record)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description="Compares variants of the method on held-out clips.")
     p.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
@@ -106,8 +138,11 @@ def main() -> None:
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     p.add_argument("--save", type=Path, help="folder for the clips, as PNG strips")
+    p.add_argument("--sheet", type=Path, metavar="PNG", help="draw best and worst; needs --save")
     p.add_argument("--table", action="store_true", help="measure nothing")
     args = p.parse_args()
+    if args.sheet and not args.save:
+        p.error("--sheet needs --save, the folder of the strips")
 
     model = load_model(args.weights)
     records: list[dict[str, Any]] = []
@@ -135,9 +170,11 @@ def main() -> None:
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(records[-1]) + "\n")
         if args.save:
-            save_strip(args.save / f"{name}, {clip_name(case)}, {seed}.png",
+            save_strip(args.save / strip_name(record),
                        [render(case.scene, config.height), frames])
     print(table(records))
+    if args.sheet:
+        sheet(records, args.save, args.sheet)
 
 
 def clip_name(case: Case) -> str:

@@ -259,9 +259,10 @@ def _fit(picture: torch.Tensor, size: tuple[int, int], fit: str) -> torch.Tensor
 
 def _write_mp4(path: Path, pixels: np.ndarray, fps: float) -> None:
     with av.open(f"file:{path}", "w", options={"movflags": "faststart"}) as container:
-        # One thread, as x264 divides the picture by threads and the bytes depend on it.
+        # One thread, as x264 divides the picture by threads and the bytes depend on it. Without
+        # its macroblock tree, which in small pictures (64x64) reads what nobody has written.
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
-                                      options={"crf": "14", "threads": "1"})
+                                      options={"crf": "14", "threads": "1", "mbtree": "0"})
         _, stream.height, stream.width, _ = pixels.shape
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context  # players guess the colours of a file that does not say

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..vae import AutoencoderKL
 from .clips import at, caption, random_scene
-from .scenes import render
+from .scenes import TEXTURES, render
 from .trainer import autocast
 
 SIZE, FRAMES = 128, 16                  # of the embedded model's clips
@@ -70,8 +70,10 @@ class Clips:
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.logvar = torch.stack([shard["logvar"] for shard in shards]).mean(dim=0)
         self.captions = [c for shard in shards for c in shard["captions"]]
-        # Stars are the last to be learnt: they come twice as often as the others.
-        odds = np.array([1 + any("star" in c for c in some) for some in self.captions])
+        # Stars, and grounds by which a camera's motion is seen, are the last to be learnt: they
+        # come twice as often as the others.
+        words = [set(" ".join(some).replace(",", "").split()) for some in self.captions]
+        odds = np.array([(1 + ("star" in w)) * (1 + any(t in w for t in TEXTURES)) for w in words])
         self.odds = odds / odds.sum()
         self.mean = self.latents[::10].float().mean(dim=(0, 1, 3, 4))
         some = rearrange(self.latents[::10].float(), "n f c h w -> c (n f h w)")

@@ -49,11 +49,11 @@ class Plan:
     image_steps: int = 1800
     image_batch: int = 64
     image_rate: float = 4e-3
-    motion_steps: int = 8900
+    motion_steps: int = 10600
     motion_batch: int = 6
     motion_rate: float = 3e-3
     spatial_rate: float = 1.5e-3        # of the layers already trained, in the motion stage
-    image_share: float = 0.5            # of the motion stage's steps, on single frames
+    image_share: float = 0.35           # of the motion stage's steps, on single frames
     decoder_steps: int = 400
     decoder_rate: float = 1.5e-3
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance

@@ -23,7 +23,7 @@ from mcl.convert.formats import LORAS
 from mcl.convert.lora import Lora, open_lora
 from mcl.files import atomic
 from mcl.inversion import Inversion, inversion_path, invert_motion
-from mcl.machine import pick_recompute, set_aside
+from mcl.machine import keep_freed_memory, pick_recompute, set_aside
 from mcl.options import REFERENCE_SEED, check, outputs, parse_jobs
 from mcl.pictures import draw
 from mcl.report import measure, table
@@ -217,6 +217,7 @@ def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """0 done, 1 failed, 2 bad usage or input, 130 interrupted; what went wrong is one line."""
     warnings.showwarning = one_line_warning
+    keep_freed_memory()
     models = Models()
     try:
         jobs = parse_jobs(sys.argv[1:] if argv is None else argv)

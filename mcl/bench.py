@@ -22,7 +22,7 @@ from .checkpoint import load_model
 from .command import FORESEEN, Parser, explain
 from .config import SD15, SD15_V2, TINY, ModelConfig, SampleConfig
 from .layers import channels_last
-from .machine import DTYPES, MEMORY, pick_device, pick_dtype, pick_recompute
+from .machine import DTYPES, MEMORY, keep_freed_memory, pick_device, pick_dtype, pick_recompute
 from .model import Model, build_model
 from .motion import strongest
 from .options import EMBEDDED, parse_size
@@ -180,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    keep_freed_memory()
     device, config = pick_device(args.device), CONFIGS[args.config]
     model = (load_model(EMBEDDED, args.device, args.dtype) if config is TINY
              else random_model(config, device, pick_dtype(args.dtype, device)))

@@ -20,7 +20,8 @@ from .command import FORESEEN, Parser, explain
 from .config import ModelConfig, SampleConfig
 from .errors import InputError
 from .files import atomic, check_file
-from .machine import DTYPES, free_memory, guided_bytes, pick_device, pick_dtype
+from .machine import (DTYPES, free_memory, guided_bytes, keep_freed_memory, pick_device,
+                      pick_dtype)
 from .model import Model, build_model
 from .unet import UNet3D
 
@@ -119,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
         check_file(args.plot)
         if importlib.util.find_spec("matplotlib") is None:
             raise InputError("--plot needs matplotlib: pip install -e '.[maps]'")
+    keep_freed_memory()
     config, device = CONFIGS[args.config], pick_device(args.device)
     model = random_model(config, device, pick_dtype(args.dtype, device))
     wanted = {(frames, args.sizes[0]) for frames in args.frames} | {

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import Attention, FeedForward
+from .layers import Attention, FeedForward, Linear
 
 Maps = dict[str, Tensor]
 
@@ -67,9 +67,9 @@ class TemporalTransformer(nn.Module):
     def __init__(self, channels: int, heads: int, groups: int, attentions: int = 2):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels)
+        self.proj_in = Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([TemporalBlock(channels, heads, attentions)])
-        self.proj_out = nn.Linear(channels, channels)
+        self.proj_out = Linear(channels, channels)
 
     def forward(self, x: Tensor, frames: int, maps_of: tuple[str, ...] = ()
                 ) -> tuple[Tensor, Maps]:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TextConfig
-from .layers import attention
+from .layers import Linear, attention
 
 
 class SelfAttention(nn.Module):
@@ -11,8 +11,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         c = config.hidden_size
         self.heads = config.heads
-        self.q_proj, self.k_proj = nn.Linear(c, c), nn.Linear(c, c)
-        self.v_proj, self.out_proj = nn.Linear(c, c), nn.Linear(c, c)
+        self.q_proj, self.k_proj = Linear(c, c), Linear(c, c)
+        self.v_proj, self.out_proj = Linear(c, c), Linear(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
         out, _ = attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True)
@@ -24,8 +24,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import UNetConfig
 from .errors import InputError
-from .layers import Downsample, FrameNorm, ResnetBlock, SpatialTransformer, Upsample
+from .layers import Downsample, FrameNorm, Linear, ResnetBlock, SpatialTransformer, Upsample
 from .temporal import Maps, MotionModule, below
 
 EPS = 1e-5
@@ -34,8 +34,8 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, channels: int, time_channels: int):
         super().__init__()
         self.channels = channels
-        self.linear_1 = nn.Linear(channels, time_channels)
-        self.linear_2 = nn.Linear(time_channels, time_channels)
+        self.linear_1 = Linear(channels, time_channels)
+        self.linear_2 = Linear(time_channels, time_channels)
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.channels // 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import VAEConfig
 from .errors import InputError
-from .layers import Downsample, ResnetBlock, Upsample, attention
+from .layers import Downsample, Linear, ResnetBlock, Upsample, attention
 
 EPS = 1e-6
 
@@ -21,10 +21,10 @@ class VAEAttention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         y = rearrange(self.group_norm(x), "b c h w -> b (h w) c")

@@ -1,5 +1,8 @@
 """What is decided by the machine: above all, when a guided step recomputes."""
 import dataclasses
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,6 +38,20 @@ def test_a_clip_is_the_same_with_and_without_recomputing(small):
             for again in (False, True)]
     assert torch.allclose(ends[0][-1].latents, ends[1][-1].latents, atol=1e-5)
     assert ends[0][2].grad_norm == pytest.approx(ends[1][2].grad_norm, rel=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries are left alone")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    faults = """
+import resource, torch
+from mcl.machine import keep_freed_memory
+keep_freed_memory()
+torch.zeros(2 ** 25)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.zeros(2 ** 25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    done = subprocess.run([sys.executable, "-c", faults], capture_output=True, text=True)
+    assert int(done.stdout) < 100, done.stderr      # of the 32768 pages of 128 MB
 
 
 class Parked(torch.nn.Linear):

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..checkpoint import load_model
 from ..config import SampleConfig, from_dict, to_dict
 from ..files import atomic
+from ..machine import DTYPES
 from ..options import PUBLISHED_SEMANTIC_SHARE
 from .evaluate import CAMERAS, PATHS, Case, clone, held_out_cases, kind_of, measure, save_strip
 from .scenes import render
@@ -132,6 +133,7 @@ def strip_name(record: dict[str, Any]) -> str:
 def main() -> None:
     p = argparse.ArgumentParser(description="Compares variants of the method on held-out clips.")
     p.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
+    p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--out", type=Path, required=True, help="file of the figures, gone on from")
     p.add_argument("--clips", type=int, default=18, help="references with a moving object")
     p.add_argument("--camera-clips", type=int, default=12, help="references with a moving camera")
@@ -144,7 +146,7 @@ def main() -> None:
     if args.sheet and not args.save:
         p.error("--sheet needs --save, the folder of the strips")
 
-    model = load_model(args.weights)
+    model = load_model(args.weights, dtype=args.dtype)
     records: list[dict[str, Any]] = []
     if args.out.exists():
         records = [json.loads(line) for line in args.out.read_text("utf-8").splitlines()]

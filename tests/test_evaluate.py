@@ -31,8 +31,19 @@ def test_a_perfect_clone_of_an_object_is_measured_as_one(case):
 @pytest.mark.parametrize("case", held_out_cases(CAMERAS, 3, 16, 40), ids=lambda case: case.motion)
 def test_a_perfect_clone_of_a_camera_is_measured_as_one(case):
     frames = perfect(case)
-    assert measure(frames, case)["camera"] > 0.97
+    found = measure(frames, case)
+    assert found["camera"] > 0.97 and found["ground"] == 1
+    ground = GROUNDS[case.ground]
+    swapped = render(dataclasses.replace(case.scene, ground=tone(ground), second=ground), 128)
+    assert measure(swapped, case)["ground"] == 1        # the same two tones in each other's place
     assert measure(frames.flip(0), case)["camera"] < 0
+
+
+def test_a_camera_keeps_its_texture_or_is_given_another():
+    for case in held_out_cases(CAMERAS, 6, 16, 40):
+        assert case.scene.texture in case.prompt
+    for case in held_out_cases(CAMERAS, 6, 16, 40, other_textures=True):
+        assert case.scene.texture not in case.prompt
 
 
 def test_the_table_has_means_over_clips_and_their_intervals():

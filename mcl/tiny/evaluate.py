@@ -3,7 +3,8 @@
     python -m mcl.tiny.evaluate [--weights F] [--clips 12] [--camera-clips 6] [--still-clips 3]
 
 The references follow kinds of path that the trainer never draws, and differ from the prompts in
-subject, colour and ground. Everything is measured in the finished pictures; positions are in half
+subject, colour and ground; of a camera's motion, the ground's texture is of the same kind, if not
+--other-textures. Everything is measured in the finished pictures; positions are in half
 widths of the picture.
 """
 import argparse
@@ -14,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import imageio.v3 as imageio
 import numpy as np
@@ -36,6 +38,7 @@ from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene, render, seen_cent
 PATHS = ("figure eight", "square", "spiral", "zigzag", "circle", "hops")
 CAMERAS = ("pan", "zoom", "roll")
 STILL = ("still",)
+K = TypeVar("K")
 FOUND_AREA = 0.004                      # of the picture: the least that counts as a subject
 
 
@@ -76,12 +79,14 @@ def held_out_path(kind: str, frames: int, reach: float) -> Tensor:
     return xy * reach
 
 
-def held_out_cases(kinds: tuple[str, ...], number: int, frames: int, seed: int) -> list[Case]:
+def held_out_cases(kinds: tuple[str, ...], number: int, frames: int, seed: int,
+                   other_textures: bool = False) -> list[Case]:
     """`number` references that move in these kinds of ways, in turn, each with its prompt."""
-    return [held_out_case(kinds[i % len(kinds)], frames, seed + i) for i in range(number)]
+    return [held_out_case(kinds[i % len(kinds)], frames, seed + i, other_textures)
+            for i in range(number)]
 
 
-def held_out_case(motion: str, frames: int, seed: int) -> Case:
+def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = False) -> Case:
     rng = np.random.default_rng([9, seed])
     radius = rng.uniform(.2, .4)
     colours, grounds = rng.permutation(list(COLOURS)), rng.permutation(list(GROUNDS))
@@ -108,7 +113,8 @@ def held_out_case(motion: str, frames: int, seed: int) -> Case:
         radius=still + radius, angle=still, pan=pan, zoom=zoom.exp(), roll=roll)
     prompts = []
     for i in range(2):
-        ground = f"{textures[i]} {grounds[i]}" if camera else str(grounds[i])
+        texture = textures[i if other_textures else 0]
+        ground = f"{texture} {grounds[i]}" if camera else str(grounds[i])
         prompts.append(f"{an(str(colours[i]))} {shapes[i]} on {an(ground)} background")
     return Case(motion, scene, prompts[0], prompts[1], str(shapes[1]), str(colours[1]),
                 str(grounds[1]), seed)
@@ -145,7 +151,7 @@ def direction_agreement(found: Tensor, truth: Tensor, still: float = 0.02) -> fl
     return float(cosine[moves].mean())
 
 
-def nearest(colour: Tensor, named: dict[str, tuple[float, float, float]]) -> str:
+def nearest(colour: Tensor, named: dict[K, tuple[float, float, float]]) -> K:
     return min(named, key=lambda name: float((colour - torch.tensor(named[name])).norm()))
 
 
@@ -181,23 +187,27 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
     mask = subject_mask(frames, case.colour, case.ground)
     centre, found = track(mask)
     picture = (frames + 1) / 2
+    textured = case.motion in CAMERAS
     figures = {
         "direction": direction_agreement(centre, truth),
         "position error": float((centre - truth).norm(dim=-1).mean()),
         "found": float(found.float().mean()),
         "flicker": flicker(frames),
         "colour": 0.0, "ground": 0.0, "shape": 0.0}
+    # A texture has two tones of its colour, and either may cover more of the picture.
+    grounds = {(name, i): colour for name, plain in GROUNDS.items()
+               for i, colour in enumerate((plain, tone(plain)) if textured else (plain,))}
     for i in range(len(frames)):
         around = rearrange(picture[i], "c h w -> (h w) c")[~mask[i].flatten()]
         if len(around):
-            figures["ground"] += (nearest(around.median(dim=0).values, GROUNDS) == case.ground)
+            figures["ground"] += (nearest(around.median(dim=0).values, grounds)[0] == case.ground)
         if found[i]:
             inside = picture[i][:, mask[i]].median(dim=1).values
             figures["colour"] += (nearest(inside, COLOURS) == case.colour)
             figures["shape"] += (best_shape(mask[i]) == case.shape)
     for name in ("colour", "ground", "shape"):
         figures[name] /= len(frames)
-    if case.motion in CAMERAS:
+    if textured:
         curves = {"pan": slice(0, 2), "zoom": slice(2, 3), "roll": slice(3, 4)}[case.motion]
         true_curves = torch.cat([case.scene.pan, case.scene.zoom.log()[:, None],
                                  case.scene.roll[:, None]], dim=-1)
@@ -239,6 +249,8 @@ def main() -> None:
     p.add_argument("--clips", type=int, default=12, help="references with a moving object")
     p.add_argument("--camera-clips", type=int, default=6, help="references with a moving camera")
     p.add_argument("--still-clips", type=int, default=3, help="references without any motion")
+    p.add_argument("--other-textures", action="store_true",
+                   help="ask for another texture than a moving camera's reference has")
     p.add_argument("--seed", type=int, default=0, help="of the first clip")
     p.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON",
                    help="settings other than the model's own, e.g. steps=50")
@@ -251,7 +263,8 @@ def main() -> None:
     changes = {name: json.loads(value) for name, value in (s.split("=", 1) for s in args.set)}
     config = from_dict(SampleConfig, to_dict(model.config.sample) | changes)
     cases = (held_out_cases(PATHS, args.clips, config.frames, args.seed)
-             + held_out_cases(CAMERAS, args.camera_clips, config.frames, args.seed)
+             + held_out_cases(CAMERAS, args.camera_clips, config.frames, args.seed,
+                              args.other_textures)
              + held_out_cases(STILL, args.still_clips, config.frames, args.seed))
     records = []
     for case in tqdm(cases, file=sys.stderr):

@@ -137,6 +137,8 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True, help="file of the figures, gone on from")
     p.add_argument("--clips", type=int, default=18, help="references with a moving object")
     p.add_argument("--camera-clips", type=int, default=12, help="references with a moving camera")
+    p.add_argument("--other-textures", action="store_true",
+                   help="ask for another texture than a moving camera's reference has")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     p.add_argument("--save", type=Path, help="folder for the clips, as PNG strips")
@@ -157,7 +159,8 @@ def main() -> None:
     for kinds, number in ((PATHS, args.clips), (CAMERAS, args.camera_clips)):
         for name in args.variants:
             config = VARIANTS[name].of(model.config.sample)
-            cases = held_out_cases(kinds, number, config.frames, FIRST_SEED)
+            cases = held_out_cases(kinds, number, config.frames, FIRST_SEED,
+                                   args.other_textures)
             runs += [(seed, i / number, name, config, case) for i, case in enumerate(cases)
                      for seed in range(args.seeds)
                      if (name, clip_name(case), seed) not in done]

@@ -155,6 +155,12 @@ def nearest(colour: Tensor, named: dict[K, tuple[float, float, float]]) -> K:
     return min(named, key=lambda name: float((colour - torch.tensor(named[name])).norm()))
 
 
+def commonest(colours: Tensor, named: dict[K, tuple[float, float, float]]) -> K:
+    """The name that is nearest to most of the colours (n, 3)."""
+    which = torch.cdist(colours, torch.tensor(list(named.values()))).argmin(dim=1)
+    return list(named)[int(which.mode().values)]
+
+
 def best_shape(mask: Tensor, grid: int = 48) -> str:
     """The shape whose rendered template overlaps a mask (H, W) best, at the mask's own size."""
     rows, columns = (torch.nonzero(mask.any(dim=d)).flatten() for d in (1, 0))
@@ -200,7 +206,7 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
     for i in range(len(frames)):
         around = rearrange(picture[i], "c h w -> (h w) c")[~mask[i].flatten()]
         if len(around):
-            figures["ground"] += (nearest(around.median(dim=0).values, grounds)[0] == case.ground)
+            figures["ground"] += (commonest(around, grounds)[0] == case.ground)
         if found[i]:
             inside = picture[i][:, mask[i]].median(dim=1).values
             figures["colour"] += (nearest(inside, COLOURS) == case.colour)

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sample as command
-from mcl import InputError, load_model, read_video
+from mcl import InputError, SampleConfig, load_model, read_video
 from mcl.checkpoint import save_model
+from mcl.options import parse, settings
 
 ROOT = Path(__file__).parent.parent
 REF = str(ROOT / "examples" / "figure_eight.mp4")
@@ -54,6 +55,20 @@ def test_the_same_command_writes_the_same_bytes(tmp_path):
     first, again = (clone(tmp_path / name) for name in ("a.mp4", "b.mp4"))
     other = clone(tmp_path / "c.mp4", "--seed", 1)
     assert first.read_bytes() == again.read_bytes() != other.read_bytes()
+
+
+def test_presets_set_steps_and_options_go_before_them():
+    own = SampleConfig(steps=60, guidance_steps=25, guidance_span=.25, warmup=6, cooldown=0)
+    for preset, steps, guided, span, warmup in (("camera", 100, 50, .3, 6),
+                                                ("object", 300, 180, .4, 6),
+                                                ("fast", 40, 17, .25, 4)):
+        args = parse(["--ref", REF, "--prompt", "", "--preset", preset])
+        found = settings(args, own)
+        assert (found.steps, found.guidance_steps, found.guidance_span) == (steps, guided, span)
+        assert (found.warmup, found.cooldown, found.motion_scale) == (warmup, 0, own.motion_scale)
+        args.steps = 200
+        args.guidance_steps = 30
+        assert settings(args, own).steps == 200 and settings(args, own).guidance_steps == 30
 
 
 def test_inversion_is_another_way_to_the_motion(tmp_path):

@@ -6,10 +6,13 @@ Letters used in every shape and einops string of this project:
 Attention itself is one free function, `attention`, which every block calls. Parameter names are
 those of the diffusers / AnimateDiff checkpoints.
 """
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, want_map: bool = False,
@@ -44,19 +47,55 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, want_map: bool = Fals
     return rearrange(out, "b heads n d -> b n (heads d)"), probs
 
 
-class Linear(nn.Linear):
-    """A linear layer over the last axis, (..., c_in) -> (..., c_out).
+class FrozenConvolution(torch.autograd.Function):
+    """A convolution with weights that are not trained, which keeps nothing of its input.
 
-    In float32 on the CPU it is computed as a 1x1 convolution: there oneDNN takes five sixths of the
-    time that the matrix product of torch's BLAS takes (BENCHMARKS.md).
+    torch's own keeps it for the gradient of the weights, be that wanted or not.
     """
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...],
+                padding: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight = ctx.saved_tensors[0].to(grad.dtype)
+        return (conv2d_input(ctx.shape, weight, grad, ctx.stride, ctx.padding),
+                None, None, None, None)
+
+
+class Conv2d(nn.Conv2d):
+    """x (b, c_in, h, w) -> (b, c_out, h', w')."""
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32:
-            return super().forward(x)
-        rows = x.reshape(1, -1, 1, x.shape[-1]).movedim(-1, 1)      # channels-last as it is
-        y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
-        return y.movedim(1, -1).reshape(*x.shape[:-1], -1)
+        assert isinstance(self.padding, tuple)      # and not a word
+        return convolution(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class Linear(nn.Linear):
+    """A linear layer over the last axis, (..., c_in) -> (..., c_out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In float32 on the CPU as a 1x1 convolution, channels last: there oneDNN takes five sixths of
+    the time that the matrix product of torch's BLAS takes (BENCHMARKS.md)."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(1, -1, 1, x.shape[-1]).movedim(-1, 1)
+    y = convolution(rows, weight[:, None, None].movedim(-1, 1), bias)
+    return y.movedim(1, -1).reshape(*x.shape[:-1], -1)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...] = (1, 1),
+                padding: tuple[int, ...] = (0, 0)) -> Tensor:
+    convolve = F.conv2d if weight.requires_grad else FrozenConvolution.apply
+    return convolve(x, weight, bias, stride, padding)
 
 
 class Attention(nn.Module):
@@ -89,7 +128,8 @@ class GEGLU(nn.Module):
         self.proj = Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        value, gate = (linear(x, weight, bias) for weight, bias in
+                       zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
         return value * F.gelu(gate)
 
 
@@ -133,12 +173,12 @@ class ResnetBlock(nn.Module):
                  time_channels: int | None = None, norm_per_frame: bool = True):
         super().__init__()
         self.norm1 = FrameNorm(groups, c_in, eps, norm_per_frame)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         if time_channels is not None:
             self.time_emb_proj = Linear(time_channels, c_out)
         self.norm2 = FrameNorm(groups, c_out, eps, norm_per_frame)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, time: Tensor | None = None, frames: int = 1) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x, frames)))
@@ -158,7 +198,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, pad_all_sides: bool):
         super().__init__()
         self.pad_all_sides = pad_all_sides
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_sides else 0)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_sides else 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.pad_all_sides else F.pad(x, (0, 1, 0, 1)))
@@ -169,7 +209,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         scale = 2.0 if size is None else None
@@ -211,9 +251,9 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, heads: int, text_channels: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, text_channels)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, text: Tensor, want_map: bool = False
                 ) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ attention maps that were asked for. Names are those of AnimateDiff's checkpoints
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,16 +52,13 @@ class Call:
     text: Tensor                        # (b, m, text_channels)
     frames: int
     maps_of: tuple[str, ...] = ()       # names within the block
-    recompute: bool = False             # on the way back, rather than keep what is in a layer
+    recompute: bool = False             # on the way back, rather than keep what is in a module
 
-    def run(self, layer: Callable[[int, Tensor, "Call"], tuple[Tensor, Maps]], i: int, x: Tensor
-            ) -> tuple[Tensor, Maps]:
-        """layer(i, x, self)"""
+    def run(self, part: Callable[..., Any], *args: Any) -> Any:
+        """part(*args), whose activations are kept, or computed again for the gradient."""
         if self.recompute and torch.is_grad_enabled():
-            result: tuple[Tensor, Maps] = checkpoint(layer, i, x, self, use_reentrant=False,
-                                                     preserve_rng_state=False)
-            return result
-        return layer(i, x, self)
+            return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False)
+        return part(*args)
 
 
 class Block(nn.Module):
@@ -84,10 +81,10 @@ class Block(nn.Module):
             MotionModule(c_out, config.motion_heads, groups, config.motion_attentions)
             for _ in widths if config.motion_modules])
 
-    def layer(self, i: int, x: Tensor, call: "Call") -> tuple[Tensor, Maps]:
+    def layer(self, i: int, x: Tensor, call: Call) -> tuple[Tensor, Maps]:
         """Layer i: x (b*f, c, h, w) -> (b*f, c_out, h, w), and its maps."""
         maps: Maps = {}
-        x = self.resnets[i](x, call.time, call.frames)
+        x = call.run(self.resnets[i], x, call.time, call.frames)
         if self.attentions:
             x = spatial(self.attentions, i, x, call, maps)
         if self.motion_modules:
@@ -95,20 +92,20 @@ class Block(nn.Module):
         return x, maps
 
 
-def spatial(transformers: nn.ModuleList, i: int, x: Tensor, call: "Call", maps: Maps) -> Tensor:
+def spatial(transformers: nn.ModuleList, i: int, x: Tensor, call: Call, maps: Maps) -> Tensor:
     """The i-th spatial transformer. Its map is wanted where it is named, and not where a whole
     block is, which stands for temporal attention."""
     named = below(tuple(filter(None, call.maps_of)), f"attentions.{i}")
-    x, probs = transformers[i](x, call.text, want_map=bool(named))
+    x, probs = call.run(transformers[i], x, call.text, bool(named))
     if probs is not None:
         maps[f"attentions.{i}"] = probs
     return x
 
 
-def temporal(modules: nn.ModuleList, i: int, x: Tensor, call: "Call", maps: Maps) -> Tensor:
+def temporal(modules: nn.ModuleList, i: int, x: Tensor, call: Call, maps: Maps) -> Tensor:
     """The i-th motion module, whose maps are added to `maps`."""
     name = f"motion_modules.{i}"
-    x, found = modules[i](x, call.frames, below(call.maps_of, name))
+    x, found = call.run(modules[i], x, call.frames, below(call.maps_of, name))
     maps.update({f"{name}.{key}": m for key, m in found.items()})
     return x
 
@@ -126,7 +123,7 @@ class DownBlock(Block):
         skips: list[Tensor] = []
         maps: Maps = {}
         for i in range(len(self.resnets)):
-            x, found = call.run(self.layer, i, x)
+            x, found = self.layer(i, x, call)
             maps |= found
             skips.append(x)
         if self.downsamplers:
@@ -149,7 +146,7 @@ class UpBlock(Block):
     def forward(self, x: Tensor, skips: list[Tensor], call: Call) -> tuple[Tensor, Maps]:
         maps: Maps = {}
         for i in range(len(self.resnets)):
-            x, found = call.run(self.layer, i, torch.cat([x, skips.pop()], dim=1))
+            x, found = self.layer(i, torch.cat([x, skips.pop()], dim=1), call)
             maps |= found
         if self.upsamplers:
             x = self.upsamplers[0](x, skips[-1].shape[-2:])
@@ -169,16 +166,13 @@ class MidBlock(nn.Module):
             [MotionModule(c, config.motion_heads, groups, config.motion_attentions)]
             if config.motion_mid_block else [])
 
-    def layer(self, i: int, x: Tensor, call: Call) -> tuple[Tensor, Maps]:
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Maps]:
         maps: Maps = {}
-        x = self.resnets[0](x, call.time, call.frames)
+        x = call.run(self.resnets[0], x, call.time, call.frames)
         x = spatial(self.attentions, 0, x, call, maps)
         if self.motion_modules:
             x = temporal(self.motion_modules, 0, x, call, maps)
-        return self.resnets[1](x, call.time, call.frames), maps
-
-    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Maps]:
-        return call.run(self.layer, 0, x)
+        return call.run(self.resnets[1], x, call.time, call.frames), maps
 
 
 class UNet3D(nn.Module):
@@ -245,8 +239,8 @@ class UNet3D(nn.Module):
                 ("up_blocks.1",); with ".to_k" after a layer's name, its keys; with ".attentions"
                 after a block's, the maps of its attention to the text
         residuals  SparseCtrl's, added to the skips and to what leaves the middle block
-        recompute  keep only what enters each layer, and compute the rest again for the gradient:
-                the same numbers in a fraction of the memory
+        recompute  keep only what enters each resnet, transformer and motion module, and compute
+                the rest again for the gradient: the same numbers in a fraction of the memory
 
         Returns eps, like z, and {layer's name: (b*h*w, heads, f, f) float32}; keys are
         (b*h*w, f, c), maps of the attention to the text (b*f, heads, h*w, 77). Gradient flows back

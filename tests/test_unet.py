@@ -6,7 +6,7 @@ import torch
 
 from mcl import InputError
 from mcl.config import SD15, SD15_V2, UNetConfig
-from mcl.layers import attention
+from mcl.layers import GEGLU, Conv2d, Linear, attention
 from mcl.temporal import position_encoding
 from mcl.text_encoder import TextEncoder
 from mcl.unet import UNet3D
@@ -165,3 +165,24 @@ def test_recomputing_gives_the_same_gradient_from_less_memory(small):
     assert torch.equal(eps, same)
     assert torch.allclose(plain, again, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
     assert less < 0.3 * kept
+
+
+@pytest.mark.parametrize("layer, shape", [
+    (Conv2d(6, 4, 3, stride=2, padding=1), (2, 6, 9, 8)), (Conv2d(6, 4, 1), (2, 6, 3, 3)),
+    (Linear(6, 4), (2, 3, 6)), (Linear(6, 4, bias=False), (5, 6)), (GEGLU(6, 4), (2, 3, 6))])
+def test_frozen_weights_give_the_same_gradient_and_keep_no_input(layer, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def gradient():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda saved: kept.append(saved) or saved, lambda saved: saved):
+            y = layer(x)
+        return torch.autograd.grad(y.square().sum(), x)[0], kept
+
+    expected, kept = gradient()
+    assert any(saved.numel() == x.numel() for saved in kept)
+    layer.requires_grad_(False)
+    found, kept = gradient()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not any(saved.numel() == x.numel() for saved in kept)

@@ -48,9 +48,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, want_map: bool = Fals
 
 
 class FrozenConvolution(torch.autograd.Function):
-    """A convolution with weights that are not trained, which keeps nothing of its input.
-
-    torch's own keeps it for the gradient of the weights, be that wanted or not.
+    """A convolution with weights that are not trained, which keeps nothing of its input x
+    (b, c_in, h, w); torch's own keeps it for the gradient of the weights, be that wanted or not.
     """
 
     @staticmethod
@@ -62,7 +61,7 @@ class FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight = ctx.saved_tensors[0].to(grad.dtype)
+        weight = ctx.saved_tensors[0].to(grad.dtype)        # autocast may have narrowed grad
         return (conv2d_input(ctx.shape, weight, grad, ctx.stride, ctx.padding),
                 None, None, None, None)
 
@@ -83,8 +82,11 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In float32 on the CPU as a 1x1 convolution, channels last: there oneDNN takes five sixths of
-    the time that the matrix product of torch's BLAS takes (BENCHMARKS.md)."""
+    """x (..., c_in), weight (c_out, c_in) -> (..., c_out).
+
+    In float32 on the CPU as a 1x1 convolution, channels last: there oneDNN takes five sixths of the
+    time that the matrix product of torch's BLAS takes (BENCHMARKS.md).
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     rows = x.reshape(1, -1, 1, x.shape[-1]).movedim(-1, 1)
@@ -94,6 +96,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...] = (1, 1),
                 padding: tuple[int, ...] = (0, 0)) -> Tensor:
+    """x (b, c_in, h, w), weight (c_out, c_in, *kernel) -> (b, c_out, h', w')."""
     convolve = F.conv2d if weight.requires_grad else FrozenConvolution.apply
     return convolve(x, weight, bias, stride, padding)
 

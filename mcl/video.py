@@ -168,7 +168,7 @@ def _video_pictures(path: Path) -> Iterator[Picture]:
             step = float(1 / (stream.average_rate or UNTIMED_FPS))
             # AVI stores no presentation times; what FFmpeg makes up for it is out of order.
             timed = container.format.name != "avi"
-            for count, frame in enumerate(container.decode(stream), start=1):
+            for count, frame in enumerate(_frames(path, container), start=1):
                 stamp = frame.time if timed and frame.pts is not None else first + end
                 first = stamp if count == 1 else first
                 # Joined recordings start their clock again: go on where the last frame ended.
@@ -183,6 +183,17 @@ def _video_pictures(path: Path) -> Iterator[Picture]:
         raise InputError(f"{path}: cannot be decoded {place} ({error.strerror}): it is damaged, "
                          "cut short or not a video; encode it again, or read only a part before "
                          "that with a shorter duration (--duration)") from error
+
+
+def _frames(path: Path, container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+    """Those of the first video stream; at their end InputError, if the file ends within one."""
+    cut_short = False
+    for packet in container.demux(video=0):
+        cut_short = cut_short or packet.is_corrupt
+        yield from packet.decode()
+    if cut_short:
+        raise InputError(f"{path}: is cut short; give the whole file, or read only a part before "
+                         "its end with a shorter duration (--duration)")
 
 
 def _video_rgba(frame: av.VideoFrame) -> np.ndarray:

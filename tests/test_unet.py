@@ -186,3 +186,14 @@ def test_frozen_weights_give_the_same_gradient_and_keep_no_input(layer, shape):
     found, kept = gradient()
     assert torch.allclose(found, expected, atol=1e-5)
     assert not any(saved.numel() == x.numel() for saved in kept)
+
+
+def test_frozen_weights_pass_gradient_on_under_autocast():
+    layer = Conv2d(6, 4, 3, padding=1).requires_grad_(False)
+    x = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    expected, = torch.autograd.grad(layer(x).square().sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    found, = torch.autograd.grad(y.float().square().sum(), x)
+    assert y.dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))

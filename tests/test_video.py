@@ -347,7 +347,6 @@ def test_cut_off_anywhere(tmp_path, name):
     write_video(tmp_path / name, noise_frames(3, 16, 16), fps=8)
     content = (tmp_path / name).read_bytes()
     read = []
-    warnings.filterwarnings("ignore", ".* promises")
     for length in range(1, len(content), 31):
         (tmp_path / name).write_bytes(content[:length])
         try:
@@ -355,7 +354,10 @@ def test_cut_off_anywhere(tmp_path, name):
             read.append(length)
         except InputError as error:
             assert name in str(error) and "\n" not in str(error)
-    assert all(length > 600 for length in read)
+    if name == "a.gif":     # which does not say how many frames it has
+        assert all(length > 600 for length in read)
+    else:
+        assert not read
 
 
 def test_metadata_in_another_encoding(tmp_path):
@@ -411,7 +413,13 @@ def test_cut_short_but_playable(tmp_path):
     write_video(path, noise_frames(40), fps=8)
     content = path.read_bytes()
     path.write_bytes(content[:len(content) // 2])
-    with pytest.warns(UserWarning, match="a.mp4: promises 40 frames"):
+    assert_refused(path, "cut short.*--duration")
+    assert read_video(path, 4, (64, 64), duration=0.5).shape == (4, 3, 64, 64)
+    path.write_bytes(content)
+    with av.open(str(path)) as container:
+        last = max(packet.pos or 0 for packet in container.demux(video=0))
+    path.write_bytes(content[:last])    # between two frames: it may be one that was trimmed
+    with pytest.warns(UserWarning, match="a.mp4: promises 40 frames, but 39"):
         assert read_video(path, 4, (64, 64)).shape == (4, 3, 64, 64)
 
 

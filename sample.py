@@ -80,6 +80,8 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
 
     condition = given_frames(model, pictures, args, config)
     recompute = pick_recompute(args.memory, model, config)
+    if not recompute:
+        keep_freed_memory()
     for i, out in enumerate(outputs(args)):
         seed = args.seed + i
         began = clock()
@@ -217,7 +219,6 @@ def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """0 done, 1 failed, 2 bad usage or input, 130 interrupted; what went wrong is one line."""
     warnings.showwarning = one_line_warning
-    keep_freed_memory()
     models = Models()
     try:
         jobs = parse_jobs(sys.argv[1:] if argv is None else argv)

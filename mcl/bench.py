@@ -180,7 +180,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    keep_freed_memory()
     device, config = pick_device(args.device), CONFIGS[args.config]
     model = (load_model(EMBEDDED, args.device, args.dtype) if config is TINY
              else random_model(config, device, pick_dtype(args.dtype, device)))
@@ -188,7 +187,10 @@ def run(args: argparse.Namespace) -> None:
     if args.size:
         given |= dict(zip(("width", "height"), args.size))
     settings = dataclasses.replace(model.config.sample, **given)
-    report(model, settings, pick_recompute(args.memory, model, settings), args.repeat)
+    recompute = pick_recompute(args.memory, model, settings)
+    if not recompute:
+        keep_freed_memory()
+    report(model, settings, recompute, args.repeat)
 
 
 if __name__ == "__main__":

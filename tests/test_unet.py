@@ -6,7 +6,7 @@ import torch
 
 from mcl import InputError
 from mcl.config import SD15, SD15_V2, UNetConfig
-from mcl.layers import GEGLU, Conv2d, Linear, attention
+from mcl.layers import GEGLU, Conv2d, Gate, Linear, attention
 from mcl.temporal import position_encoding
 from mcl.text_encoder import TextEncoder
 from mcl.unet import UNet3D
@@ -88,9 +88,10 @@ def test_no_gradient_past_the_last_block_asked_for(small):
     assert all(probs.requires_grad for probs in maps.values())
 
 
-def test_maps_are_softmax_of_scaled_products():
+@pytest.mark.parametrize("n, m", [(4, 5), (256, 300)], ids=["short", "long"])
+def test_maps_are_softmax_of_scaled_products(n, m):
     g = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(2, n, 6, generator=g) for n in (4, 5, 5))
+    q, k, v = (torch.randn(2, tokens, 6, generator=g) for tokens in (n, m, m))
     out, probs = attention(q, k, v, heads=2, want_map=True)
     fused, none = attention(q, k, v, heads=2)
     head = (q[1, :, 3:] @ k[1, :, 3:].T / 3 ** 0.5).softmax(dim=-1)
@@ -98,6 +99,21 @@ def test_maps_are_softmax_of_scaled_products():
     assert torch.allclose(probs[1, 1], head, atol=1e-6)
     assert torch.allclose(out[1, :, 3:], head @ v[1, :, 3:], atol=1e-6)
     assert torch.allclose(out, fused, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [5, 300], ids=["short", "long"])
+def test_a_causal_token_sees_itself_and_those_before_it(n):
+    q, k, v = torch.randn(3, 1, n, 4, generator=torch.Generator().manual_seed(1))
+    out, _ = attention(q, k, v, heads=2, causal=True)
+    for i in (0, 1, n - 1):
+        alone, _ = attention(q[:, i:i + 1], k[:, :i + 1], v[:, :i + 1], heads=2)
+        assert torch.allclose(out[:, i:i + 1], alone, atol=1e-6)
+
+
+def test_the_gate_has_its_gradient():
+    value, gate = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True,
+                              generator=torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(Gate.apply, (value, gate))
 
 
 def test_frames_are_told_apart_by_position_alone(small):

@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 MEMORY = ("auto", "low", "high")
 # Features of the top resolution that a guided step of Stable Diffusion 1.5 keeps for its gradient,
 # as BENCHMARKS.md has it measured, and what it needs besides.
-KEPT, BESIDES = 250, 60
+KEPT, BESIDES = 215, 60
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4   # of glibc's malloc.h
 
 

@@ -213,7 +213,7 @@ def write_sidecar(path: Path, record: dict[str, Any]) -> None:
 
 
 def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    tqdm.write(f"warning: {message}", file=sys.stderr)      # on a line of its own, above any bar
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -110,10 +110,14 @@ def test_a_causal_token_sees_itself_and_those_before_it(n):
         assert torch.allclose(out[:, i:i + 1], alone, atol=1e-6)
 
 
-def test_the_gate_has_its_gradient():
+def test_the_gate_has_its_gradient_and_keeps_what_it_is_given_alone():
     value, gate = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True,
                               generator=torch.Generator().manual_seed(1))
     assert torch.autograd.gradcheck(Gate.apply, (value, gate))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda saved: saved):
+        Gate.apply(value, gate)
+    assert len(kept) == 2
 
 
 def test_frames_are_told_apart_by_position_alone(small):

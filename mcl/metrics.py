@@ -8,6 +8,8 @@ from .tracking import tracklets
 
 AT_REST = 0.01                  # half widths from frame to frame, below which a point stands still
 LEVELS = (16, 8, 4, 2, 1)       # coarse to fine: the picture is made this many times smaller
+ITERATIONS = 8                  # at each of them, if the fit has not settled before
+SETTLED = 1e-4                  # half widths, or radians, by which it still moves
 
 
 def camera_curves(frames: Tensor) -> Tensor:
@@ -37,21 +39,24 @@ def fit_similarity(before: Tensor, after: Tensor, start: Tensor, levels: tuple[i
         a, b = (F.avg_pool2d(x[None].float(), level) for x in (before, after))
         h, w = a.shape[-2:]
         y, x = torch.meshgrid(centres(h) * h / w, centres(w), indexing="ij")
-        for _ in range(8):
-            warped = F.grid_sample(a, similarity_grid(motion, x, y, h / w), align_corners=False,
-                                   padding_mode="border")
-            inside = similarity_grid(motion, x, y, h / w).abs().amax(dim=-1)[0] < 1
+        for _ in range(ITERATIONS):
+            grid = similarity_grid(motion, x, y, h / w)
+            inside = grid.abs().amax(dim=-1)[0] < 1
             if not inside.any():        # led astray: nothing of the picture is left to fit
                 return start, float("inf")
+            warped = F.grid_sample(a, grid, align_corners=False, padding_mode="border")
             slope_y, slope_x = torch.gradient(warped[0], dim=(1, 2))
             slope_y, slope_x = slope_y * w / 2, slope_x * w / 2     # per half width
             jacobian = torch.stack([slope_x, slope_y, -(slope_x * x + slope_y * y),
-                                    slope_y * x - slope_x * y], dim=-1)[:, inside]
-            rest = (b - warped)[0][:, inside]
-            jacobian, rest = jacobian.flatten(0, 1), rest.flatten()
-            normal = jacobian.T @ jacobian + 1e-4 * len(rest) * torch.eye(4)
-            motion = motion + torch.linalg.solve(normal, jacobian.T @ rest)
-        error = float((b - warped)[0][:, inside].square().mean())
+                                    slope_y * x - slope_x * y]) * inside
+            rest, count = (b - warped)[0] * inside, 3 * int(inside.sum())
+            jacobian = jacobian.flatten(1)
+            normal = jacobian @ jacobian.T + 1e-4 * count * torch.eye(4)
+            step = torch.linalg.solve(normal, jacobian @ rest.flatten())
+            motion = motion + step
+            if step.abs().max() < SETTLED:
+                break
+        error = float(rest.square().sum()) / count
     return motion, error
 
 

@@ -118,9 +118,14 @@ def symmetric(alike: Tensor) -> float:
 def trajectory_distance(reference: Tensor, result: Tensor) -> float:
     """Mean distance, in half widths, of each tracklet's way from its start to the nearest such way
     of the other clip, over both clips; infinite where one has no tracklets."""
-    a, b = (x - x[:, :1] for x in (tracklets(reference), tracklets(result)))
+    return distance(tracklets(reference), tracklets(result))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """`trajectory_distance` of tracklets (n, f, 2) and (m, f, 2)."""
     if not len(a) or not len(b):
         return float("inf")
+    a, b = (x - x[:, :1] for x in (a, b))
     return -symmetric(-(a[:, None] - b[None]).norm(dim=-1).mean(dim=-1))
 
 

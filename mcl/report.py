@@ -1,9 +1,10 @@
 """How well a clip follows its reference, beside an unguided one of the same noise."""
 from torch import Tensor
 
-from .metrics import (camera_curves, curve_correlation, flicker, motion_fidelity, top1_agreement,
-                      trajectory_distance)
+from .metrics import (camera_curves, curve_correlation, distance, fidelity, flicker,
+                      top1_agreement)
 from .motion import Motion
+from .tracking import tracklets
 
 COLUMNS = ("motion fidelity", "corrected", "trajectory distance", "camera curves", "flicker",
            "top-1 agreement")
@@ -15,8 +16,8 @@ def measure(reference: Tensor, clip: Tensor, motion: Motion | None, own: Motion 
 
     motion, own   of the reference and of the clip, read alike; None leaves their agreement out
     """
-    raw, corrected = motion_fidelity(reference, clip)
-    values = (raw, corrected, trajectory_distance(reference, clip),
+    a, b = tracklets(reference), tracklets(clip)
+    values = (*fidelity(a, b), distance(a, b),
               curve_correlation(camera_curves(clip), camera_curves(reference)), flicker(clip))
     figures = dict(zip(COLUMNS, values))
     if motion is not None and own is not None:

@@ -259,6 +259,14 @@ def test_it_runs_as_a_program_of_its_own():
     assert "Traceback" not in done.stderr
 
 
+def test_loading_does_not_wait_for_torch_s_compiler():
+    load = ("import sys; from mcl import load_model; load_model(sys.argv[1], device='cpu');"
+            "print('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", load, ROOT / "weights" / "tiny.safetensors"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_many_jobs_run_with_one_model_and_write_what_each_alone_would(tmp_path, monkeypatch):
     alone = clone(tmp_path / "alone.mp4", "--seed", 5)
     jobs = tmp_path / "jobs.jsonl"

@@ -48,9 +48,9 @@ def test_a_camera_keeps_its_texture_or_is_given_another():
 
 def test_the_table_has_means_over_clips_and_their_intervals():
     base = {"variant": "unguided", "kind": "object", "colour": 1.0, "ground": 1.0, "flicker": 0.0,
-            "seconds": 2.0}
+            "seconds": 90.0}
     records = [base | {"clip": clip, "seed": seed, "direction": d, "position error": 0.5,
-                       "shape": shape}
+                       "shape": shape, "seconds": 2.0}
                for clip, seed, d, shape in (("a", 0, 0.0, 1.0), ("a", 1, 0.4, 1.0),
                                             ("b", 0, 0.6, 0.4))]
     records.append(base | {"clip": "c", "seed": 0, "kind": "camera", "camera": 0.9, "shape": 1.0,
@@ -59,7 +59,7 @@ def test_the_table_has_means_over_clips_and_their_intervals():
     assert row[0] == "| unguided"
     assert row[1] == "0.400 ± 0.392"        # clips 0.2 and 0.6; 1.96 * 0.283 / sqrt(2)
     assert row[2] == "0.500 ± 0.000" and row[3] == ""       # one camera clip has no interval
-    assert row[4].startswith("0.933") and row[7] == "3 x 1.3 |"
+    assert row[4].startswith("0.933") and row[6:] == ["2", "3 x 1.3 |"]
 
 
 def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path):

@@ -74,16 +74,12 @@ def steps_of(model: Model, config: SampleConfig, recompute: bool
             "guided step": guided}
 
 
-def seconds(action: Callable[[], object], repeat: int, device: torch.device) -> float:
-    """The median of several."""
-    times = []
-    for _ in range(repeat):
-        synchronize(device)
-        began = time.perf_counter()
-        action()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:
@@ -123,7 +119,7 @@ def high_water() -> int:
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
     """FLOP/s of a product of square matrices."""
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / seconds(lambda: a @ b, 5, device)
+    return 2 * n ** 3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(5))
 
 
 class Flops(TorchDispatchMode):
@@ -152,11 +148,18 @@ def report(model: Model, config: SampleConfig, recompute: bool, repeat: int) -> 
           f"{config.frames} frames of {config.width}x{config.height}, "
           f"{'activations recomputed' if recompute else 'activations kept'}")
     print(f"{'':15}  {'seconds':>8}  {'peak MB':>8}  {'GFLOP':>8}  {'GFLOP/s':>8}  of the rate")
-    for what, action in steps_of(model, config, recompute).items():
+    steps = steps_of(model, config, recompute)
+    memory, works = {}, {}
+    for what, action in steps.items():
         with Flops() as counter:        # the first time, which takes longer than the others
-            memory = peak_bytes(action, device)
-        taken, work = seconds(action, repeat, device), counter.total
-        peak = "?" if memory is None else f"{memory / 1e6:.0f}"
+            memory[what] = peak_bytes(action, device)
+        works[what] = counter.total
+    # In turns, as a machine's rate may change between one and the next.
+    rounds = [{what: seconds(action, device) for what, action in steps.items()}
+              for _ in range(repeat)]
+    for what, work in works.items():
+        taken, most = statistics.median(r[what] for r in rounds), memory[what]
+        peak = "?" if most is None else f"{most / 1e6:.0f}"
         print(f"{what:15}  {taken:8.3f}  {peak:>8}  {work / 1e9:8.1f}  {work / taken / 1e9:8.1f}  "
               f"{work / taken / rate:.2f}")
 

@@ -65,7 +65,7 @@ def fits(model: Model, settings: SampleConfig) -> bool:
 def measured(model: Model, settings: SampleConfig, flops: dict[str, int]) -> Cost:
     steps = steps_of(model, settings, recompute=False)
     peak = {kind: peak_bytes(steps[kind], model.device) for kind in KINDS}      # and warm
-    taken = {kind: seconds(steps[kind], 1, model.device) for kind in KINDS}
+    taken = {kind: seconds(steps[kind], model.device) for kind in KINDS}
     return Cost(settings.frames, settings.width, flops, taken, dict(peak), True)
 
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from .checkpoint import load_model
 from .command import FORESEEN, Parser, explain
 from .config import SD15, SD15_V2, TINY, ModelConfig, SampleConfig
+from .errors import InputError
 from .layers import channels_last
 from .machine import DTYPES, MEMORY, keep_freed_memory, pick_device, pick_dtype, pick_recompute
 from .model import Model, build_model
@@ -75,6 +76,7 @@ def steps_of(model: Model, config: SampleConfig, recompute: bool
 
 
 def seconds(action: Callable[[], object], device: torch.device) -> float:
+    """That one run of the action takes, until the device has done it."""
     synchronize(device)
     began = time.perf_counter()
     action()
@@ -183,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.repeat < 1:
+        raise InputError(f"--repeat {args.repeat} is not possible: 1 or more")
     device, config = pick_device(args.device), CONFIGS[args.config]
     model = (load_model(EMBEDDED, args.device, args.dtype) if config is TINY
              else random_model(config, device, pick_dtype(args.dtype, device)))

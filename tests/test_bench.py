@@ -31,6 +31,8 @@ def test_the_report_has_the_machine_the_model_and_each_kind_of_step(capsys):
     assert work["UNet, forward"] < work["unguided step"] < work["guided step"]
     assert bench.main([*argv, "--dtype", "float8"]) == 2
     assert "invalid choice: 'float8'" in capsys.readouterr().err
+    assert bench.main(["--repeat", "0"]) == 2
+    assert "--repeat 0 is not possible: 1 or more" in capsys.readouterr().err
 
 
 def test_random_models_are_of_the_size_that_is_asked_for(small):

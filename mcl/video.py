@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from einops import rearrange
 from PIL import Image, ImageSequence
@@ -34,6 +35,11 @@ UNTIMED_FPS = 8  # for frames that carry no time: a folder, a gif without delays
 
 # On screen from, and to, in seconds from the start of the clip; decodes it to (h, w, 4) uint8.
 Picture = tuple[float, float, Callable[[], np.ndarray]]
+
+# Before PyAV 19 it has to be asked for what 19 always does: metadata that is no UTF-8 does not
+# hinder a file from opening.
+ANY_METADATA: dict[str, Any] = (
+    {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {})
 
 # All but the first come from Pillow's parsers of broken files.
 PILLOW_ERRORS = (OSError, IndexError, SyntaxError, ValueError, struct.error,
@@ -160,7 +166,7 @@ def _pictures(path: Path) -> Iterator[Picture]:
 def _video_pictures(path: Path) -> Iterator[Picture]:
     count, first, begin, end = 0, 0.0, -1.0, 0.0
     try:
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
+        with av.open(f"file:{path}", **ANY_METADATA) as container:
             if not container.streams.video:
                 raise InputError(f"{path}: holds no video; give a clip that plays")
             stream = container.streams.video[0]
@@ -185,7 +191,7 @@ def _video_pictures(path: Path) -> Iterator[Picture]:
                          "that with a shorter duration (--duration)") from error
 
 
-def _frames(path: Path, container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+def _frames(path: Path, container: InputContainer) -> Iterator[av.VideoFrame]:
     """Those of the first video stream; at their end InputError, if the file ends within one."""
     cut_short = False
     for packet in container.demux(video=0):

@@ -139,7 +139,7 @@ def read_config(path: Path, metadata: Mapping[str, str]) -> ModelConfig:
                          "convert_weights.py makes one of community checkpoints")
     try:
         return from_dict(ModelConfig, json.loads(metadata["config"]))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: its config cannot be read ({error})") from error
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LazyTensor:
     """Its shape and dtype, and `read`, which brings the values into memory.
 

@@ -26,7 +26,7 @@ def unet_from_ldm(name: str, layers: int) -> str:
     middle = re.fullmatch(r"middle_block\.([012])\.(.+)", name)
     if middle:
         return f"mid_block.{MIDDLE[int(middle[1])]}.{within(middle[2])}"
-    side = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", name)
+    side = re.fullmatch(r"(input|output)_blocks\.(\d\d?)\.(\d)\.(.+)", name)
     if not side:
         return name
     n, rest = int(side[2]), within(side[4])
@@ -56,7 +56,7 @@ def vae_name(name: str, levels: int) -> str:
 
     LDM counts the decoder's levels from the picture, we from the latents: `levels` of them.
     """
-    up = re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name)
+    up = re.fullmatch(r"decoder\.up\.(\d\d?)\.(.+)", name)
     if up:
         name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{up[2]}"
     for pattern, ours in (
@@ -85,8 +85,8 @@ def text_name(name: str) -> str:
 
 def motion_name(name: str) -> str:
     """Of a motion module or SparseCtrl: AnimateDiff's names, under any prefix, or diffusers'."""
-    name = re.sub(r"^(?:(?:module|unet|model)\.)+(?=(?:down_blocks|mid_block|up_blocks|conv_in|"
-                  r"time_embedding|controlnet_\w+)\.)", "", name)
+    name = re.sub(r"^(?:(?:module|unet|model|controlnet)\.)+(?=(?:down_blocks|mid_block|up_blocks|"
+                  r"conv_in|time_embedding|controlnet_\w+)\.)", "", name)
     adapter = re.fullmatch(r"(.*\.motion_modules\.\d+\.)(?!temporal_transformer\.)(.+)", name)
     if not adapter:
         return name

@@ -1,8 +1,9 @@
 """PyTorch's pickled checkpoints (.ckpt, .pt, .bin), read without running what they contain.
 
-A pickle is a program that may call any function it names. Here it gets no function but the three
+A pickle is a program that may call any function it names. Here it gets no function but the few
 that describe a tensor; every other name is answered by an inert stand-in, so that the foreign
-objects of training tools do no harm and hostile ones nothing. Tensors stay on disk until read.
+objects of training tools do no harm and hostile ones nothing. It gets no more time and memory
+than its size: tuples are not looked into, states are not set. Tensors stay on disk until read.
 """
 import pickle
 import struct
@@ -12,7 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Callable
+from typing import Any, BinaryIO, Callable, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,10 +26,15 @@ STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool}
-# What reading a zip archive raises: among them RuntimeError, where it wants a password.
-DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, RuntimeError)
+    "BoolStorage": torch.bool, "UntypedStorage": torch.uint8}
+KINDS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+# What reading a zip archive raises: among them RuntimeError, where it wants a password, and
+# UnicodeDecodeError, where a name in it is no text.
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, KeyError, RuntimeError,
+          UnicodeDecodeError)
 WRAPPERS = ("state_dict", "controlnet")
+NESTED = 4                                          # wrappers in wrappers that are looked into
+MOST_PICKLE, MOST_ARCHIVE, RATIO = 1 << 24, 1 << 26, 100
 ReadBytes = Callable[[str, int, int], bytes]        # storage key, first byte, number of bytes
 
 
@@ -41,9 +47,6 @@ class StandIn:
     def __call__(self, *_: Any, **__: Any) -> "StandIn":
         return self
 
-    def __setstate__(self, _: Any) -> None:
-        pass
-
     def __setitem__(self, _: Any, __: Any) -> None:
         pass
 
@@ -53,6 +56,15 @@ class StandIn:
     extend = append
 
 
+class Opaque(tuple):
+    """A tuple that nobody looks into: one nested a hundredfold would be hashed without end."""
+    __hash__ = object.__hash__
+    __repr__ = object.__repr__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 @dataclass(frozen=True)
 class Storage:
     key: str
@@ -60,30 +72,57 @@ class Storage:
     numel: int
 
 
-class TensorUnpickler(pickle.Unpickler):
+class TensorUnpickler(pickle._Unpickler):           # in Python: its steps can be replaced
     """Builds dicts, lists, numbers, strings, and LazyTensors; anything else is a StandIn."""
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: Any, read_bytes: ReadBytes):
         super().__init__(file)
         self.read_bytes = read_bytes
         self.storages: dict[str, Storage] = {}
+        self.stand_ins: dict[tuple[str, str], Any] = {}
+
+    def close_tuple(self) -> None:
+        items = self.pop_mark()
+        self.append(Opaque(items))
+
+    def close_small_tuple(self, count: int) -> None:
+        self.stack[-count:] = [Opaque(self.stack[-count:])]
+
+    def ignore_state(self) -> None:
+        self.stack.pop()
+
+    dispatch: ClassVar[Any] = pickle._Unpickler.dispatch | {
+        pickle.TUPLE[0]: close_tuple, pickle.BUILD[0]: ignore_state,
+        pickle.TUPLE1[0]: partial(close_small_tuple, count=1),
+        pickle.TUPLE2[0]: partial(close_small_tuple, count=2),
+        pickle.TUPLE3[0]: partial(close_small_tuple, count=3)}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch" and name in STORAGES:
+        if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
+        if module == "torch" and name in KINDS:
+            return KINDS[name]
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             return self.tensor
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            return self.tensor_of_bytes
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return self.parameter
-        return type(StandIn.__name__, (StandIn,), {})       # a new one: they may be keys of a dict
+        # One of its own for each name: they may be keys of a dict.
+        new = type(StandIn.__name__, (StandIn,), {})
+        return self.stand_ins.setdefault((module, name), new)
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, numel, *view = pid
         known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
         if not known or any(view):
-            raise pickle.UnpicklingError(f"a storage of an unknown kind, {pid[:2]}")
+            raise pickle.UnpicklingError("a storage of a kind that is not read here, as of complex "
+                                         "numbers")
         self.storages[key] = Storage(key, dtype, int(numel))
         return self.storages[key]
 
@@ -96,6 +135,13 @@ class TensorUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"a tensor {shape} that its storage cannot hold")
         return LazyTensor(shape, storage.dtype, partial(
             read_tensor, self.read_bytes, storage, offset, span, shape, tuple(stride)))
+
+    def tensor_of_bytes(self, storage: Storage, offset: int, size: tuple[int, ...],
+                        stride: tuple[int, ...], _: Any, __: Any, dtype: torch.dtype, *___: Any
+                        ) -> LazyTensor:
+        """A tensor of a dtype that has no storage class: its storage counts bytes."""
+        typed = Storage(storage.key, dtype, storage.numel // dtype.itemsize)
+        return self.tensor(typed, offset, size, stride)
 
     @staticmethod
     def parameter(tensor: LazyTensor, *_: Any) -> LazyTensor:
@@ -115,7 +161,7 @@ def damaged(path: Path, why: Any) -> InputError:
     return InputError(f"{path}: truncated or damaged ({why}); fetch it again")
 
 
-def unpickle(path: Path, unpickler: pickle.Unpickler) -> Any:
+def unpickle(path: Path, unpickler: TensorUnpickler) -> Any:
     try:
         return unpickler.load()
     except Exception as error:              # a malformed pickle may end in any exception there is
@@ -129,12 +175,18 @@ def open_zip(path: Path) -> Any:
     """
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except DAMAGE as error:
         raise damaged(path, error) from error
+    unpacked = sum(record.file_size for record in archive.infolist())
+    if unpacked > max(MOST_ARCHIVE, RATIO * path.stat().st_size):
+        raise InputError(f"{path}: a zip bomb: {unpacked} bytes when it is unpacked")
     records = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
     if not records:
         raise InputError(f"{path}: a zip archive, but not a PyTorch checkpoint; if it holds one, "
                          "unpack it first")
+    if archive.getinfo(records[0]).file_size > MOST_PICKLE:
+        raise InputError(f"{path}: its pickle alone has more than {MOST_PICKLE} bytes, which no "
+                         "checkpoint needs")
     root = records[0].removesuffix("data.pkl")
 
     def read_bytes(key: str, start: int, count: int) -> bytes:
@@ -192,8 +244,9 @@ def exactly(file: BinaryIO | Any, count: int) -> bytes:
 def flatten(content: Any) -> tuple[dict[str, LazyTensor], list[str]]:
     """The tensors of a checkpoint's object, out of their wrappers, and the names of the rest."""
     others: list[str] = []
-    while isinstance(content, dict):
-        wrapper = next((w for w in WRAPPERS if isinstance(content.get(w), dict)), None)
+    for _ in range(NESTED):
+        wrapper = next((w for w in WRAPPERS if isinstance(content, dict)
+                        and isinstance(content.get(w), dict)), None)
         if wrapper is None:
             break
         others += [str(key) for key in content if key != wrapper]

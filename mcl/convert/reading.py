@@ -21,6 +21,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
+V_YAML = re.compile(rb"^\s*parameterization:\s*[\"']?v\b", re.MULTILINE)
+MOST_YAML = 1 << 20
 PARTS = ("unet", "vae", "text_encoder")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model",
          "pytorch_lora_weights")
@@ -29,16 +31,24 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model",
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a file or a folder of any kind.
 
-    Raises InputError, with what it is, for what holds no weights, and for damaged files.
+    Raises InputError, with what it is, for what holds no weights, and for what is damaged or
+    cannot be read.
     """
-    if path.is_dir():
-        return open_folder(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file or folder")
-    checkpoint = open_file(path)
-    config = path.with_name("config.json")
-    if path.name.partition(".")[0].partition("-0")[0] in STEMS and config.is_file():
-        checkpoint.configs[""] = read_json(config)
+    try:
+        if path.is_dir():
+            return open_folder(path)
+        if not path.is_file():
+            raise InputError(f"{path}: neither a file nor a folder" if path.exists() else
+                             f"{path}: no such file or folder")
+        checkpoint = open_file(path)
+        config = path.with_name("config.json")
+        if path.name.partition(".")[0].partition("-0")[0] in STEMS and config.is_file():
+            checkpoint.configs[""] = read_json(config)
+        for beside in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
+            if beside.is_file() and V_YAML.search(beside.read_bytes()[:MOST_YAML]):
+                checkpoint.metadata["yaml"] = f"v-prediction, by {beside.name}"
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     return checkpoint
 
 
@@ -47,9 +57,9 @@ def open_file(path: Path) -> Checkpoint:
     with open(path, "rb") as file:
         start = file.read(4096)
     if start[:4] == b"PK\x03\x04":
-        tensors, others = flatten(open_zip(path))
+        tensors, others = unwrapped(path, open_zip(path))
     elif start.startswith(LEGACY_START):
-        tensors, others = flatten(open_legacy(path))
+        tensors, others = unwrapped(path, open_legacy(path))
     elif start[8:9] == b"{":
         header = int.from_bytes(start[:8], "little")
         if 8 + header > size:
@@ -58,6 +68,13 @@ def open_file(path: Path) -> Checkpoint:
     else:
         raise InputError(f"{path}: {not_weights(start)}")
     return Checkpoint(tensors, (path,), tuple(others))
+
+
+def unwrapped(path: Path, content: Any) -> tuple[dict[str, LazyTensor], list[str]]:
+    try:
+        return flatten(content)
+    except (ValueError, RecursionError) as error:       # a key that cannot be written as text
+        raise damaged(path, error) from error
 
 
 def not_weights(start: bytes) -> str:
@@ -108,11 +125,19 @@ def read(path: Path, file: Any, name: str) -> Tensor:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return parse_json(path, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON that can be read ({error})") from error
+
+
+def parse_json(what: Any, text: str) -> dict[str, Any]:
+    """A JSON object. Raises InputError, with what it is of, for anything else."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what}: not JSON that can be read ({error})") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path}: not a config, which is a JSON object")
+        raise InputError(f"{what}: not a config, which is a JSON object")
     return values
 
 
@@ -165,10 +190,11 @@ def find_weights(folder: Path) -> list[Path]:
 
 def shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: not an index of shards: it has no weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(
+            isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: not an index of shards: it has no weight_map of names")
     # A shard lies beside its index; a path that leads elsewhere is not followed.
-    files = [index.parent / Path(str(name)).name for name in sorted(set(weight_map.values()))]
+    files = [index.parent / Path(name).name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: this shard, which {index.name} names, is missing; fetch it")

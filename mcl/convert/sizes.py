@@ -1,8 +1,9 @@
 """The sizes of networks, read off their weights' shapes and, where it is there, config.json."""
 import re
-from typing import Any, Mapping
+from typing import Any, Mapping, TypeVar
 
-from ..config import SparseCtrlConfig, TextConfig, UNetConfig, VAEConfig
+from ..config import (VOCABULARY, SparseCtrlConfig, TextConfig, UNetConfig, VAEConfig,
+                      shown)
 from ..errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -14,15 +15,23 @@ FIXED: dict[str, dict[str, Any]] = {
              "use_linear_projection": False, "dual_cross_attention": False},
     "vae": {"act_fn": "silu"},
     "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "scheduler": {"prediction_type": "epsilon"}}
-CLIP_VOCABULARY = 49408
+    "scheduler": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}}
+T = TypeVar("T")
+
+
+def made(path: Any, config: type[T], /, **values: Any) -> T:
+    """A config of a file's sizes. Raises InputError, with the file's name, for impossible ones."""
+    try:
+        return config(**values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def check_config(path: Any, part: str, config: Mapping[str, Any]) -> None:
     """Raises InputError for a config.json that describes what this project has no network for."""
     for key, value in FIXED[part].items():
         if config.get(key) not in (None, value):
-            raise InputError(f"{path}: its {part} config has {key} = {config[key]!r}; "
+            raise InputError(f"{path}: its {part} config has {key} = {shown(config[key])}; "
                              f"Stable Diffusion 1.5 has {value!r}, and only that runs here")
 
 
@@ -44,21 +53,21 @@ def widths(shapes: Shapes, before: str, path: Any) -> tuple[int, ...]:
 
 def count(names: Any, before: str) -> int:
     """One more than the highest number that follows `before` in a name."""
-    pattern = re.compile(re.escape(before) + r"\.(\d+)\.")
+    pattern = re.compile(re.escape(before) + r"\.(\d\d?)\.")
     return max((int(m[1]) + 1 for m in map(pattern.match, names) if m), default=0)
 
 
 def number_of_heads(config: Mapping[str, Any], keys: tuple[str, ...], default: int,
-                    path: Any) -> int:
+                    path: Any) -> Any:
     """Shapes do not tell it. diffusers calls the number of heads of a UNet `attention_head_dim`."""
     for key in keys:
         given: Any = config.get(key)
         if given is not None:
             each = given if isinstance(given, list) else [given]
-            if len(set(each)) != 1:
-                raise InputError(f"{path}: {key} = {given!r}: Stable Diffusion 2 or later; the "
-                                 "same number of heads everywhere is what runs here")
-            return int(each[0])
+            if not each or any(one != each[0] for one in each):
+                raise InputError(f"{path}: {key} = {shown(given)}: Stable Diffusion 2 or later; "
+                                 "the same number of heads everywhere is what runs here")
+            return each[0]
     return default
 
 
@@ -68,7 +77,8 @@ def unet_config(path: Any, unet: Shapes, config: Mapping[str, Any], motion: Shap
     attends = tuple(level for level in range(count(unet, "down_blocks"))
                     if count(unet, f"down_blocks.{level}.attentions"))
     to_k = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    return UNetConfig(
+    return made(
+        path, UNetConfig,
         in_channels=shape_of(unet, "conv_in.weight", path)[1],
         out_channels=shape_of(unet, "conv_out.weight", path)[0],
         block_out_channels=widths(unet, "down_blocks", path),
@@ -76,39 +86,48 @@ def unet_config(path: Any, unet: Shapes, config: Mapping[str, Any], motion: Shap
         attention_levels=attends,
         heads=number_of_heads(config, ("num_attention_heads", "attention_head_dim"), 8, path),
         text_channels=shape_of(unet, to_k, path)[1],
-        norm_groups=int(config.get("norm_num_groups") or 32),
-        motion_heads=int(motion_config.get("motion_num_attention_heads") or 8),
+        norm_groups=given(config, "norm_num_groups", 32),
+        motion_heads=given(motion_config, "motion_num_attention_heads", 8),
         motion_mid_block=any(name.startswith("mid_block.motion_modules.") for name in motion),
         norm_per_frame=version != "v1", max_frames=max_frames)
+
+
+def given(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A value of a config.json, where null stands for none; the dataclass checks it."""
+    value = config.get(key)
+    return default if value is None else value
 
 
 def sparsectrl_config(path: Any, control: Shapes, config: Mapping[str, Any], max_frames: int
                       ) -> SparseCtrlConfig:
     embedding = "controlnet_cond_embedding"
-    heads = int(config.get("motion_num_attention_heads") or 8)
+    sizes = {"motion_heads": given(config, "motion_num_attention_heads", 8),
+             "max_frames": max_frames}
     if f"{embedding}.weight" in control:
-        return SparseCtrlConfig("rgb", heads, max_frames)
+        return made(path, SparseCtrlConfig, kind="rgb", **sizes)
     strided = range(1, count(control, f"{embedding}.blocks"), 2)
-    return SparseCtrlConfig("scribble", heads, max_frames, (
+    return made(path, SparseCtrlConfig, kind="scribble", **sizes, sketch_channels=(
         shape_of(control, f"{embedding}.conv_in.weight", path)[0],
         *(shape_of(control, f"{embedding}.blocks.{i}.weight", path)[0] for i in strided)))
 
 
 def vae_config(path: Any, vae: Shapes, config: Mapping[str, Any]) -> VAEConfig:
-    return VAEConfig(
+    return made(
+        path, VAEConfig,
         latent_channels=shape_of(vae, "decoder.conv_in.weight", path)[1],
         block_out_channels=widths(vae, "encoder.down_blocks", path),
         layers_per_block=count(vae, "encoder.down_blocks.0.resnets"),
-        norm_groups=int(config.get("norm_num_groups") or 32),
-        scaling_factor=float(config.get("scaling_factor") or 0.18215))
+        norm_groups=given(config, "norm_num_groups", 32),
+        scaling_factor=given(config, "scaling_factor", 0.18215))
 
 
 def text_config(path: Any, text: Shapes, config: Mapping[str, Any]) -> TextConfig:
     vocabulary, hidden = shape_of(text, "text_model.embeddings.token_embedding.weight", path)[:2]
-    if vocabulary < CLIP_VOCABULARY:
+    if vocabulary < VOCABULARY:
         raise InputError(f"{path}: its text encoder knows {vocabulary} tokens, CLIP's tokenizer "
-                         f"has {CLIP_VOCABULARY}")
-    return TextConfig(
+                         f"has {VOCABULARY}")
+    return made(
+        path, TextConfig,
         vocab_size=vocabulary, hidden_size=hidden,
         intermediate_size=shape_of(text, "text_model.encoder.layers.0.mlp.fc1.weight", path)[0],
         layers=count(text, "text_model.encoder.layers"),

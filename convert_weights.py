@@ -18,9 +18,10 @@ from tqdm import tqdm
 from mcl import InputError
 from mcl.command import FORESEEN, Parser, explain
 from mcl.convert import assemble
-from mcl.convert.formats import (BASE, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS, Source,
-                                 read_source)
+from mcl.convert.formats import (BASE, FOREIGN_PART, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS,
+                                 Source, read_source)
 from mcl.convert.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
+from mcl.errors import printable
 from mcl.files import check_file
 from mcl.machine import DTYPES
 
@@ -107,7 +108,7 @@ def misplaced(source: Source, option: str, args: argparse.Namespace) -> InputErr
 def parts_of(networks: dict[str, Source]) -> dict[str, Source]:
     """Each part from the file given for it, else from the base."""
     base = networks.get(BASE)
-    parts = {part: base for part in ("unet", "vae", "text_encoder")
+    parts = {part: base for part in ("unet", "vae", "text_encoder", "motion")
              if base is not None and part in base.parts}
     return parts | {part: networks[option] for option, part in NETWORKS.items()
                     if option in networks}
@@ -121,10 +122,13 @@ def digest(paths: Iterable[Path]) -> dict[Path, str]:
               unit_scale=True, file=sys.stderr, delay=1) as bar:
         for path in paths:
             sha256 = hashlib.sha256()
-            with open(path, "rb") as file:
-                while chunk := file.read(CHUNK):
-                    sha256.update(chunk)
-                    bar.update(len(chunk))
+            try:
+                with open(path, "rb") as file:
+                    while chunk := file.read(CHUNK):
+                        sha256.update(chunk)
+                        bar.update(len(chunk))
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from error
             result[path] = sha256.hexdigest()
     return result
 
@@ -162,9 +166,12 @@ def account(source: Source, plan: assemble.Plan) -> str:
     dropped = plan.dropped[source.path]
     why = "; ".join(f"{n} {reason}" for reason, n in dropped.items())
     strays = len(source.checkpoint.others)
-    return (f"{source.path}: {source.title}: {plan.used[source.path]} tensors used, "
+    line = (f"{source.path}: {source.title}: {plan.used[source.path]} tensors used, "
             f"{dropped.total()} dropped" + (f" ({why})" if why else "")
             + (f"; {strays} entries that are not tensors" if strays else ""))
+    left_out = [reason for reason in dropped if reason.endswith(FOREIGN_PART)]
+    return "\n".join(map(printable, [line, *(
+        f"warning: {source.path}: left out: what is {reason}" for reason in left_out)]))
 
 
 def check(paths: list[Path]) -> int:
@@ -193,7 +200,7 @@ def describe(source: Source) -> str:
         lines.append(f"  for {source.slot}; a complete model still needs "
                      + ", ".join(assemble.missing(held)))
     lines += [f"  sha256 {sha256}  {file.name}" for file, sha256 in digest(files).items()]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -211,8 +211,8 @@ def test_a_config_may_hold_nulls():
 
 @pytest.mark.parametrize("name, shape, message", [
     ("text_model.embeddings.token_embedding.weight", (49407, 768), "knows 49407 tokens"),
-    ("text_model.embeddings.token_embedding.weight", (49408, 512),
-     "its UNet takes 768 channels of text, the rest gives 512")])
+    ("text_model.embeddings.token_embedding.weight", (49408, 504),
+     "its UNet takes 768 channels of text, the rest gives 504")])
 def test_a_text_encoder_that_does_not_fit_is_refused(name, shape, message):
     text = source(real("diffusers_text_encoder") | {name: lazy(shape)}, "text")
     whole = parts(base(), source(real("mm_v3"))) | {"text_encoder": text}

@@ -24,12 +24,10 @@ LANDMARKS = {"unet": "down_blocks.0.resnets.0.conv1.weight", "vae": "decoder.con
 FOREIGN = (
     (r"^conditioner\.embedders\.|^lora_te2_|(^|\.)add_embedding\.", "Stable Diffusion XL"),
     (r"^cond_stage_model\.model\.", "Stable Diffusion 2"),
-    (r"dora_scale$|lora_magnitude_vector", "a DoRA"),
-    (r"\.hada_w\d", "a LoHa (LyCORIS)"),
-    (r"\.lokr_w\d", "a LoKr (LyCORIS)"),
-    (r"\.oft_(blocks|diag)|\.on_input$|(^|\.)ia3_", "an OFT or IA3 (LyCORIS)"),
+    (r"\.oft_(blocks|diag)|\.oft_R\b|\.on_input$|(^|\.)ia3_", "an OFT or IA3 (LyCORIS)"),
     (r"temporal_attentions|positional_encoding$", "a Hotshot-XL motion module"),
-    (r"^(string_to_param|emb_params)", "a textual inversion embedding"),
+    (r"^(string_to_param|emb_params|clip_[lg]$|<[^ ]+>$)",
+     "a textual inversion embedding, which gives a word of its own a meaning"),
     (r"^(image_proj|ip_adapter)\b", "an IP-Adapter"))
 DROPPED = (
     (r"position_ids$", "numbers of positions, counted here"),
@@ -38,12 +36,18 @@ DROPPED = (
     (r"^model_ema\.", "moving averages, which --ema takes"),
     (r"^(betas|alphas|sqrt_|log_one|posterior_|logvar$|lvlb_|scale_factor$)",
      "Stable Diffusion's own noise schedule; AnimateDiff's is used"),
-    (r"^(vision_model\.|text_projection\.|visual_projection\.|logit_scale$)",
+    (r"(^|\.)(vision_model\.|text_projection(\.|$)|visual_projection\.|logit_scale$)",
      "of CLIP, but not of its text encoder"))
+V_PREDICTION = {"v_pred", "ztsnr"}                  # tensors without values: signs of trainers
+V_METADATA = ("modelspec.prediction_type", "prediction_type", "yaml")
+OURS = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|"
+                  r"time_embedding)\.")
 TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
                1280: "Stable Diffusion XL's refiner"}
-LORA_NAME = re.compile(r"[._]lora(\.|_down\.|_up\.|_mid\.|_A\.|_B\.|_linear_layer\.)")
-CONTROLNET = re.compile(r"control_model\.|(module\.)?controlnet_cond_embedding\.")
+LYCORIS = re.compile(r"\.(hada_[wt]\d|lokr_[wt]\d|[wb]_norm$|diff(_b)?$|[ab][12]\.weight$)")
+LORA_NAME = re.compile(r"[._]lora(\.|_down\.|_up\.|_mid\.|_A\.|_B\.|_linear_layer\.)|"
+                       + LYCORIS.pattern)
+CONTROLNET = re.compile(r"control_model\.|(controlnet\.)?(module\.)?controlnet_cond_embedding\.")
 CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix"}
 V1_FRAMES, SD15_WIDTH = 24, 320
 
@@ -92,7 +96,8 @@ def recognise(path: Path, checkpoint: Checkpoint) -> Source:
         return controlnet(path, checkpoint)
     if any(map(LORA_NAME.search, tensors)):
         return lora(path, checkpoint)
-    if any(".motion_modules." in name for name in tensors):
+    moving = any(".motion_modules." in name for name in tensors)
+    if moving and not (has(tensors, "unet.") and has(tensors, "vae.")):
         return motion_module(path, checkpoint)
     return networks(path, checkpoint)
 
@@ -134,13 +139,14 @@ def lora(path: Path, checkpoint: Checkpoint) -> Source:
     """Which of the three kinds of low-rank weights; all are merged alike."""
     tensors = checkpoint.tensors
     for name, tensor in tensors.items():
-        if re.search(r"attn2[._](processor\.)?to_k.*(down|lora_A)", name):
+        if re.search(r"attn2[._](processor\.)?to_k.*(down|lora_A|hada_w1_b|\.diff$)", name):
             refuse_width(path, tensor.shape, "a LoRA for ")
     if any("motion_modules" in name for name in tensors):
         return Source(path, MOTION_LORA, "a motion LoRA of AnimateDiff", checkpoint)
     if all(re.match(r"(down_blocks|mid_block|up_blocks)\..*\.processor\.", n) for n in tensors):
         return Source(path, ADAPTER, "AnimateDiff's domain adapter (v3_sd15_adapter)", checkpoint)
-    kind = ("kohya / A1111" if has(tensors, "lora_") else
+    kind = ("LyCORIS" if any(map(LYCORIS.search, tensors)) else
+            "kohya / A1111" if has(tensors, "lora_") else
             "PEFT" if any(".lora_A." in name for name in tensors) else "diffusers")
     return Source(path, LORA, f"a LoRA ({kind})", checkpoint)
 
@@ -161,7 +167,9 @@ def motion_module(path: Path, checkpoint: Checkpoint) -> Source:
     if conv_in is not None and conv_in.shape[1:2] == (9,):
         raise InputError(f"{path}: PIA, whose UNet takes 9 channels; it cannot be used here")
     for ours in [ours for ours in modules if ".motion_modules." not in ours]:
-        dropped[modules.pop(ours)] = "the UNet around the motion modules, which --base gives"
+        dropped[modules.pop(ours)] = (
+            "the UNet around the motion modules, which --base gives" if OURS.match(ours) else
+            f"of {ours.partition('.')[0]}, {FOREIGN_PART}")
     first = "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"
     if first in modules and count(modules, "down_blocks") == 3 and \
             tensors[modules[first]].shape[:1] == (SD15_WIDTH,):
@@ -172,6 +180,9 @@ def motion_module(path: Path, checkpoint: Checkpoint) -> Source:
     return Source(path, MOTION, f"an AnimateDiff motion module, {version}", checkpoint,
                   {"motion": modules}, dropped, version,
                   24 if version == "v1" else length or 32)
+
+
+FOREIGN_PART = "another method's part, without which the motion may differ"
 
 
 def motion_version(path: Path, modules: dict[str, str], length: int, converted: bool) -> str:
@@ -204,6 +215,10 @@ def networks(path: Path, checkpoint: Checkpoint) -> Source:
                                   None)
     if alone is None:
         some = ", ".join(sorted(tensors)[:2])
+        if len(tensors) == 1 and all(t.shape[-1:] in ((768,), (1024,), (1280,)) and
+                                     len(t.shape) < 3 for t in tensors.values()):
+            raise InputError(f"{path}: a textual inversion embedding ({some}), which cannot be "
+                             "used here")
         raise InputError(f"{path}: {len(tensors)} tensors ({some}, ...) of a kind that is not "
                          "known; python convert_weights.py --help lists what is")
     theirs: dict[str, dict[str, str]] = {}
@@ -217,18 +232,51 @@ def networks(path: Path, checkpoint: Checkpoint) -> Source:
             dropped[name] = "outside of UNet, VAE and text encoder"
         else:
             theirs.setdefault(part, {})[rest] = name
+    motion = motion_of_pipeline(path, theirs.get("unet", {}), checkpoint)
     parts = {part: ours(path, part, found) for part, found in theirs.items()}
+    if motion is not None:
+        parts |= motion.parts
+        dropped |= {theirs: why for theirs, why in motion.dropped.items()}
     source = Source(path, BASE if "unet" in parts else VAE if "vae" in parts else TEXT, "",
                     checkpoint, parts, dropped)
+    if motion is not None:
+        source = replace(source, version=motion.version, max_frames=motion.max_frames)
     if "unet" in parts:
         check_unet(path, source.shapes("unet"))
-    for part in (*parts, "scheduler"):
+        check_prediction(path, checkpoint)
+    for part in (*(part for part in parts if part != "motion"), "scheduler"):
         check_config(path, part, source.config(part))
     return replace(source, title=title(source))
 
 
+def motion_of_pipeline(path: Path, unet: dict[str, str], checkpoint: Checkpoint
+                       ) -> Source | None:
+    """The motion modules inside a UNet of AnimateDiffPipeline, which are taken out of `unet`."""
+    inside = {rest: name for rest, name in unet.items() if ".motion_modules." in rest}
+    if not inside:
+        return None
+    found = motion_module(path, replace(checkpoint, tensors={
+        rest: checkpoint.tensors[name] for rest, name in inside.items()}))
+    for rest in inside:
+        del unet[rest]
+    return replace(found, parts={"motion": {
+        ours: inside[rest] for ours, rest in found.parts["motion"].items()}},
+        dropped={inside[rest]: why for rest, why in found.dropped.items()})
+
+
+def check_prediction(path: Path, checkpoint: Checkpoint) -> None:
+    """Raises InputError for a model that says, in whatever way, that it predicts v, not noise."""
+    signs = [*(V_PREDICTION & {*checkpoint.tensors, *checkpoint.others}),
+             *(f"{key}: {checkpoint.metadata[key]}" for key in V_METADATA if str(
+                 checkpoint.metadata.get(key, "")).lower().startswith("v"))]
+    if signs:
+        raise InputError(f"{path}: a v-prediction model ({sorted(signs)[0]}), which cannot be used "
+                         "here: AnimateDiff's motion modules are made for noise prediction")
+
+
 def title(source: Source) -> str:
-    names = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
+    names = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder",
+             "motion": "motion modules"}
     held = ", ".join(what for part, what in names.items() if part in source.parts)
     if source.slot != BASE:
         return f"a {held} of Stable Diffusion 1.5"

@@ -1,31 +1,40 @@
-"""Low-rank changes to weights: the domain adapter, motion LoRAs, and LoRAs of every dialect.
+"""Changes to weights: the domain adapter, motion LoRAs, and LoRAs of every dialect.
 
-All say the same: W += scale * alpha / rank * up @ down, for one weight. It is computed and added
-in float32, and the sum is cast once. AnimateDiff's own loader leaves alpha / rank out.
+Most say W += scale * alpha / rank * up @ down, for one weight; `changes` has the other forms. It
+is computed and added in float32, and the sum is cast once. AnimateDiff's own loader leaves
+alpha / rank out.
 """
 import hashlib
-import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import torch
-from einops import einsum
 from torch import Tensor
 
+from ..config import is_a, shown
 from ..errors import InputError
 from . import names as rename
+from .changes import Delta, check_fit, rank_of
 from .formats import LORAS, Source, read_source
 from .lazy import LazyTensor
+from .reading import parse_json
 from .sizes import count
 
 ROLES = re.compile(
     r"^(?P<module>.+?)(?:"
     r"(?:\.lora_A(?:\.\w+)?|[._]lora\.down|\.lora_linear_layer\.down|\.lora_down)\.(?P<down>weight)"
     r"|(?:\.lora_B(?:\.\w+)?|[._]lora\.up|\.lora_linear_layer\.up|\.lora_up)\.(?P<up>weight)"
-    r"|\.lora_mid\.(?P<mid>weight)|\.(?P<alpha>alpha))$")
+    r"|\.lora_mid\.(?P<mid>weight)|\.(?P<diff>diff|w_norm)|\.(?P<diff_b>diff_b|b_norm)"
+    r"|\.lora_(?P<magnitude>magnitude_vector)(?:\.default)?(?:\.weight)?"
+    r"|\.(?P<same>alpha|dora_scale|hada_w[12]_[ab]|hada_t[12]|lokr_w[12]|lokr_w[12]_[ab]|lokr_t2)"
+    r"|\.(?P<glora>[ab][12])\.weight)$")
+ELSEWHERE = (
+    (r"^bundle_emb\.", "an embedding bundled with it, whose word prompts here do not know"),
+    (r"text_projection|vision_model|visual_projection", "of CLIP, but not of its text encoder"))
 PREFIXES = ((r"(^|\.)base_model\.model\.", r"\1"), (r"^lora_unet_", "unet."),
             (r"^lora_te1?_", "text_encoder."), (r"^(?=(down|up)_blocks\.|mid_block\.)", "unet."),
             (r"^(?=text_model\.|encoder\.layers\.)", "text_encoder."),
@@ -41,32 +50,11 @@ class Lora:
     ignore_alpha: bool = False          # as AnimateDiff's own loader does: W += scale * up @ down
 
 
-@dataclass(frozen=True)
-class Delta:
-    """One change to one weight. down (r, in, kh, kw) and up (out, r, 1, 1), or both 2-D.
-
-    With `mid` (r, r, kh, kw), Tucker's form, down is (r, in, 1, 1). `scale` is all factors.
-    """
-    down: LazyTensor
-    up: LazyTensor
-    mid: LazyTensor | None
-    scale: float
-
-    def add_to(self, weight: Tensor) -> Tensor:
-        """weight, float32, with the change added."""
-        down, up = (t.read().to(weight.device, torch.float32).flatten(1)
-                    for t in (self.down, self.up))
-        if self.mid is not None:
-            mid = self.mid.read().to(weight.device, torch.float32)
-            down = einsum(mid, down, "p q h w, q i -> p i h w").flatten(1)
-        return weight + self.scale * (up @ down).reshape(weight.shape)
-
-
 def parse_scaled(text: str) -> tuple[Path, float]:
     """"file.safetensors:0.8" -> (file.safetensors, 0.8); 1 where no scale is given."""
     path, colon, scale = text.rpartition(":")
     try:
-        value = float(scale) if colon and not Path(text).exists() else math.nan
+        value = float(scale) if colon and not os.path.exists(text) else math.nan
     except ValueError:
         value = math.nan
     return (Path(text), 1.0) if math.isnan(value) else (Path(path), value)
@@ -93,14 +81,15 @@ def deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, D
     model does not have, a shape that does not fit, and half a pair.
     """
     path, tensors = lora.source.path, lora.source.checkpoint.tensors
-    weights = {flat(name.removesuffix(".weight")): name for name, shape in shapes.items()
-               if name.endswith(".weight") and len(shape) > 1}
+    weights = {flat(name.removesuffix(".weight")): name for name in shapes
+               if name.endswith(".weight")}
     layers = count(shapes, "unet.down_blocks.0.resnets")
     has_middle = any(".mid_block.motion_modules." in name for name in shapes)
     peft = peft_config(lora.source)
     result: dict[str, Delta] = {}
-    dropped: dict[str, str] = {}
-    for module, roles in by_module(path, tensors).items():
+    dropped = {name: why for pattern, why in ELSEWHERE for name in tensors
+               if re.search(pattern, name)}
+    for module, roles in by_module(path, tensors.keys() - dropped.keys()).items():
         if "mid_block" in module and "motion_modules" in module and not has_middle:
             dropped |= {name: "of the middle block's motion module, which only v2 has"
                         for name in roles.values()}
@@ -108,23 +97,36 @@ def deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, D
         weight = weights.get(flat(our_module(module, layers)))
         if weight is None:
             raise InputError(f"{path}: it changes {module}, which this model does not have")
-        if weight in result or "down" not in roles or "up" not in roles:
-            raise InputError(f"{path}: {module} has not exactly one pair of down and up")
-        part = weight.partition(".")[0]
-        alpha = peft.get(f"{part}.lora_alpha") or peft.get("lora_alpha")
-        result[weight] = one_delta(path, module, {r: tensors[n] for r, n in roles.items()},
-                                   shapes[weight], alpha, lora)
+        factors = {role: tensors[name] for role, name in roles.items()}
+        bias, shift = weight.removesuffix("weight") + "bias", factors.pop("diff_b", None)
+        if shift is not None and bias not in shapes:
+            dropped[roles["diff_b"]] = "of a bias that this layer does not have"
+        elif shift is not None:
+            result[bias] = one_delta(path, module, {"diff": shift}, shapes[bias], {}, lora)
+        if factors.keys() - {"alpha"} or shift is None:
+            if weight in result:
+                raise InputError(f"{path}: {module} has not exactly one pair of down and up")
+            result[weight] = one_delta(path, module, factors, shapes[weight], alphas(
+                peft, weight.partition(".")[0]), lora)
     return result, dropped
 
 
-def by_module(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str, str]]:
-    """{module as the LoRA calls it: {"down", "up", "mid" or "alpha": tensor's name}}."""
+def alphas(peft: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """alpha and the rank of one part by PEFT's config; empty where it has none."""
+    alpha = next((peft[key] for key in (f"{part}.lora_alpha", "lora_alpha", "alpha")
+                  if peft.get(key)), None)
+    return {} if alpha is None else {"alpha": alpha, "rank": peft.get(f"{part}.r", peft.get("r"))}
+
+
+def by_module(path: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """{module as the LoRA calls it: {its role, as "down", "up" or "alpha": tensor's name}}."""
     modules: dict[str, dict[str, str]] = {}
-    for name in tensors:
+    for name in sorted(names):
         found = ROLES.match(name)
         if not found:
             raise InputError(f"{path}: {name} is nothing that a LoRA of a known kind holds")
-        role = next(role for role in ("down", "up", "mid", "alpha") if found[role])
+        role = found["same"] or found["glora"] or next(
+            role for role, value in found.groupdict().items() if value and role != "module")
         if role in modules.setdefault(found["module"], {}):
             raise InputError(f"{path}: {found['module']} has two of {role}")
         modules[found["module"]][role] = name
@@ -132,25 +134,29 @@ def by_module(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[s
 
 
 def one_delta(path: Path, module: str, factors: Mapping[str, LazyTensor], shape: Sequence[int],
-              alpha: float | None, lora: Lora) -> Delta:
+              peft: Mapping[str, Any], lora: Lora) -> Delta:
     """Raises InputError where the factors have not the shape of the weight between them."""
-    down, up, mid = factors["down"], factors["up"], factors.get("mid")
-    core = math.prod((mid or down).shape[2:])
-    rank = down.shape[0] if len(down.shape) > 1 else 0
-    fits = (rank > 0 and down.shape[1] == shape[1] and core == math.prod(shape[2:])
-            and up.shape[:2] == (shape[0], rank) and math.prod(up.shape[2:]) == 1
-            and (mid is None or mid.shape[:2] == (rank, rank) and math.prod(down.shape[2:]) == 1))
-    if not fits:
-        raise InputError(f"{path}: {module} is {down.shape} and {up.shape}, made for another "
-                         f"model: the weight here is {tuple(shape)}")
+    alpha: Any = peft.get("alpha")
+    rest = {role: t for role, t in factors.items() if role != "alpha"}
+    sizes = {role: t.shape for role, t in rest.items()}
+    try:
+        fits, rank = check_fit(rest, shape), rank_of(sizes)
+    except (KeyError, IndexError) as error:
+        raise InputError(f"{path}: {module} has not exactly one pair of down and up, nor the "
+                         f"factors of another form ({', '.join(sizes)})") from error
+    if not fits or rank == 0 or not all(t.dtype.is_floating_point for t in rest.values()):
+        raise InputError(f"{path}: {module} is {' and '.join(map(str, sizes.values()))}, made for "
+                         f"another model: the weight here is {tuple(shape)}")
     if "alpha" in factors:
-        alpha = float(factors["alpha"].read().flatten()[0])
-    if alpha is not None and not math.isfinite(alpha):
-        raise InputError(f"{path}: the alpha of {module} is {alpha}")
-    if lora.ignore_alpha:
+        alpha = factors["alpha"].read().flatten()[:1].float().sum().item()
+    if alpha is not None and not (is_a(alpha, float) and math.isfinite(alpha)):
+        raise InputError(f"{path}: the alpha of {module} is {shown(alpha)}")
+    if rank is None:            # whole matrices have no rank, but PEFT divides by the one it had
+        known = alpha is not None and "alpha" not in factors and is_a(peft.get("rank"), int)
+        alpha, rank = (alpha, peft["rank"]) if known and "lokr_w1" in rest else (1, 1)
+    if lora.ignore_alpha or not alpha:      # kohya's trainer takes zero for the rank, too
         alpha = rank
-    # kohya's trainer takes an alpha of zero for the rank, too.
-    return Delta(down, up, mid, lora.scale * (alpha or rank) / rank)
+    return Delta(rest, alpha, rank, lora.scale)
 
 
 def all_deltas(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]
@@ -208,8 +214,12 @@ def our_module(module: str, layers: int) -> str:
 def peft_config(source: Source) -> dict[str, Any]:
     """What PEFT keeps beside the tensors, alpha above all; empty for a LoRA of another kind."""
     config = dict(source.checkpoint.configs.get("peft", {}))
-    config |= json.loads(source.checkpoint.metadata.get("lora_adapter_metadata", "{}"))
+    config |= parse_json(f"{source.path}: its lora_adapter_metadata",
+                         source.checkpoint.metadata.get("lora_adapter_metadata", "{}"))
+    unread = {"alpha_pattern", "use_rslora"}
+    if not any("magnitude_vector" in name for name in source.checkpoint.tensors):
+        unread.add("use_dora")
     for key, value in config.items():
-        if value and key.rpartition(".")[2] in ("alpha_pattern", "use_rslora", "use_dora"):
+        if value and key.rpartition(".")[2] in unread:
             raise InputError(f"{source.path}: a PEFT LoRA with {key}, which is not read here")
     return config

@@ -7,7 +7,7 @@ import torch
 
 from mcl import InputError
 from mcl.checkpoint import save_model
-from mcl.convert.assemble import plan
+from mcl.convert.assemble import check_positions, plan
 from mcl.convert.formats import recognise
 from mcl.convert.lazy import Checkpoint, LazyTensor
 from mcl.convert.lora import Lora, deltas
@@ -159,9 +159,6 @@ OTHERS = {
     r"Stable Diffusion 2 \(cond": {UNET + "out.2.bias": (4,), "cond_stage_model.model.x": (1,)},
     "inpainting": {UNET + "input_blocks.0.0.weight": (320, 9, 3, 3)},
     "InstructPix2Pix": {UNET + "input_blocks.0.0.weight": (320, 8, 3, 3)},
-    "a DoRA": {"lora_unet_x.lora_down.weight": (4, 8), "lora_unet_x.dora_scale": (1, 8)},
-    "a LoHa": {"lora_unet_x.hada_w1_a": (4, 8)},
-    "a LoKr": {"lora_unet_x.lokr_w1": (4, 8)},
     "an OFT": {"lora_unet_x.oft_blocks": (4, 8)},
     "a LoRA for Stable Diffusion XL": {
         "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight":
@@ -175,6 +172,10 @@ OTHERS = {
         "controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)},
     "a plain ControlNet, which": {"control_model.x.weight": (4, 8)},
     "textual inversion": {"emb_params": (2, 768)},
+    "textual inversion .*<cat>": {"<cat>": (768,)},
+    "textual inversion .*a cat": {"a cat": (3, 768)},
+    r"a v-prediction model \(v_pred\)": {UNET + "out.2.bias": (4,), "v_pred": (0,)},
+    r"a v-prediction model \(ztsnr\)": {UNET + "out.2.bias": (4,), "ztsnr": (0,)},
     "IP-Adapter": {"image_proj.proj.weight": (2, 768)},
     "rename it so that v1 or v3": {MM.format(0): (320, 320)},
     "of a kind that is not known": {"fc.weight": (2, 3), "fc.bias": (2,)},
@@ -191,7 +192,8 @@ def test_other_families_are_refused_by_name(what):
 @pytest.mark.parametrize("part, config", [
     ("unet", {"use_linear_projection": True}), ("unet", {"act_fn": "gelu"}),
     ("vae", {"act_fn": "relu"}), ("text_encoder", {"hidden_act": "gelu"}),
-    ("scheduler", {"prediction_type": "v_prediction"})])
+    ("scheduler", {"prediction_type": "v_prediction"}),
+    ("scheduler", {"rescale_betas_zero_snr": True})])
 def test_a_config_of_another_architecture_is_refused(part, config):
     key, value = next(iter(config.items()))
     with pytest.raises(InputError, match=f"{part} config has {key} = {value!r}; Stable"):
@@ -241,7 +243,8 @@ def test_heads_that_differ_by_block_are_refused():
 
 def test_what_else_a_network_alone_carries_is_dropped():
     text = real("diffusers_text_encoder") | {name: lazy((2, 2)) for name in (
-        "vision_model.x.weight", "logit_scale", "text_projection.weight", "visual_projection.x")}
+        "vision_model.x.weight", "logit_scale", "text_projection.weight", "visual_projection.x",
+        "text_projection")}
     assert set(source(text).dropped.values()) == {"of CLIP, but not of its text encoder"}
     vae = real("diffusers_vae") | {name: lazy((2, 2)) for name in (
         "loss.logvar", "encoder.x.num_batches_tracked", "vae.colorize")}
@@ -251,6 +254,70 @@ def test_what_else_a_network_alone_carries_is_dropped():
     assert sorted(found.dropped) == ["first_stage_model.encoder.x.num_batches_tracked",
                                      "first_stage_model.loss.logvar",
                                      "first_stage_model.vae.colorize", "model_ema.decay"]
+
+
+def test_a_text_projection_in_a_base_is_dropped():
+    name = "cond_stage_model.transformer.text_projection.weight"
+    assert set(source(real("ldm_single_file") | {name: lazy((768, 768))}).dropped) == {name}
+
+
+@pytest.mark.parametrize("metadata, refused", [
+    ({"modelspec.prediction_type": "v"}, True), ({"modelspec.prediction_type": "epsilon"}, False),
+    ({"prediction_type": "v_prediction"}, True)])
+def test_the_metadata_tell_a_v_prediction_model(metadata, refused):
+    def known():
+        return recognise(Path("file"), Checkpoint(real("diffusers_unet"), (), metadata=metadata))
+    if not refused:
+        assert known().slot == "--base"
+        return
+    with pytest.raises(InputError, match="a v-prediction model"):
+        known()
+
+
+def test_the_folder_of_an_animatediff_pipeline_is_a_base_with_motion_modules():
+    """Its UNet is a UNetMotionModel: the names of a UNet and of a MotionAdapter in one file."""
+    unet = real("diffusers_unet") | real("diffusers_motion_adapter_v2")
+    tensors = {f"unet.{key}": t for key, t in unet.items()}
+    for part, name in (("vae", "diffusers_vae"), ("text_encoder", "diffusers_text_encoder")):
+        tensors |= {f"{part}.{key}": t for key, t in real(name).items()}
+    found = source(tensors, configs={"unet": {"motion_num_attention_heads": 8}})
+    assert (found.slot, found.version) == ("--base", "v2")
+    whole = plan("sd15", dict.fromkeys(("unet", "vae", "text_encoder", "motion"), found), [])
+    assert whole.config.unet == SD15_V2.unet and whole.weights.keys() == whole.shapes.keys()
+    assert dict(whole.dropped[Path("file")]) == {"encodings of positions, computed here": 21}
+
+
+@pytest.mark.parametrize("before", ["controlnet.", "controlnet.module."])
+def test_sparsectrl_is_known_under_prefixes(before):
+    found = source({before + key: t for key, t in real("sparsectrl_rgb").items()})
+    assert found.slot == "--sparsectrl"
+    assert found.parts["sparsectrl"].keys() == source(real("sparsectrl_rgb")).parts[
+        "sparsectrl"].keys()
+
+
+def test_parts_of_other_methods_in_a_motion_module_are_named():
+    parts = ("img_encoder.conv.weight", "fps_embedding.linear.weight", "pose_encoder.x")
+    found = source(real("mm_v3") | {name: lazy((2,)) for name in parts})
+    assert found.version == "v3"
+    for name in parts:
+        assert found.dropped[name].startswith(f"of {name.partition('.')[0]}, another method's")
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("then", [None, torch.float16])
+def test_positions_that_fp8_rounded_are_known(kind, then):
+    tensors = real("mm_v3")
+    for name, t in tensors.items():
+        if name.endswith(".pe"):
+            rounded = sinusoid(*t.shape[1:]).to(kind)
+            rounded = rounded if then is None else rounded.to(then)
+            tensors[name] = LazyTensor(t.shape, rounded.dtype, lambda rounded=rounded: rounded)
+    check_positions(source(tensors))
+    name = next(name for name in tensors if name.endswith(".pe"))
+    moved = tensors[name].read().float().roll(1, 1).to(kind)
+    tensors[name] = LazyTensor(moved.shape, kind, lambda: moved)
+    with pytest.raises(InputError, match="not AnimateDiff's encoding of positions"):
+        check_positions(source(tensors))
 
 
 def test_positions_of_different_lengths_are_refused():

@@ -47,7 +47,7 @@ class Delta:
 
 
 def rank_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Of factors by their roles; None where there is none. Raises IndexError for a 0-d factor."""
+    """Of factors by their roles; None where there is none. Raises IndexError or ValueError for a 0-d one."""
     if "a1" in shapes:
         return min(shapes["a1"][:2])
     return next((shapes[role][0] for role in RANKED if role in shapes), None)

@@ -297,7 +297,7 @@ def split(name: str) -> tuple[str, str]:
 def ours(path: Path, part: str, theirs: dict[str, str]) -> dict[str, str]:
     """{our name: its name} of one network, whose names without prefix are the keys of `theirs`."""
     result: dict[str, str] = {}
-    strided = [int(m[1]) for m in map(re.compile(r"input_blocks\.(\d+)\.0\.op\.").match, theirs)
+    strided = [int(m[1]) for m in map(re.compile(r"input_blocks\.(\d\d?)\.0\.op\.").match, theirs)
                if m]
     layers = min(strided, default=3) - 1
     ldm = any(name.startswith("input_blocks.") for name in theirs)

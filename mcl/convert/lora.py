@@ -21,7 +21,6 @@ from . import names as rename
 from .changes import Delta, check_fit, rank_of
 from .formats import LORAS, Source, read_source
 from .lazy import LazyTensor
-from .reading import parse_json
 from .sizes import count
 
 ROLES = re.compile(
@@ -141,7 +140,7 @@ def one_delta(path: Path, module: str, factors: Mapping[str, LazyTensor], shape:
     sizes = {role: t.shape for role, t in rest.items()}
     try:
         fits, rank = check_fit(rest, shape), rank_of(sizes)
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise InputError(f"{path}: {module} has not exactly one pair of down and up, nor the "
                          f"factors of another form ({', '.join(sizes)})") from error
     if not fits or rank == 0 or not all(t.dtype.is_floating_point for t in rest.values()):
@@ -213,9 +212,7 @@ def our_module(module: str, layers: int) -> str:
 
 def peft_config(source: Source) -> dict[str, Any]:
     """What PEFT keeps beside the tensors, alpha above all; empty for a LoRA of another kind."""
-    config = dict(source.checkpoint.configs.get("peft", {}))
-    config |= parse_json(f"{source.path}: its lora_adapter_metadata",
-                         source.checkpoint.metadata.get("lora_adapter_metadata", "{}"))
+    config = source.checkpoint.configs.get("peft", {})
     unread = {"alpha_pattern", "use_rslora"}
     if not any("magnitude_vector" in name for name in source.checkpoint.tensors):
         unread.add("use_dora")

@@ -140,6 +140,8 @@ class TensorUnpickler(pickle._Unpickler):           # in Python: its steps can b
                         stride: tuple[int, ...], _: Any, __: Any, dtype: torch.dtype, *___: Any
                         ) -> LazyTensor:
         """A tensor of a dtype that has no storage class: its storage counts bytes."""
+        if not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError("a tensor of a kind that is not read here")
         typed = Storage(storage.key, dtype, storage.numel // dtype.itemsize)
         return self.tensor(typed, offset, size, stride)
 

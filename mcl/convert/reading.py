@@ -23,6 +23,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "U8": torch.uint8, "BOOL": torch.bool}
 V_YAML = re.compile(rb"^\s*parameterization:\s*[\"']?v\b", re.MULTILINE)
 MOST_YAML = 1 << 20
+PEFT = "lora_adapter_metadata"                      # what PEFT keeps beside the tensors
 PARTS = ("unet", "vae", "text_encoder")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model",
          "pytorch_lora_weights")
@@ -113,7 +114,9 @@ def open_safetensors(path: Path) -> Checkpoint:
         if dtype not in DTYPES:
             raise InputError(f"{path}: {name} is {dtype}, which is not read here")
     return Checkpoint({name: LazyTensor(shape, DTYPES[dtype], partial(read, path, file, name))
-                       for name, (shape, dtype) in kinds.items()}, (path,), metadata=metadata)
+                       for name, (shape, dtype) in kinds.items()}, (path,), metadata=metadata,
+                      configs={"peft": parse_json(f"{path}: its {PEFT}", metadata[PEFT])}
+                      if PEFT in metadata else {})
 
 
 def read(path: Path, file: Any, name: str) -> Tensor:
@@ -167,8 +170,9 @@ def open_network(folder: Path) -> Checkpoint:
             if name in tensors:
                 raise InputError(f"{file}: the tensor {name} is in another shard too")
         tensors |= one.tensors
-    configs = {key: read_json(folder / name) for key, name in
+    configs = {key: read_json(folder / name) | opened[0].configs.get(key, {}) for key, name in
                (("", "config.json"), ("peft", "adapter_config.json")) if (folder / name).is_file()}
+    configs = opened[0].configs | configs
     return Checkpoint(tensors, tuple(files), tuple(o for one in opened for o in one.others),
                       opened[0].metadata, configs)
 

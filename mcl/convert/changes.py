@@ -47,7 +47,10 @@ class Delta:
 
 
 def rank_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Of factors by their roles; None where there is none. Raises IndexError or ValueError for a 0-d one."""
+    """Of factors by their roles; None where there is none.
+
+    Raises IndexError or ValueError for a factor without dimensions.
+    """
     if "a1" in shapes:
         return min(shapes["a1"][:2])
     return next((shapes[role][0] for role in RANKED if role in shapes), None)

@@ -16,18 +16,20 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from mcl import (Model, Motion, SampleConfig, extract_motion, load_model, read_picture, read_video,
-                 sample, sparse_condition, write_video)
+from mcl import (Guide, Model, Motion, SampleConfig, extract_motion, load_model, read_picture,
+                 read_video, sample, sparse_condition, write_video)
+from mcl.checkpoint import EMBEDDED, read_shapes
 from mcl.command import FORESEEN, explain
+from mcl.command.options import REFERENCE_SEED, check, outputs, parse_jobs
 from mcl.convert.formats import LORAS
-from mcl.convert.lora import Lora, open_lora
+from mcl.convert.lora import Lora, merge, open_lora
 from mcl.files import atomic
-from mcl.inversion import Inversion, inversion_path, invert_motion
-from mcl.machine import keep_freed_memory, pick_recompute, set_aside
-from mcl.options import REFERENCE_SEED, check, outputs, parse_jobs
-from mcl.pictures import draw
-from mcl.report import measure, table
-from mcl.semantic import Semantics, semantics_of
+from mcl.inversion import Inversion, inversion_guide, inversion_path, invert_motion
+from mcl.machine import keep_freed_memory, off_the_accelerator, pick_recompute
+from mcl.measure.pictures import draw
+from mcl.measure.report import measure, table
+from mcl.sampler import starting_noise
+from mcl.semantic import Subject, noised, semantic_guide, subject_of
 
 
 def open_loras(args: argparse.Namespace) -> list[Lora]:
@@ -47,7 +49,8 @@ class Models:
                *((lora.source.path, lora.scale) for lora in loras))
         if self.model is None or key != self.key:
             self.model = None           # not two at a time
-            self.model, self.key = load_model(args.weights, args.device, args.dtype, loras), key
+            edit = merge(loras, read_shapes(args.weights or EMBEDDED)) if loras else None
+            self.model, self.key = load_model(args.weights, args.device, args.dtype, edit), key
         return self.model
 
 
@@ -71,11 +74,10 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
     warn_unknown(model, args.prompt)
 
     began = clock()
-    latents = (None if reference is None
-               else model.vae.encode(reference.to(model.device, model.dtype)))
-    motion = (Motion.load(args.motion) if reference is None or latents is None
-              else read_motion(args, model, reference, latents, config))
-    semantics = read_semantics(args, model, motion, latents, config)
+    latents = None if reference is None else model.vae.encode(reference)
+    read = (Motion.load(args.motion) if reference is None or latents is None
+            else read_reference(args, model, reference, latents, config))
+    subject = read_subject(args, model, read, latents, config)
     timing["extract"] = clock() - began
 
     condition = given_frames(model, pictures, args, config)
@@ -85,12 +87,13 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
     for i, out in enumerate(outputs(args)):
         seed = args.seed + i
         began = clock()
-        generator = torch.Generator().manual_seed(seed)
-        bar = tqdm(sample(model, args.prompt, motion, config=config, generator=generator,
-                          condition=condition, semantics=semantics, recompute=recompute),
-                   total=config.steps, desc=f"seed {seed}", unit="step", file=sys.stderr)
+        start = starting_noise(model, config, torch.Generator().manual_seed(seed))
+        guides = guides_of(args, model, read, subject, start, config)
+        states = sample(model, args.prompt, read if isinstance(read, Motion) else None, config,
+                        guides=guides, latents=start, condition=condition, recompute=recompute)
         losses, grads = [], []
-        with set_aside(model.vae, model.text_encoder):
+        with off_the_accelerator(model.vae, model.text_encoder):
+            bar = progress(f"seed {seed}", config.steps)(states)
             for state in bar:
                 if state.loss is not None and state.grad_norm is not None:
                     losses.append(state.loss)
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
         timing["sample"] = clock() - began
 
         began = clock()
-        frames = model.vae.decode(state.latents.to(model.dtype)).float().cpu()
+        frames = model.vae.decode(state.latents).float().cpu()
         timing["decode"] = clock() - began
         write_video(out, frames, fps)
         if reference is not None and args.compare:
@@ -108,39 +111,45 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
             print(beside)
         figures = {}
         if args.report and reference is not None:
-            figures = measured(args, model, config, seed, condition, reference, state.latents)
+            figures = measured(args, model, config, start, condition, reference, state.latents)
             print(table(figures))
         if args.maps is not None:
             folder = args.maps if args.num_samples == 1 else args.maps / f"seed {seed}"
-            draw(folder, reference, frames, motion, semantics, losses, grads)
+            t = max(read.latents) if isinstance(read, Inversion) else config.extract_t
+            draw(folder, reference, frames,
+                 read if isinstance(read, Motion) else read.motion(t, config),
+                 None if subject is None else subject.masks(t), losses, grads)
         write_sidecar(out.with_suffix(".json"), {
             "prompt": args.prompt, "method": args.method, "reference_prompt": args.ref_prompt,
             "subject": args.subject, "reference": str(args.ref or args.motion), "seed": seed,
             "settings": dataclasses.asdict(config), "start": args.start,
             "duration": args.duration, "fit": args.fit, "fps": fps,
-            "weights": str(args.weights), "weights_sha256": model.sha256,
+            "weights": str(args.weights or EMBEDDED), "weights_sha256": model.sha256,
             "images": [(str(path), frame) for path, frame in args.image],
             "loras": [(str(lora.source.path), lora.scale) for lora in loras],
             "ignore_alpha": args.ignore_alpha,
             "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
             "recompute": recompute,
-            "torch": torch.__version__, "motion_loss": losses, "report": figures,
+            "torch": torch.__version__, "loss": losses, "report": figures,
             "seconds": {name: round(s, 3) for name, s in timing.items()}})
         print(out)
 
 
-def read_motion(args: argparse.Namespace, model: Model, reference: torch.Tensor,
-                latents: torch.Tensor, config: SampleConfig) -> Motion | Inversion:
+def progress(title: str, steps: int) -> Any:
+    """Wraps an iterator of so many steps in a bar."""
+    return functools.partial(tqdm, total=steps, desc=title, unit="step", file=sys.stderr)
+
+
+def read_reference(args: argparse.Namespace, model: Model, reference: torch.Tensor,
+                   latents: torch.Tensor, config: SampleConfig) -> Motion | Inversion:
     if args.method == "inversion":
-        bar = functools.partial(tqdm, total=len(inversion_path(model.schedule, config)),
-                                desc="inversion", unit="step", file=sys.stderr)
+        bar = progress("inversion", len(inversion_path(model.schedule, config)))
         return invert_motion(model, latents, args.ref_prompt, config, bar, args.inversion_dir)
     # Read under its own frames: the new clip's are not of this motion.
     own = [reference[frame, None] for _, frame in args.image]
     condition = given_frames(model, own, args, config)
-    motion = extract_motion(model, latents, t=config.extract_t, k=config.top_k,
-                            blocks=config.blocks,
-                            noise=reference_noise(latents), condition=condition)
+    motion = extract_motion(model, latents, config, noise=reference_noise(latents),
+                            condition=condition)
     if args.save_motion is not None:
         dataclasses.replace(motion, info=motion.info | {"source": args.ref.name}).save(
             args.save_motion)
@@ -151,39 +160,41 @@ def reference_noise(latents: torch.Tensor) -> torch.Tensor:
     return torch.randn(latents.shape, generator=torch.Generator().manual_seed(REFERENCE_SEED))
 
 
-def read_semantics(args: argparse.Namespace, model: Model, motion: Motion | Inversion,
-                   latents: torch.Tensor | None, config: SampleConfig) -> Semantics | None:
-    if not config.semantic_scale or not config.motion_scale:
-        return None
+def read_subject(args: argparse.Namespace, model: Model, read: Motion | Inversion,
+                 latents: torch.Tensor | None, config: SampleConfig) -> Subject | None:
     if not args.subject or latents is None:
-        return Semantics(model, config.blocks)
+        return None
     ref_word, word = args.subject
-    reference: Inversion | torch.Tensor
-    if isinstance(motion, Inversion):
-        reference = motion
-    else:
-        noise = reference_noise(latents).to(latents.device)
-        reference = model.schedule.add_noise(latents.float(), noise, config.extract_t)
-    return semantics_of(model, config.blocks, args.prompt, word, args.ref_prompt, ref_word,
-                        reference, config.extract_t)
+    attend = read.attend if isinstance(read, Inversion) else noised(
+        model, latents, args.ref_prompt, config, reference_noise(latents))
+    return subject_of(model, args.prompt, word, args.ref_prompt, ref_word, attend, config)
 
 
-def measured(args: argparse.Namespace, model: Model, config: SampleConfig, seed: int,
+def guides_of(args: argparse.Namespace, model: Model, read: Motion | Inversion,
+              subject: Subject | None, start: torch.Tensor, config: SampleConfig) -> list[Guide]:
+    """What steers beside a `Motion`, from this starting noise."""
+    guides = []
+    if config.motion_scale and isinstance(read, Inversion):
+        guides.append(inversion_guide(read, config))
+    if config.motion_scale and config.semantic_scale:
+        guides.append(semantic_guide(model, args.prompt, start, config, subject,
+                                     progress=progress("unguided look", config.guidance_steps)))
+    return guides
+
+
+def measured(args: argparse.Namespace, model: Model, config: SampleConfig, start: torch.Tensor,
              condition: torch.Tensor | None, reference: torch.Tensor, result: torch.Tensor
              ) -> dict[str, dict[str, float]]:
-    """Figures of the result's latents, and of an unguided sample from the noise of the seed."""
-    bar = tqdm(sample(model, args.prompt, None, config=config, condition=condition,
-                      generator=torch.Generator().manual_seed(seed)),
-               total=config.steps, desc="unguided", unit="step", file=sys.stderr)
-    *_, unguided = bar
+    """Figures of the result's latents, and of an unguided sample from the same noise."""
+    *_, unguided = progress("unguided", config.steps)(
+        sample(model, args.prompt, None, config, latents=start, condition=condition))
+    strongest = dataclasses.replace(config, top_k=1)
 
     def motion(latents: torch.Tensor) -> Motion:
-        return extract_motion(model, latents, t=config.extract_t, blocks=config.blocks,
-                              noise=reference_noise(latents))
+        return extract_motion(model, latents, strongest, noise=reference_noise(latents))
 
-    shown = motion(model.vae.encode(reference.to(model.device, model.dtype)))
-    return {name: measure(reference, model.vae.decode(z.to(model.dtype)).float().cpu(), shown,
-                          motion(z))
+    shown = motion(model.vae.encode(reference))
+    return {name: measure(reference, model.vae.decode(z).float().cpu(), shown, motion(z))
             for name, z in (("result", result), ("unguided", unguided.latents))}
 
 
@@ -192,7 +203,7 @@ def given_frames(model: Model, pictures: list[torch.Tensor], args: argparse.Name
     """SparseCtrl's condition: these pictures (1, 3, H, W), at the frames that --image names."""
     if not pictures:
         return None
-    given = torch.cat(pictures).to(model.device, model.dtype)
+    given = torch.cat(pictures)
     if model.config.sparsectrl.kind == "rgb":
         given = rearrange(model.vae.encode(given), "1 c n h w -> n c h w")
     else:

@@ -1,14 +1,20 @@
 """MotionClone in plain PyTorch: the motion of a reference video, in a new video of a prompt."""
 from .checkpoint import load_model, save_model
 from .config import ModelConfig, SampleConfig
+from .convert.memory import model_from_state_dicts
 from .errors import InputError, NumericalError
-from .inversion import Inversion, invert_motion
+from .inversion import Inversion, inversion_guide, invert_motion
 from .model import Model
-from .motion import Motion, extract_motion, motion_loss
+from .motion import Guide, Motion, extract_motion, motion_guide, motion_loss
 from .sampler import State, sample
+from .semantic import semantic_guide, subject_of
 from .sparsectrl import sparse_condition
+from .temporal import Attended, Wanted
 from .video import read_picture, read_video, write_video
 
-__all__ = ["InputError", "Inversion", "Model", "ModelConfig", "Motion", "NumericalError",
-           "SampleConfig", "State", "extract_motion", "invert_motion", "load_model", "motion_loss",
-           "read_picture", "read_video", "sample", "save_model", "sparse_condition", "write_video"]
+__version__ = "0.1.0"
+__all__ = ["Attended", "Guide", "InputError", "Inversion", "Model", "ModelConfig", "Motion",
+           "NumericalError", "SampleConfig", "State", "Wanted", "extract_motion",
+           "inversion_guide", "invert_motion", "load_model", "model_from_state_dicts",
+           "motion_guide", "motion_loss", "read_picture", "read_video", "sample", "save_model",
+           "semantic_guide", "sparse_condition", "subject_of", "write_video"]

@@ -2,62 +2,83 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Iterator, Mapping, Sequence
+from typing import Iterator, Mapping, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from .config import ModelConfig, from_dict, to_dict
-from .convert.lora import Lora, all_deltas, fingerprint, merged
 from .errors import InputError
 from .files import save_safetensors
-from .layers import channels_last, layout
 from .machine import pick_device, pick_dtype
-from .model import Model, build_model
+from .model import Model
+from .tuned import layout
 
+# In an installed package it lies inside; in a checkout beside it.
+EMBEDDED = next(file for folder in (Path(__file__).parent, Path(__file__).parent.parent)
+                if (file := folder / "weights" / "tiny.safetensors").exists()
+                or folder.name != "mcl")
 FORMAT = "mcl-model-1"
-FEW = 64
+FEW = 64                                # tensors that are read while a file is open
 SCALE = ".scale"                        # after a name: of each row of an int8 matrix
 
 
-def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
-               loras: Sequence[Lora] = ()) -> Model:
+class Edit(Protocol):
+    """Changes weights as they are read; convert.lora's `Merge` is one."""
+
+    @property
+    def sha256(self) -> str:
+        """What tells it from every other edit."""
+
+    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The new weight of a name, as "unet.conv_in.weight", of the same shape."""
+
+
+def load_model(path: str | Path | None = None, device: str | torch.device = "auto",
+               dtype: str | torch.dtype = "auto", edit: Edit | None = None) -> Model:
     """A model from a file that `save_model` or convert_weights.py wrote, ready to sample.
 
+    path     the embedded model's where not given
     device   "auto" takes cuda, then mps, then cpu
-    dtype    "float32", "float16", "bfloat16"; "auto" is float32 on the cpu, else float16
-    loras    merged into the weights as they are read; the model's sha256 then stands for all
+    dtype    torch's own, or "float32", "float16", "bfloat16" (fp32, fp16, bf16); "auto" is float32
+             on the cpu, else float16
+    edit     changes the weights as they are read; the model's sha256 then stands for both
 
     Raises InputError, naming the file, where it is missing, damaged or of another kind, where a
-    tensor is missing, extra, mis-shaped or not finite, where a LoRA does not fit, and for a
-    device that is not there.
+    tensor is missing, extra, mis-shaped or not finite, and for a device that is not there.
     """
-    path = Path(path)
+    path = EMBEDDED if path is None else Path(path)
     chosen = pick_device(device)
     kind = pick_dtype(dtype, chosen)
-    config = read_header(path)
+    model = meta_model(read_header(path))
     with open(path, "rb") as binary:
-        sha256 = hashlib.file_digest(binary, "sha256").hexdigest()
-    if loras:
-        sha256 = hashlib.sha256("\n".join([sha256, *map(fingerprint, loras)]).encode()).hexdigest()
-    model = build_model(config, "meta", sha256)
-    shapes = {f"{part}.{name}": tensor.shape for part, module in model.parts.items()
-              for name, tensor in module.state_dict().items()}
-    changes, _ = all_deltas(loras, shapes)
+        model.file_sha256 = hashlib.file_digest(binary, "sha256").hexdigest()
+    if edit is not None:
+        both = f"{model.file_sha256}\n{edit.sha256}"
+        model.file_sha256 = hashlib.sha256(both.encode()).hexdigest()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     with safe_open(path, framework="pt") as file:
         check_names(path, {name for name in file.keys()
                            if name.removesuffix(SCALE) not in shapes or name in shapes}, shapes)
-    for part, module in model.parts.items():
-        state = {}
-        names = [f"{part}.{name}" for name in module.state_dict()]
-        for name, tensor in read_tensors(path, names, chosen):
-            check_shape(path, name, tensor, shapes[name])
-            weight = merged(tensor, changes.get(name, ()), kind)
-            check_finite(path, name, weight)
-            state[name.removeprefix(f"{part}.")] = layout(weight)
-        place(module, state)
-    return model
+    state = {}
+    for name, tensor in read_tensors(path, list(shapes), chosen):
+        check_shape(path, name, tensor, shapes[name])
+        weight = (tensor if edit is None else edit(name, tensor)).to(kind, copy=True)
+        check_finite(path, name, weight)
+        state[name] = weight
+    return fill(model, state)
+
+
+def meta_model(config: ModelConfig) -> Model:
+    """A model without weights, of which names and shapes are known."""
+    with torch.device("meta"):
+        return Model(config)
+
+
+def fill(model: Model, state: Mapping[str, torch.Tensor]) -> Model:
+    """Puts weights into a model on the meta device; only inputs will have gradients."""
+    model.load_state_dict({name: layout(weight) for name, weight in state.items()}, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 def read_tensors(path: Path, names: list[str], device: torch.device
@@ -102,13 +123,12 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapp
     pack_from  matrices of so many numbers or more are written as int8 with a scale for each row
     """
     tensors = {}
-    for part, module in model.parts.items():
-        for name, tensor in module.state_dict().items():
-            name, tensor = f"{part}.{name}", tensor.detach().cpu()
-            if pack_from is not None and tensor.ndim > 1 and tensor.numel() >= pack_from:
-                tensors[name], tensors[name + SCALE] = pack(tensor)
-            else:
-                tensors[name] = tensor.to(dtype)
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu()
+        if pack_from is not None and tensor.ndim > 1 and tensor.numel() >= pack_from:
+            tensors[name], tensors[name + SCALE] = pack(tensor)
+        else:
+            tensors[name] = tensor.to(dtype)
     save_safetensors(path, tensors, metadata(model.config, sources, dtype))
 
 
@@ -124,13 +144,18 @@ def read_header(path: str | Path) -> ModelConfig:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such weights file; convert_weights.py makes them, and "
-                         "without --weights the embedded model runs")
+                         "without a file the embedded model runs")
     try:
         with safe_open(path, framework="pt") as file:
             return read_config(path, file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a safetensors file that can be read ({error}); a broken "
                          "download should be fetched again") from error
+
+
+def read_shapes(path: str | Path) -> dict[str, torch.Size]:
+    """Of a model file's weights, by name, as its config has them. Raises InputError likewise."""
+    return {name: t.shape for name, t in meta_model(read_header(path)).state_dict().items()}
 
 
 def read_config(path: Path, metadata: Mapping[str, str]) -> ModelConfig:
@@ -160,9 +185,3 @@ def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
     if not torch.isfinite(tensor).all():
         raise InputError(f"{path}: the tensor {name} holds values that are not finite, "
                          f"or that {str(tensor.dtype).removeprefix('torch.')} cannot hold")
-
-
-def place(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Puts the weights into a module on the meta device; only inputs will have gradients."""
-    module.load_state_dict(state, assign=True)
-    channels_last(module.requires_grad_(False).eval())

@@ -7,7 +7,7 @@ from once-noised latents.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from .config import SampleConfig
 from .errors import InputError
 from .files import save_safetensors
 from .model import Model
-from .motion import Motion, strongest
-from .sampler import noise
+from .motion import Guide, Motion, motion_loss, strongest
+from .sampler import clip_shape, predict
 from .schedule import Schedule, ddim_step
+from .temporal import Attended, Wanted
 
 
 @torch.no_grad()
@@ -35,35 +36,46 @@ def invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[int],
     text = model.encode_text([prompt])
     z = latents.to(model.device, torch.float32)
     for t_before, t in zip([t_before, *timesteps], timesteps):
-        eps = noise(model, z, t, text)
+        eps, _ = predict(model, z, t, text)
         z = ddim_step(z, eps, eps, model.schedule.abar(t_before), model.schedule.abar(t))
         yield t, z
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """A reference along its inversion: latents {t: (1, c, f, h, w)}, read as they are needed."""
+    """A reference along its inversion."""
     model: Model
-    prompt: str                         # of the reference
-    latents: Mapping[int, Tensor]
-    k: int
-    blocks: tuple[str, ...]
-    info: dict[str, Any]
+    text: Tensor                        # (1, n, d), of the reference's prompt
+    latents: Mapping[int, Tensor]       # timestep -> (1, c, f, h, w), read as they are needed
 
     @torch.no_grad()
-    def at(self, t: int) -> Motion:
-        """The motion at timestep t. Raises InputError for one that was not kept."""
+    def attend(self, t: int, wanted: Wanted) -> Attended:
+        """The reference's attention at timestep t. Raises InputError for one that was not kept."""
         if t not in self.latents:
             raise InputError(f"the reference was not inverted to timestep {t}: invert it with the "
                              "settings that are sampled with")
         z = self.latents[t].to(self.model.device, self.model.dtype)
-        _, maps = self.model.unet(z, t, self.model.encode_text([self.prompt]),
-                                  maps_of=self.blocks, need_eps=False)
-        return strongest(maps, self.k, self.info | {"t": t})
+        return self.model.unet.attend(z, t, self.text, wanted)
 
-    def to(self, device: torch.device | str) -> "Inversion":
-        """Itself: its latents stay where they are, and go to the model's device one by one."""
-        return self
+    def motion(self, t: int, config: SampleConfig) -> Motion:
+        """The motion at timestep t, of the blocks and values that the settings name."""
+        h, w = self.latents[t].shape[-2:]
+        return strongest(self.attend(t, Wanted(temporal_maps=config.blocks)).temporal_maps,
+                         config.top_k, {"frames": config.frames, "height": h, "width": w})
+
+
+def inversion_guide(inversion: Inversion, config: SampleConfig) -> Guide:
+    """Towards the motion that the reference has at each step.
+
+    Raises InputError where it was not inverted for these settings.
+    """
+    shape = clip_shape(inversion.model, config)
+    for t in guided_timesteps(inversion.model.schedule, config):
+        if t not in inversion.latents or inversion.latents[t].shape != shape:
+            raise InputError(f"the reference was not inverted to latents of {shape} at timestep "
+                             f"{t}: invert it with the settings that are sampled with")
+    return Guide(Wanted(temporal_maps=config.blocks), lambda seen, t: motion_loss(
+        seen.temporal_maps, inversion.motion(t, config), config.weights_of_blocks))
 
 
 class KeptLatents(Mapping[int, Tensor]):
@@ -128,14 +140,12 @@ def invert_motion(model: Model, latents: Tensor, prompt: str, config: SampleConf
     """
     path = inversion_path(model.schedule, config)
     guided = set(guided_timesteps(model.schedule, config))
-    info = {"model": model.sha256, "frames": latents.shape[2], "height": latents.shape[3],
-            "width": latents.shape[4]}
     if folder is None:
         steps = progress(invert(model, latents, prompt, path))
         kept: Mapping[int, Tensor] = {t: z for t, z in steps if t in guided}
     else:
         kept = invert_into(folder, model, latents, prompt, path, guided, progress)
-    return Inversion(model, prompt, kept, config.top_k, config.blocks, info)
+    return Inversion(model, model.encode_text([prompt]), kept)
 
 
 def invert_into(folder: Path, model: Model, latents: Tensor, prompt: str, path: list[int],

@@ -6,13 +6,12 @@ Letters used in every shape and einops string of this project:
 Attention itself is one free function, `attention`, which every block calls. Parameter names are
 those of the diffusers / AnimateDiff checkpoints.
 """
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
+
+from . import tuned
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, want_map: bool = False,
@@ -25,38 +24,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, want_map: bool = Fals
     `causal` lets a token see itself and those before it; such a layer has no map to give.
     """
     q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=heads) for x in (q, k, v))
-    # On short sequences the fused kernel takes up to four times as long as plain products, on CPUs.
-    if want_map or (q.device.type == "cpu" and q.shape[-2] * k.shape[-2] < 256 ** 2):
-        wide = torch.promote_types(q.dtype, torch.float32) if want_map else q.dtype
-        with torch.autocast(q.device.type, enabled=False):
-            scores = q.to(wide) * q.shape[-1] ** -0.5 @ k.to(wide).transpose(-1, -2)
-            if causal:
-                later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-                scores = scores.masked_fill(later, -torch.inf)
-            probs = scores.softmax(dim=-1)
-            out = probs.to(v.dtype) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return rearrange(out, "b heads n d -> b n (heads d)"), probs if want_map else None
-
-
-class FrozenConvolution(torch.autograd.Function):
-    """A convolution with weights that are not trained, which keeps nothing of its input x
-    (b, c_in, h, w); torch's own keeps it for the gradient of the weights, be that wanted or not.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...],
-                padding: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
-        return F.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight = ctx.saved_tensors[0].to(grad.dtype)        # autocast may have narrowed grad
-        return (conv2d_input(ctx.shape, weight, grad, ctx.stride, ctx.padding),
-                None, None, None, None)
+    if not want_map:
+        mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril() if causal else None
+        return rearrange(tuned.attend(q, k, v, mask), "b heads n d -> b n (heads d)"), None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        probs = (q.to(wide) * q.shape[-1] ** -0.5 @ k.to(wide).transpose(-1, -2)).softmax(dim=-1)
+        out = probs.to(v.dtype) @ v
+    return rearrange(out, "b heads n d -> b n (heads d)"), probs
 
 
 class Conv2d(nn.Conv2d):
@@ -64,38 +39,22 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.padding, tuple)      # and not a word
-        return convolution(x, self.weight, self.bias, self.stride, self.padding)
+        return tuned.convolution(x, self.weight, self.bias, self.stride, self.padding)
 
 
 class Linear(nn.Linear):
     """A linear layer over the last axis, (..., c_in) -> (..., c_out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., c_in), weight (c_out, c_in) -> (..., c_out).
-
-    In float32 on the CPU as a 1x1 convolution, channels last: there oneDNN takes five sixths of the
-    time that the matrix product of torch's BLAS takes (BENCHMARKS.md).
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    rows = x.reshape(1, -1, 1, x.shape[-1]).movedim(-1, 1)
-    y = convolution(rows, weight[:, None, None].movedim(-1, 1), bias)
-    return y.movedim(1, -1).reshape(*x.shape[:-1], -1)
-
-
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...] = (1, 1),
-                padding: tuple[int, ...] = (0, 0)) -> Tensor:
-    """x (b, c_in, h, w), weight (c_out, c_in, *kernel) -> (b, c_out, h', w')."""
-    convolve = F.conv2d if weight.requires_grad else FrozenConvolution.apply
-    return convolve(x, weight, bias, stride, padding)
+        return tuned.linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
-    """Projections around `attention`; self-attention where no context is given."""
+    """Projections around `attention`; self-attention where no context is given.
+
+    `name` is the layer's full name in a `UNet3D`, under which its map is asked for and returned.
+    """
+    name = ""
 
     def __init__(self, channels: int, heads: int, context_channels: int | None = None):
         super().__init__()
@@ -106,29 +65,13 @@ class Attention(nn.Module):
         self.to_v = Linear(context_channels, channels, bias=False)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, want: tuple[str, ...] = ()
-                ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (b, n, c) -> like x, and what is wanted: "" the map, "to_k" the keys (b, m, c)."""
+    def forward(self, x: Tensor, context: Tensor | None = None, want_map: bool = False
+                ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x (b, n, c) -> like x, the keys (b, m, c), and the map (b, heads, n, m) if wanted."""
         context = x if context is None else context
         keys = self.to_k(context)
-        out, probs = attention(self.to_q(x), keys, self.to_v(context), self.heads, "" in want)
-        found = {} if probs is None else {"": probs}
-        return self.to_out[0](out), found | ({"to_k": keys} if "to_k" in want else {})
-
-
-class Gate(torch.autograd.Function):
-    """value * gelu(gate), with the exact (erf) gelu, which is computed again for the gradient:
-    value and gate are the largest features of all, and gelu(gate) would be kept as a third."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(value, gate)
-        return F.gelu(gate).mul_(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        value, gate = ctx.saved_tensors
-        return F.gelu(gate).mul_(grad), torch.ops.aten.gelu_backward(grad * value, gate)
+        out, probs = attention(self.to_q(x), keys, self.to_v(context), self.heads, want_map)
+        return self.to_out[0](out), keys, probs
 
 
 class GEGLU(nn.Module):
@@ -139,9 +82,9 @@ class GEGLU(nn.Module):
         self.proj = Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = (linear(x, weight, bias) for weight, bias in
+        value, gate = (tuned.linear(x, weight, bias) for weight, bias in
                        zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
-        return Gate.apply(value, gate)
+        return tuned.Gate.apply(value, gate)
 
 
 class FeedForward(nn.Module):
@@ -200,7 +143,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided convolution.
+    """Halves the size by a strided convolution.
 
     The UNet pads all four sides, the VAE's encoder only right and bottom; padding the VAE
     evenly would shift the picture by half a pixel at every level.
@@ -216,7 +159,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size (or exactly `size`, for odd latents), nearest, then a convolution."""
+    """Doubles the size, or brings it to `size` (of odd latents): nearest, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -247,9 +190,8 @@ class TransformerBlock(nn.Module):
         x = x + self.attn1(self.norm1(x))[0]
         # All frames of a clip attend to one text: its keys and values are computed once.
         y = rearrange(self.norm2(x), "(b f) n c -> b (f n) c", b=b)
-        y, found = self.attn2(y, text, want=("",) if want_map else ())
+        y, _, probs = self.attn2(y, text, want_map)
         x = x + rearrange(y, "b (f n) c -> (b f) n c", n=n)
-        probs = found.get("")
         if probs is not None:
             probs = rearrange(probs, "b heads (f n) m -> (b f) heads n m", n=n)
         return x + self.ff(self.norm3(x)), probs
@@ -266,21 +208,14 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, text_channels)])
         self.proj_out = Conv2d(channels, channels, 1)
 
+    @property
+    def name(self) -> str:
+        """Of the attention to the text."""
+        return str(self.transformer_blocks[0].get_submodule("attn2").name)
+
     def forward(self, x: Tensor, text: Tensor, want_map: bool = False
                 ) -> tuple[Tensor, Tensor | None]:
         h = x.shape[2]
         y = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         y, probs = self.transformer_blocks[0](y, text, want_map)
         return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h)), probs
-
-
-def channels_last(module: nn.Module) -> nn.Module:
-    """Lays the convolutions' weights out as the CPU and tensor cores want them; in place."""
-    for p in module.parameters():
-        p.data = layout(p.data)
-    return module
-
-
-def layout(weight: Tensor) -> Tensor:
-    """One weight as `channels_last` lays it out."""
-    return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight

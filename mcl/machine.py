@@ -14,36 +14,39 @@ from .errors import InputError
 from .model import Model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MEMORY = ("auto", "low", "high")
-# Features of the top resolution that a guided step of Stable Diffusion 1.5 keeps for its gradient,
-# as BENCHMARKS.md has it measured, and what it needs besides.
-KEPT, BESIDES = 215, 60
+# Of the size of the top resolution, the features that a guided step of Stable Diffusion 1.5 keeps
+# for its gradient (215, as BENCHMARKS.md has it measured), and those that it needs besides.
+FEATURES_OF_A_GUIDED_STEP = 215 + 60
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4   # of glibc's malloc.h
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(wanted: str | torch.device) -> torch.device:
     """"auto" is cuda, then mps, then cpu. Raises InputError for a device that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
-    if name == "auto":
-        name = next(device for device, is_there in there.items() if is_there)
+    if wanted == "auto":
+        wanted = next(device for device, is_there in there.items() if is_there)
     try:
-        device = torch.device(name)
+        device = torch.device(wanted)
     except RuntimeError as error:
-        raise InputError(f"device {name!r} is not known: auto, {', '.join(there)}") from error
+        raise InputError(f"device {wanted!r} is not known: auto, {', '.join(there)}") from error
     if not there.get(device.type, False):
-        raise InputError(f"device {name!r} is not there: this machine has "
+        raise InputError(f"device {str(wanted)!r} is not there: this machine has "
                          f"{', '.join(d for d, is_there in there.items() if is_there)}")
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is float32 on the cpu, else float16. Raises InputError for an unknown name."""
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "float16"
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is not known: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+def pick_dtype(wanted: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """"auto" is float32 on the cpu, else float16. Raises InputError for an unknown one."""
+    if wanted == "auto":
+        wanted = "float32" if device.type == "cpu" else "float16"
+    chosen = DTYPES.get(SHORT.get(wanted, wanted)) if isinstance(wanted, str) else wanted
+    if chosen is None or chosen not in DTYPES.values():
+        raise InputError(f"dtype {str(wanted)!r} is not known: auto, "
+                         f"{', '.join((*DTYPES, *SHORT))}")
+    return chosen
 
 
 def pick_recompute(memory: str, model: Model, config: SampleConfig) -> bool:
@@ -64,7 +67,7 @@ def guided_bytes(model: Model, config: SampleConfig) -> int:
     s = model.config.vae.downsampling
     positions = config.frames * (config.height // s) * (config.width // s)
     width = model.config.unet.block_out_channels[0]
-    return (KEPT + BESIDES) * positions * width * model.dtype.itemsize
+    return FEATURES_OF_A_GUIDED_STEP * positions * width * model.dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -96,8 +99,8 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def set_aside(*modules: nn.Module) -> Iterator[None]:
-    """Keeps modules off the accelerator meanwhile, to leave its memory to the UNet."""
+def off_the_accelerator(*modules: nn.Module) -> Iterator[None]:
+    """Keeps modules on the CPU meanwhile, to leave its memory to the UNet."""
     devices = [next(module.parameters()).device for module in modules]
     try:
         for module in modules:

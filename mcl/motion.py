@@ -2,15 +2,17 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .config import SampleConfig
 from .errors import InputError
 from .files import save_safetensors
 from .model import Model
+from .temporal import Attended, Wanted
 
 FORMAT = "mcl-motion-1"
 
@@ -27,14 +29,6 @@ class Motion:
     values: dict[str, Tensor]
     indices: dict[str, Tensor]
     info: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(self.values)
-
-    def at(self, t: int) -> "Motion":
-        """The motion that guides at timestep t: this one at every t. (`Inversion` has others.)"""
-        return self
 
     def to(self, device: torch.device | str) -> "Motion":
         return Motion({name: v.to(device) for name, v in self.values.items()},
@@ -56,7 +50,7 @@ class Motion:
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: not a motion file that can be read ({error})") from error
         if metadata.get("format") != FORMAT:
-            raise InputError(f"{path}: not a motion file, which --save-motion writes")
+            raise InputError(f"{path}: not a motion file, which `Motion.save` writes")
         split: dict[str, dict[str, Tensor]] = {"values": {}, "indices": {}}
         for key, tensor in tensors.items():
             kind, _, layer = key.partition(".")
@@ -65,35 +59,38 @@ class Motion:
 
 
 @torch.no_grad()
-def extract_motion(model: Model, latents: Tensor, *, noise: Tensor | None = None,
-                   generator: torch.Generator | None = None, t: int = 400, k: int = 1,
-                   blocks: Sequence[str] = ("up_blocks.1",), condition: Tensor | None = None
-                   ) -> Motion:
+def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = None, *,
+                   noise: Tensor | None = None, generator: torch.Generator | None = None,
+                   condition: Tensor | None = None) -> Motion:
     """Reads the motion of a clip off one noised pass of the UNet, without inversion.
 
     latents    (1, c, f, h, w), scaled, of the reference
+    config     whose extract_t, top_k and blocks say what is read; the model's own where not given
     noise      like latents, standard normal; drawn from the CPU `generator` where not given
-    t          timestep to which the latents are noised (t_alpha), 0 to 999
-    k          values kept of each row of a map, 1 to f
-    blocks     blocks, motion modules or layers to read
     condition  of a model with SparseCtrl: the reference's own frames, at the places where the
                new clip will be given others (`sparse_condition`)
 
     The null prompt, conditional branch only; the pass ends after the last block that is read.
-    Raises InputError for a block without temporal attention and for a k that cannot be.
+    Raises InputError for latents of another shape, a block without temporal attention, and a top_k
+    of more than the number of frames.
     """
-    frames = latents.shape[2]
-    if not 1 <= k <= frames:
+    config = config or model.config.sample
+    if latents.ndim != 5 or latents.shape[:2] != (1, model.config.unet.in_channels):
+        raise InputError(f"latents of shape {tuple(latents.shape)}, where those of one clip are "
+                         f"wanted: (1, {model.config.unet.in_channels}, f, h, w)")
+    frames, t, k = latents.shape[2], config.extract_t, config.top_k
+    if k > frames:
         raise InputError(f"top_k = {k} is not possible: 1 to the number of frames, {frames}")
     if noise is None:
         noise = torch.randn(latents.shape, generator=generator)
-    z = model.schedule.add_noise(latents.float(), noise.to(latents.device).float(), t)
+    z = model.schedule.add_noise(latents.to(model.device).float(), noise.to(model.device).float(),
+                                 t)
     null = model.encode_text([""])
-    _, maps = model.unet(z.to(model.dtype), t, null, maps_of=blocks, need_eps=False,
-                         residuals=model.residuals(condition, t, null))
-    return strongest(maps, k, {"model": model.sha256, "t": t, "k": k, "blocks": list(blocks),
-                               "frames": frames, "height": latents.shape[3],
-                               "width": latents.shape[4]})
+    seen = model.unet.attend(z.to(model.dtype), t, null, Wanted(temporal_maps=config.blocks),
+                             model.residuals(condition, t, null))
+    return strongest(seen.temporal_maps, k, {
+        "model": model.sha256, "t": t, "k": k, "blocks": list(config.blocks), "frames": frames,
+        "height": latents.shape[3], "width": latents.shape[4]})
 
 
 def strongest(maps: dict[str, Tensor], k: int, info: dict[str, Any]) -> Motion:
@@ -103,9 +100,9 @@ def strongest(maps: dict[str, Tensor], k: int, info: dict[str, Any]) -> Motion:
                   {name: found.indices for name, found in top.items()}, info)
 
 
-def motion_loss(maps: dict[str, Tensor], motion: Motion,
+def motion_loss(maps: Mapping[str, Tensor], motion: Motion,
                 block_weights: Mapping[str, float] | None = None) -> Tensor:
-    """How far the maps are from the motion, at its indices alone: a float32 scalar (eq. 3, 6).
+    """How far the maps are from the motion, at its indices alone: a float32 scalar (eqs. 3, 6).
 
     The sum over layers of the mean square difference, in the published code's scaling; each
     weighted by the block whose layer it is, where `block_weights` names that.
@@ -114,6 +111,24 @@ def motion_loss(maps: dict[str, Tensor], motion: Motion,
     for name, values in motion.values.items():
         generated = maps[name].gather(-1, motion.indices[name])
         weight = next((w for block, w in (block_weights or {}).items()
-                       if name.startswith(block + ".")), 1.0)
+                       if f"{name}.".startswith(block + ".")), 1.0)
         losses.append(weight * (generated - values).square().mean())
     return torch.stack(losses).sum()
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What steers a clip while it is sampled: the gradient of a loss of its own attention.
+
+    wanted  the attention that the loss reads, by the names of blocks or layers
+    loss    of what was wanted, and the timestep: a float32 scalar that is descended, weighted by
+            lambda, SampleConfig.motion_scale
+    """
+    wanted: Wanted
+    loss: Callable[[Attended, int], Tensor]
+
+
+def motion_guide(motion: Motion, block_weights: Mapping[str, float] | None = None) -> Guide:
+    """Towards the motion, by `motion_loss`; whose tensors are on the model's device."""
+    return Guide(Wanted(temporal_maps=tuple(motion.values)),
+                 lambda seen, t: motion_loss(seen.temporal_maps, motion, block_weights))

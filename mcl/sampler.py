@@ -1,6 +1,7 @@
-"""The guided sampling loop: DDIM, steered by the gradient of the motion loss."""
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Protocol
+"""The guided sampling loop: DDIM, steered by the gradients of the guides' losses."""
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,29 +9,12 @@ from torch import Tensor
 from .config import SampleConfig
 from .errors import InputError, NumericalError
 from .model import Model
-from .motion import Motion, motion_loss
+from .motion import Guide, Motion, motion_guide
 from .schedule import ddim_step
+from .temporal import Attended, Wanted
 
-if TYPE_CHECKING:
-    from .semantic import Features, Semantics
-
-Steps = list[tuple[int, int]]           # each timestep, and the one that it leads to
 # The size at which the published weights were tuned: 16 frames of 512x512, in latent elements.
 PUBLISHED_SIZE = 16 * 64 * 64
-
-
-class Guide(Protocol):
-    """What tells the sampler how to move: a `Motion`, or an `Inversion`."""
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """Of which model and size it is: "model", "frames", "height", "width"."""
-
-    def at(self, t: int) -> Motion:
-        """The motion to follow at timestep t."""
-
-    def to(self, device: torch.device | str) -> "Guide":
-        """The same on another device."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +23,146 @@ class State:
     step: int               # 0 to steps - 1
     t: int                  # the timestep that it started from
     latents: Tensor         # (1, c, f, h, w) float32, scaled, after the step
-    loss: float | None      # the motion loss before weighting, in steps that take its gradient
-    grad_norm: float | None
+    loss: float | None      # g, the sum of the guides' losses, in steps that take its gradient
+    grad_norm: float | None     # of lambda * g
 
 
-def guidance_weight(step: int, config: SampleConfig, elements: int) -> float:
-    """lambda at one step: it rises over the first guided steps and falls over the last.
+def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
+           config: SampleConfig | None = None, *, guides: Sequence[Guide] = (),
+           latents: Tensor | None = None, generator: torch.Generator | None = None,
+           condition: Tensor | None = None, recompute: bool = False) -> Iterator[State]:
+    """Samples a clip of the prompt that moves like the reference, one state per step.
 
-    `elements` is f*h*w of the latents. The gradient per element of a mean falls with their number,
-    so that one weight would drive small clips harder; at the published size the factor is 1.
+    prompt     text, or its embeddings (1, n, d); (2, n, d) with the negative prompt's
+    motion     of the reference, from `extract_motion`; None samples without it
+    config     the settings; the model's own where not given
+    guides     others beside the motion, or in its place (`Guide`)
+    latents    the starting noise (1, c, f, h, w), standard normal; drawn from the CPU
+               `generator` where not given, so that a seed means the same on every device
+    condition  of a model with SparseCtrl, from `sparse_condition`: frames that are given
+    recompute  in guided steps, as `UNet3D` does it: less memory, more time, the same numbers
+
+    Raises, when called, InputError for a size that the model cannot have, for a motion of another
+    model, size or settings, and for attention that it has not; and, in the step in which they cease
+    to be finite, NumericalError.
     """
+    config = config or model.config.sample
+    z = starting_noise(model, config, generator) if latents is None else latents
+    if z.shape != clip_shape(model, config):
+        raise InputError(f"latents of shape {tuple(z.shape)}, where the settings make one clip of "
+                         f"{clip_shape(model, config)}")
+    if guides and not config.motion_scale:
+        raise InputError("motion_scale = 0 is not possible with guides, whose losses it weights")
+    if motion is not None and config.motion_scale:
+        check_fit(motion, model, config)
+        guides = (motion_guide(motion.to(model.device), config.weights_of_blocks), *guides)
+    for guide in guides:
+        model.unet.resolve(guide.wanted)
+    trajectory = Trajectory(model, *embeddings(model, prompt, config), config, condition)
+    return guided(trajectory, z.to(model.device, torch.float32), guides, recompute)
+
+
+def guided(trajectory: "Trajectory", z: Tensor, guides: Sequence[Guide], recompute: bool
+           ) -> Iterator[State]:
+    """The loop. z is z_t, eps the noise that the model sees in it, g the loss of its attention."""
+    config, lambda_before, slope = trajectory.config, 0.0, None
+    for i, (t, _) in enumerate(trajectory.steps):
+        g, lambda_t = None, guidance_weight(i, config, z) if guides else 0.0
+
+        # 1. The noise under the prompt and, in the first steps, the slope of lambda * g (eq. 3).
+        if lambda_t and i % config.guidance_every == 0:
+            eps, g, slope = noise_and_slope(trajectory, z, t, guides, lambda_t, recompute)
+        else:
+            eps, _ = trajectory.noise(z, t)
+            slope = slope * (lambda_t / lambda_before) if slope is not None and lambda_t else None
+        lambda_before = lambda_t
+
+        # 2. Classifier-free guidance. 3. DDIM, whose direction alone is guided (eq. 1).
+        z = trajectory.step(i, z, eps, slope)
+
+        if not torch.isfinite(z).all() or (g is not None and not torch.isfinite(g)):
+            raise NumericalError(f"not finite at step {i + 1} of {config.steps} (timestep {t}): "
+                                 "a smaller motion_scale or dtype float32 may mend it")
+        yield State(i, t, z, None if g is None else float(g),
+                    None if slope is None else float(slope.norm()))
+
+
+def noise_and_slope(trajectory: "Trajectory", z: Tensor, t: int, guides: Sequence[Guide],
+                    lambda_t: float, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """eps, g, and the gradient of lambda * g with respect to z.
+
+    lambda enters where the gradient sets out, and so only once: the gradient of g itself would be
+    lost in half precision on its way down.
+    """
+    wanted = Wanted(*(tuple(dict.fromkeys(name for guide in guides for name in guide.wanted[kind]))
+                      for kind in range(len(Wanted._fields))))
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        eps, seen = trajectory.noise(z, t, wanted, recompute)
+        g = torch.stack([guide.loss(seen, t) for guide in guides]).sum()
+        slope, = torch.autograd.grad(g, z, torch.full_like(g, lambda_t))
+    return eps.detach(), g.detach(), slope
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What stays the same on a clip's way from noise."""
+    model: Model
+    text: Tensor                        # (1, n, d), of the prompt
+    null: Tensor                        # of the negative prompt
+    config: SampleConfig
+    condition: Tensor | None = None
+
+    @cached_property
+    def steps(self) -> list[tuple[int, int]]:
+        """Each timestep, and the one that it leads to."""
+        timesteps = self.model.schedule.timesteps(
+            self.config.steps, self.config.spacing, self.config.guidance_steps,
+            self.config.guidance_span)
+        return list(zip(timesteps, [*timesteps[1:], -1]))
+
+    def noise(self, z: Tensor, t: int, wanted: Wanted = Wanted(), recompute: bool = False
+              ) -> tuple[Tensor, Attended]:
+        """The noise that the model sees in z under the prompt, and the attention wanted."""
+        return predict(self.model, z, t, self.text, wanted, self.condition, recompute)
+
+    @torch.no_grad()
+    def step(self, i: int, z: Tensor, eps: Tensor, slope: Tensor | None = None) -> Tensor:
+        """z_t -> z_{t-1} of step i: classifier-free guidance, then DDIM.
+
+        slope  of lambda * g, like z. It moves the direction of DDIM and not the clean clip that it
+               predicts, which would cancel most of the guidance and turn the rest around.
+        """
+        t, t_prev = self.steps[i]
+        abar, abar_prev = self.model.schedule.abar(t), self.model.schedule.abar(t_prev)
+        scale = cfg_scale(i, self.config)
+        if scale != 1:
+            eps_null, _ = predict(self.model, z, t, self.null, condition=self.condition)
+            eps = eps_null + scale * (eps - eps_null)
+        direction = eps if slope is None else eps - (1 - abar).sqrt() * slope
+        return ddim_step(z, eps, direction, abar, abar_prev)
+
+
+def predict(model: Model, z: Tensor, t: int, text: Tensor, wanted: Wanted = Wanted(),
+            condition: Tensor | None = None, recompute: bool = False) -> tuple[Tensor, Attended]:
+    """The UNet's estimate of the noise in z, float32 like z, and the attention wanted."""
+    with torch.set_grad_enabled(z.requires_grad):
+        eps, seen = model.unet(z.to(model.dtype), t, text, **wanted._asdict(), recompute=recompute,
+                               residuals=model.residuals(condition, t, text))
+    return eps.float(), seen
+
+
+def guidance_weight(step: int, config: SampleConfig, z: Tensor) -> float:
+    """lambda at one step: it rises over the first guided steps, falls over the last, and is 0 then.
+
+    The gradient per element of a mean falls with the number of elements, f*h*w of z (b, c, f, h,
+    w), so that one weight would drive small clips harder; at the published size the factor is 1.
+    """
+    if step >= config.guidance_steps:
+        return 0.0
     up = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     down = min(1.0, (config.guidance_steps - step) / config.cooldown) if config.cooldown else 1.0
-    return config.motion_scale * up * down * elements / PUBLISHED_SIZE
+    return config.motion_scale * up * down * z[0, 0].numel() / PUBLISHED_SIZE
 
 
 def cfg_scale(step: int, config: SampleConfig) -> float:
@@ -59,129 +170,50 @@ def cfg_scale(step: int, config: SampleConfig) -> float:
     return config.cfg_scale if step < config.cfg_share * config.steps else 1.0
 
 
-def sample(model: Model, prompt: str, motion: Guide | None = None, *,
-           config: SampleConfig = SampleConfig(), latents: Tensor | None = None,
-           generator: torch.Generator | None = None, condition: Tensor | None = None,
-           semantics: "Semantics | None" = None, recompute: bool = False) -> Iterator[State]:
-    """Samples a clip of the prompt that moves like the reference, one state per step.
-
-    motion     of the reference, from `extract_motion` or `invert_motion`; None samples without
-               guidance
-    latents    the starting noise (1, c, f, h, w), standard normal; drawn from the CPU
-               `generator` where not given, so that a seed means the same on every device
-    condition  of a model with SparseCtrl, from `sparse_condition`: frames that are given
-    semantics  for semantic guidance beside that of the motion, weighted by config.semantic_scale
-    recompute  in guided steps, as `UNet3D` does it: less memory, more time, the same numbers
-
-    Raises InputError where the motion does not fit the model or the size, NumericalError where
-    the loss or the latents cease to be finite.
-    """
-    s, c = model.config.vae.downsampling, model.config.unet.in_channels
+def clip_shape(model: Model, config: SampleConfig) -> tuple[int, int, int, int, int]:
+    """Of the latents of a clip. Raises InputError for a size that the VAE cannot have."""
+    s = model.config.vae.downsampling
     if config.height % s or config.width % s:
-        raise InputError(f"{config.height}x{config.width} is not possible: height and width must "
+        raise InputError(f"{config.width}x{config.height} is not possible: width and height must "
                          f"be multiples of {s}")
-    shape = (1, c, config.frames, config.height // s, config.width // s)
-    if latents is None:
-        latents = torch.randn(shape, generator=generator)
-    if latents.shape != shape:
-        raise InputError(f"latents of shape {tuple(latents.shape)} for a clip of {shape}")
-    if motion is not None and config.motion_scale > 0:
-        check_fit(motion, model, shape)
-        motion = motion.to(model.device)
-    else:
-        motion = None
-
-    blocks = dict(zip(config.blocks, config.block_weights))
-    text, null = model.encode_text([prompt, config.negative_prompt]).split(1)
-    timesteps = model.schedule.timesteps(config.steps, config.spacing, config.guidance_steps,
-                                         config.guidance_span)
-    z = latents.to(model.device, torch.float32)
-    steps = list(zip(timesteps, timesteps[1:] + [-1]))
-    own = None if semantics is None else semantics.unguided(z, text, null, steps, config)
-    for i, (t, t_prev) in enumerate(steps):
-        abar, abar_prev = model.schedule.abar(t), model.schedule.abar(t_prev)
-        loss = grad = None
-
-        # 1. The noise under the prompt, and, in the first steps, how its maps differ in motion.
-        if motion is not None and i < config.guidance_steps:
-            weight = guidance_weight(i, config, shape[2] * shape[3] * shape[4])
-            features = None if own is None else next(own)
-            if i % config.guidance_every == 0:
-                guidance = Guidance(motion.at(t), blocks, semantics, features,
-                                    config.semantic_scale / config.motion_scale, recompute)
-                eps, loss, grad = guided_noise(model, z, t, text, guidance, weight, condition)
-                slope = grad / weight
-            else:
-                eps, grad = noise(model, z, t, text, condition), weight * slope
-        else:
-            eps = noise(model, z, t, text, condition)
-
-        # 2. Classifier-free guidance.
-        scale = cfg_scale(i, config)
-        if scale != 1:
-            eps_null = noise(model, z, t, null, condition)
-            eps = eps_null + scale * (eps - eps_null)
-
-        # 3. DDIM; motion guidance moves the direction, not the predicted clean clip.
-        direction = eps if grad is None else eps - (1 - abar).sqrt() * grad
-        z = ddim_step(z, eps, direction, abar, abar_prev)
-
-        if not torch.isfinite(z).all() or (loss is not None and not torch.isfinite(loss)):
-            raise NumericalError(f"not finite at step {i + 1} of {config.steps} (timestep {t}): "
-                                 "a smaller --motion-scale or --dtype float32 may mend it")
-        yield State(i, t, z, None if loss is None else float(loss),
-                    None if grad is None else float(grad.norm()))
+    return (1, model.config.unet.in_channels, config.frames, config.height // s, config.width // s)
 
 
-@torch.no_grad()
-def noise(model: Model, z: Tensor, t: int, text: Tensor, condition: Tensor | None = None
-          ) -> Tensor:
-    """The UNet's estimate of the noise in z, like z."""
-    eps, _ = model.unet(z.to(model.dtype), t, text,
-                        residuals=model.residuals(condition, t, text))
-    return eps.float()
+def starting_noise(model: Model, config: SampleConfig, generator: torch.Generator | None = None
+                   ) -> Tensor:
+    """Standard normal latents (1, c, f, h, w), drawn on the CPU."""
+    return torch.randn(clip_shape(model, config), generator=generator)
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """What one step is guided by."""
-    motion: Motion
-    block_weights: Mapping[str, float] = field(default_factory=dict)
-    semantics: "Semantics | None" = None
-    own: "Features | None" = None       # of the unguided clip, for the semantic loss
-    semantic_weight: float = 0.0        # of that loss, relative to the motion's
-    recompute: bool = False             # rather than keep activations for the gradient
-
-    @property
-    def maps_of(self) -> tuple[str, ...]:
-        return self.motion.layers + (() if self.semantics is None else self.semantics.keys)
-
-    def losses(self, maps: dict[str, Tensor], t: int) -> tuple[Tensor, Tensor]:
-        """The motion loss g, and the sum with the semantic one that is descended."""
-        loss = motion_loss(maps, self.motion, self.block_weights)
-        if self.semantics is None or self.own is None:
-            return loss, loss
-        return loss, loss + self.semantic_weight * self.semantics.loss(maps, self.own, t)
+def embeddings(model: Model, prompt: str | Tensor, config: SampleConfig) -> tuple[Tensor, Tensor]:
+    """Of the prompt and of the negative one, (1, n, d) each. Raises InputError for others."""
+    if isinstance(prompt, str):
+        text, null = model.encode_text([prompt, config.negative_prompt]).split(1)
+        return text, null
+    d = model.config.unet.text_channels
+    if not isinstance(prompt, Tensor) or prompt.ndim != 3 or len(prompt) > 2 or (
+            prompt.shape[2] != d):
+        what = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise InputError(f"the prompt is {what}, where one text is wanted, or its embeddings "
+                         f"(1, n, {d}), or (2, n, {d}) with the negative prompt's; one clip at a "
+                         "time is sampled")
+    given = prompt.to(model.device, model.dtype)
+    return given[:1], given[1:] if len(given) > 1 else model.encode_text([config.negative_prompt])
 
 
-def guided_noise(model: Model, z: Tensor, t: int, text: Tensor, guidance: Guidance, weight: float,
-                 condition: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The noise, the motion loss g, and the gradient of weight * g with respect to z."""
-    residuals = model.residuals(condition, t, text)
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        eps, maps = model.unet(z.to(model.dtype), t, text, maps_of=guidance.maps_of,
-                               residuals=residuals, recompute=guidance.recompute)
-        loss, total = guidance.losses(maps, t)
-        grad, = torch.autograd.grad(weight * total, z)
-    return eps.detach().float(), loss.detach(), grad
-
-
-def check_fit(motion: Guide, model: Model, shape: tuple[int, ...]) -> None:
-    """Raises InputError where a motion was read from another model or at another size."""
-    if motion.info.get("model", model.sha256) != model.sha256:
+def check_fit(motion: Motion, model: Model, config: SampleConfig) -> None:
+    """Raises InputError where a motion was read from another model, at another size or with other
+    settings than are sampled with."""
+    known: Mapping[str, Any] = motion.info
+    if known.get("model", model.sha256) != model.sha256:
         raise InputError("this motion was read from another model: extract it again with this one")
-    known = (motion.info["frames"], motion.info["height"], motion.info["width"])
-    if known != shape[2:]:
+    shape = clip_shape(model, config)[2:]
+    size = tuple(known.get(name, n) for name, n in zip(("frames", "height", "width"), shape))
+    if size != shape:
         raise InputError("this motion was read from {} frames of {}x{} latents, not {} of {}x{}"
-                         .format(*known, *shape[2:]))
+                         .format(*size, *shape))
+    for name, wanted in (("t", config.extract_t), ("k", config.top_k),
+                         ("blocks", list(config.blocks))):
+        if known.get(name, wanted) != wanted:
+            raise InputError(f"this motion was read with {name} = {known[name]}, the settings have "
+                             f"{wanted}: extract it again with these settings")

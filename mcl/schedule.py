@@ -11,16 +11,21 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig):
         self.config = config
-        betas = torch.linspace(config.beta_start, config.beta_end, config.train_steps)
+        betas = torch.linspace(config.beta_start, config.beta_end, config.train_steps, device="cpu")
         self.alphas_cumprod = (1 - betas).cumprod(dim=0)
 
-    def abar(self, t: int) -> Tensor:
-        """A float32 scalar. t = -1, where the last step leads, is the clean picture: 1."""
+    def abar(self, t: int | Tensor) -> Tensor:
+        """A float32 scalar, or (b,) of timesteps (b,). t = -1, to which the last step leads, is the
+        clean picture: 1."""
+        if isinstance(t, Tensor):
+            return self.alphas_cumprod.to(t.device)[t]
         return self.alphas_cumprod[t] if t >= 0 else torch.ones(())
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: int) -> Tensor:
-        """q(z_t | x0): sqrt(abar) x0 + sqrt(1 - abar) noise (DDIM eq. 4)."""
+    def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+        """q(z_t | x0): sqrt(abar) x0 + sqrt(1 - abar) noise (DDIM eq. 4), of clips (b, ...) at one
+        timestep, or each at its own."""
         abar = self.abar(t)
+        abar = abar.reshape(-1, *[1] * (x0.ndim - 1)) if abar.ndim else abar
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
     def timesteps(self, steps: int, spacing: str, guidance_steps: int, guidance_span: float

@@ -6,7 +6,7 @@ inside its own, and likewise for the background.
 """
 import math
 from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,12 @@ from torch import Tensor
 
 from .config import SampleConfig
 from .errors import InputError
-from .inversion import Inversion
 from .model import Model
-from .sampler import Steps, cfg_scale, noise
-from .schedule import ddim_step
+from .motion import Guide
+from .sampler import Trajectory, embeddings
+from .temporal import Attended, Wanted
 
-SUBJECT = "up_blocks.1.attentions"      # whose attention to the text tells where the subject is
-THRESHOLD = 0.3                         # of the attention to the subject's word, min-max normalised
+SUBJECT = "up_blocks.1"                 # whose attention to the text tells where the subject is
 SIGMA = 5 / 16                          # of the Gaussian around its centre, in sides of the grid
 
 
@@ -50,16 +49,17 @@ def subject_tokens(model: Model, prompt: str, word: str) -> list[int]:
     return positions
 
 
-def subject_mask(maps: Sequence[Tensor], tokens: Sequence[int], grid: tuple[int, int]) -> Tensor:
+def subject_mask(maps: Sequence[Tensor], tokens: Sequence[int], grid: tuple[int, int],
+                 threshold: float) -> Tensor:
     """Where the subject is, (f, h, w) bool, by maps (f, heads, h*w, m) of the attention to text.
 
-    The mean over layers, heads and tokens, min-max normalised in each frame, above THRESHOLD.
+    The mean over layers, heads and tokens, min-max normalised in each frame, above the threshold.
     """
     each = [reduce(probs[..., list(tokens)], "f heads n m -> f n", "mean") for probs in maps]
     mean = torch.stack(each).mean(dim=0)
     low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
     share = (mean - low) / (high - low).clamp(min=torch.finfo(mean.dtype).tiny)
-    return rearrange(share > THRESHOLD, "f (h w) -> f h w", h=grid[0])
+    return rearrange(share > threshold, "f (h w) -> f h w", h=grid[0])
 
 
 def softened(mask: Tensor) -> Masks:
@@ -96,99 +96,118 @@ def grid_of(positions: int, aspect: float) -> tuple[int, int]:
     return rows, positions // rows
 
 
-def semantic_loss(keys: dict[str, Tensor], masks: Masks | None, own_keys: dict[str, Tensor],
-                  own_masks: Masks | None) -> Tensor:
-    """How far the keys (h*w, f, c) of the guided clip are from the unguided clip's own.
+class Appearance(NamedTuple):
+    """What an unguided clip looks like at one step.
 
-    With masks: of the reference's and the clip's own subject, the mean square difference of the
-    means in front and of those behind. Without: of each frame's mean to the mean of all frames.
-    Summed over the layers: a float32 scalar.
+    means  layer -> the mean keys (f, c) in front and behind; without a subject one, (c,)
+    there  whether a frame has any place in front, and behind: (f,) bool each
+    """
+    means: dict[str, tuple[Tensor, ...]]
+    there: tuple[Tensor, ...] = ()
+
+
+def appearance(keys: Mapping[str, Tensor], masks: Masks | None) -> Appearance:
+    """Of keys {layer: (h*w, f, c)}, by where the clip's own subject is, if it has one."""
+    if masks is None:
+        return Appearance({name: (key.float().mean(dim=(0, 1)),) for name, key in keys.items()})
+    return Appearance({name: tuple(masked_mean(key.float(), weight) for weight in masks)
+                       for name, key in keys.items()}, tuple(map(anywhere, masks)))
+
+
+def anywhere(weight: Tensor) -> Tensor:
+    """(f,) bool of weights (f, h, w): the frames in which any is not 0."""
+    return weight.flatten(1).any(dim=1)
+
+
+def semantic_loss(keys: Mapping[str, Tensor], masks: Masks | None, own: Appearance) -> Tensor:
+    """How far the keys {layer: (h*w, f, c)} of the guided clip are from the unguided clip's means.
+
+    With masks, of the reference's subject: the mean square difference of the means in front and of
+    those behind. Without: of each frame's mean to the mean of all frames. Summed over the layers:
+    a float32 scalar.
     """
     losses = []
     for name, guided in keys.items():
-        guided, own = guided.float(), own_keys[name].float()
-        if masks is None or own_masks is None:
-            losses.append((guided.mean(dim=0) - own.mean(dim=(0, 1))).square().mean())
+        if masks is None:
+            losses.append((guided.float().mean(dim=0) - own.means[name][0]).square().mean())
             continue
-        for weight, own_weight in zip(masks, own_masks):
-            difference = masked_mean(guided, weight) - masked_mean(own, own_weight)
+        for weight, mean, there in zip(masks, own.means[name], own.there):
+            difference = masked_mean(guided.float(), weight) - mean
             # A frame in which either has nothing there says nothing.
-            there = (weight.flatten(1).any(dim=1) & own_weight.flatten(1).any(dim=1))
-            losses.append((difference * there[:, None]).square().mean())
+            both = anywhere(weight) & there
+            losses.append((difference * both[:, None]).square().mean())
     return torch.stack(losses).sum()
 
 
-class Features(NamedTuple):
-    """What an unguided clip looks like at one step."""
-    keys: dict[str, Tensor]
-    masks: Masks | None
-
-
 @dataclass(frozen=True)
-class Semantics:
-    """The subject of reference and prompt, and the blocks whose keys are compared.
-
-    `reference_masks` gives the reference's at timestep t; it and `tokens`, those of the new
-    prompt's subject, are None for the form without a subject.
-    """
-    model: Model
-    blocks: tuple[str, ...]
-    tokens: list[int] | None = None
-    reference_masks: Callable[[int], Masks] | None = None
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(f"{layer}.to_k" for layer in self.model.unet.temporal_layers(self.blocks))
-
-    def loss(self, maps: dict[str, Tensor], own: Features, t: int) -> Tensor:
-        """Of a guided clip's keys, among its maps, against an unguided one's features."""
-        masks = None if self.reference_masks is None else self.reference_masks(t)
-        return semantic_loss({name: maps[name] for name in self.keys}, masks, own.keys, own.masks)
-
-    @torch.no_grad()
-    def unguided(self, z: Tensor, text: Tensor, null: Tensor, steps: Steps, config: SampleConfig
-                 ) -> Iterator[Features]:
-        """Samples by classifier-free guidance alone; yields what is seen before each step."""
-        model, grid = self.model, z.shape[-2:]
-        cross = () if self.tokens is None else (SUBJECT,)
-        for i, (t, t_prev) in enumerate(steps):
-            eps, maps = model.unet(z.to(model.dtype), t, text, maps_of=(*self.keys, *cross))
-            keys = {name: maps[name] for name in self.keys}
-            yield Features(keys, None if self.tokens is None else
-                           plain(mask_of(maps, self.tokens, grid)))
-            assert eps is not None
-            eps = eps.float()
-            scale = cfg_scale(i, config)
-            if scale != 1:
-                eps_null = noise(model, z, t, null)
-                eps = eps_null + scale * (eps - eps_null)
-            z = ddim_step(z, eps, eps, model.schedule.abar(t), model.schedule.abar(t_prev))
+class Subject:
+    """What is compared with what: the subject of the new prompt, and that of the reference."""
+    tokens: list[int]                   # of the word in the new prompt
+    masks: Callable[[int], Masks]       # of the reference's subject, at a timestep
 
 
-def mask_of(maps: dict[str, Tensor], tokens: Sequence[int], grid: tuple[int, ...]) -> Tensor:
-    """The subject mask by the maps of SUBJECT, for latents of `grid` rows and columns."""
-    found = [probs for name, probs in maps.items() if name.startswith(SUBJECT)]
-    return subject_mask(found, tokens, grid_of(found[0].shape[2], grid[0] / grid[1]))
+def subject_of(model: Model, prompt: str, word: str, ref_prompt: str, ref_word: str,
+               attend: Callable[[int, Wanted], Attended], config: SampleConfig) -> Subject:
+    """The subject that `word` names in the new prompt, and `ref_word` in the reference's.
 
+    attend   gives the reference's attention at a timestep, as `Inversion.attend` does
 
-def reference_masks(model: Model, latents: Tensor, prompt: str, word: str, t: int) -> Masks:
-    """Of the word's subject in noised latents (1, c, f, h, w) at timestep t, softened."""
-    with torch.no_grad():
-        _, maps = model.unet(latents.to(model.device, model.dtype), t, model.encode_text([prompt]),
-                             maps_of=(SUBJECT,), need_eps=False)
-    return softened(mask_of(maps, subject_tokens(model, prompt, word), latents.shape[-2:]))
-
-
-def semantics_of(model: Model, blocks: tuple[str, ...], prompt: str, word: str, ref_prompt: str,
-                 ref_word: str, reference: Inversion | Tensor, t: int) -> Semantics:
-    """With a subject: `ref_word` of the reference's prompt, `word` of the new one.
-
-    reference   its inversion, read at every step; or its latents noised to t, read once
+    Raises InputError for a word that is not in its prompt.
     """
     tokens = subject_tokens(model, prompt, word)
-    if isinstance(reference, Tensor):
-        once = reference_masks(model, reference, ref_prompt, ref_word, t)
-        return Semantics(model, blocks, tokens, lambda _: once)
-    latents = reference.latents
-    return Semantics(model, blocks, tokens, lambda t: reference_masks(
-        model, latents[t], ref_prompt, ref_word, t))
+    ref_tokens = subject_tokens(model, ref_prompt, ref_word)
+
+    def masks(t: int) -> Masks:
+        return softened(mask_of(attend(t, Wanted(text_maps=(SUBJECT,))), ref_tokens, config))
+    return Subject(tokens, masks)
+
+
+@torch.no_grad()
+def noised(model: Model, latents: Tensor, prompt: str, config: SampleConfig, noise: Tensor
+           ) -> Callable[[int, Wanted], Attended]:
+    """The attention to its prompt of a reference (1, c, f, h, w) that is noised once, to extract_t,
+    and then the same at every timestep."""
+    z = model.schedule.add_noise(latents.float(), noise.to(latents.device), config.extract_t)
+    seen = model.unet.attend(z.to(model.device, model.dtype), config.extract_t,
+                             model.encode_text([prompt]), Wanted(text_maps=(SUBJECT,)))
+    return lambda t, wanted: seen
+
+
+def mask_of(seen: Attended, tokens: Sequence[int], config: SampleConfig) -> Tensor:
+    """The subject mask by the attention to the text of SUBJECT."""
+    maps = list(seen.text_maps.values())
+    grid = grid_of(maps[0].shape[2], config.height / config.width)
+    return subject_mask(maps, tokens, grid, config.mask_threshold)
+
+
+@torch.no_grad()
+def semantic_guide(model: Model, prompt: str, latents: Tensor, config: SampleConfig,
+                   subject: Subject | None = None, condition: Tensor | None = None,
+                   progress: Callable[[Iterable], Iterable] = iter) -> Guide:
+    """Towards the look of the unguided clip, inside the subject of the reference and around it.
+
+    latents    the starting noise that is sampled from, whose unguided clip is sampled here as far
+               as guidance goes; of each step its masked mean keys are kept
+    subject    None for the form without one
+    condition  as `sample` is given it
+    progress   wraps the steps, of which there are config.guidance_steps, for a bar
+
+    Raises InputError where its weight is 0.
+    """
+    if not config.semantic_scale * config.motion_scale:
+        raise InputError("semantic_scale and motion_scale must both be above 0 for this guide")
+    trajectory = Trajectory(model, *embeddings(model, prompt, config), config, condition)
+    wanted = Wanted(temporal_keys=config.semantic_blocks)
+    z, own = latents.to(model.device, torch.float32), {}
+    for i, (t, _) in progress(list(enumerate(trajectory.steps[:config.guidance_steps]))):
+        eps, seen = trajectory.noise(z, t, wanted if subject is None else
+                                     wanted._replace(text_maps=(SUBJECT,)))
+        own[t] = appearance(seen.temporal_keys, None if subject is None else
+                            plain(mask_of(seen, subject.tokens, config)))
+        z = trajectory.step(i, z, eps)
+    share = config.semantic_scale / config.motion_scale
+
+    def loss(seen: Attended, t: int) -> Tensor:
+        masks = None if subject is None else subject.masks(t)
+        return share * semantic_loss(seen.temporal_keys, masks, own[t])
+    return Guide(wanted, loss)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import SparseCtrlConfig, UNetConfig
 from .errors import InputError
-from .unet import Call, DownBlock, MidBlock, Residuals, TimestepEmbedding
+from .unet import Conditioning, DownBlock, MidBlock, Residuals, TimestepEmbedding
 
 
 class SketchEmbedding(nn.Module):
@@ -74,11 +74,9 @@ class SparseCtrl(nn.Module):
         time = repeat(self.time_embedding(t), "b c -> (b f) c", f=frames)
         x = self.controlnet_cond_embedding(rearrange(condition, "b c f h w -> (b f) c h w"))
         x = x + rearrange(self.conv_in.bias, "c -> c 1 1")
-        call, skips = Call(time, text, frames), [x]
-        for block in self.down_blocks:
-            x, new, _ = block(x, call)
-            skips += new
-        x, _ = self.mid_block(x, call)
+        given, skips = Conditioning(time, text, frames), [x]
+        for block in (*self.down_blocks, self.mid_block):
+            x, skips, _ = block(x, skips, given)
         return Residuals([zero(s) for zero, s in zip(self.controlnet_down_blocks, skips)],
                          self.controlnet_mid_block(x))
 

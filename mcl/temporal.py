@@ -4,6 +4,8 @@ Its attention maps are what MotionClone reads: how much each frame, at one place
 other frame of the clip.
 """
 import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -11,17 +13,29 @@ from torch import Tensor, nn
 
 from .layers import Attention, FeedForward, Linear
 
-Maps = dict[str, Tensor]
+
+class Wanted(NamedTuple):
+    """The attention that is asked for, each kind by the names of blocks or of single layers."""
+    temporal_maps: tuple[str, ...] = ()
+    temporal_keys: tuple[str, ...] = ()
+    text_maps: tuple[str, ...] = ()
 
 
-def below(maps_of: tuple[str, ...], child: str) -> tuple[str, ...]:
-    """Of the layers whose maps are wanted, those inside one child, named from there.
+@dataclass(frozen=True)
+class Attended:
+    """The attention that was asked for, each kind by the layers' full names.
 
-    An empty name stands for everything: ("up_blocks.1", "mid_block") below "up_blocks.1" is ("",).
+    temporal_maps  (b*h*w, heads, f, f) float32: how much each frame looks at each other one
+    temporal_keys  (b*h*w, f, c), before they are divided among the heads
+    text_maps      (b*f, heads, h*w, m) float32: how much each place looks at each token
     """
-    inside = [name[len(child) + 1:] for name in maps_of if name.startswith(child + ".")]
-    whole = [name for name in maps_of if f"{child}.".startswith(name + ".") or not name]
-    return (*inside, *(("",) if whole else ()))
+    temporal_maps: dict[str, Tensor] = field(default_factory=dict)
+    temporal_keys: dict[str, Tensor] = field(default_factory=dict)
+    text_maps: dict[str, Tensor] = field(default_factory=dict)
+
+    def __or__(self, other: "Attended") -> "Attended":
+        return Attended(self.temporal_maps | other.temporal_maps,
+                        self.temporal_keys | other.temporal_keys, self.text_maps | other.text_maps)
 
 
 def position_encoding(frames: int, channels: int) -> Tensor:
@@ -38,7 +52,7 @@ def position_encoding(frames: int, channels: int) -> Tensor:
 class TemporalBlock(nn.Module):
     """Self-attentions along time (two of them) and a feed-forward, each added to its input.
 
-    x (b*h*w, f, c) -> like x, and the asked-for maps (b*h*w, heads, f, f).
+    x (b*h*w, f, c) -> like x, and what was wanted of its layers.
     """
 
     def __init__(self, channels: int, heads: int, attentions: int):
@@ -49,20 +63,24 @@ class TemporalBlock(nn.Module):
         self.ff_norm = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, maps_of: tuple[str, ...] = ()) -> tuple[Tensor, Maps]:
-        maps: Maps = {}
+    def forward(self, x: Tensor, wanted: Wanted) -> tuple[Tensor, Attended]:
+        maps: dict[str, Tensor] = {}
+        keys: dict[str, Tensor] = {}
         position = position_encoding(x.shape[1], x.shape[2]).to(x)
-        for i, (norm, attend) in enumerate(zip(self.norms, self.attention_blocks)):
-            name = f"attention_blocks.{i}"
+        for norm, attend in zip(self.norms, self.attention_blocks):
+            name = str(attend.name)
             # Queries, keys and values all see the position; the residual does not.
-            y, found = attend(norm(x) + position, want=below(maps_of, name))
+            y, key, probs = attend(norm(x) + position, want_map=name in wanted.temporal_maps)
             x = x + y
-            maps.update({f"{name}.{key}".rstrip("."): m for key, m in found.items()})
-        return x + self.ff(self.ff_norm(x)), maps
+            if probs is not None:
+                maps[name] = probs
+            if name in wanted.temporal_keys:
+                keys[name] = key
+        return x + self.ff(self.ff_norm(x)), Attended(maps, keys)
 
 
 class TemporalTransformer(nn.Module):
-    """norm, proj_in, block, proj_out, residual: x (b*f, c, h, w) -> like x, and the maps."""
+    """norm, proj_in, block, proj_out, residual: x (b*f, c, h, w) -> like x, and what was wanted."""
 
     def __init__(self, channels: int, heads: int, groups: int, attentions: int = 2):
         super().__init__()
@@ -71,14 +89,11 @@ class TemporalTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TemporalBlock(channels, heads, attentions)])
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: Tensor, frames: int, maps_of: tuple[str, ...] = ()
-                ) -> tuple[Tensor, Maps]:
+    def forward(self, x: Tensor, frames: int, wanted: Wanted) -> tuple[Tensor, Attended]:
         h, w = x.shape[-2:]
         y = rearrange(self.norm(x), "(b f) c h w -> (b h w) f c", f=frames)
-        y, maps = self.transformer_blocks[0](self.proj_in(y),
-                                             below(maps_of, "transformer_blocks.0"))
-        y = rearrange(self.proj_out(y), "(b h w) f c -> (b f) c h w", h=h, w=w)
-        return x + y, {f"transformer_blocks.0.{name}": m for name, m in maps.items()}
+        y, seen = self.transformer_blocks[0](self.proj_in(y), wanted)
+        return x + rearrange(self.proj_out(y), "(b h w) f c -> (b f) c h w", h=h, w=w), seen
 
 
 class MotionModule(nn.Module):
@@ -88,8 +103,5 @@ class MotionModule(nn.Module):
         super().__init__()
         self.temporal_transformer = TemporalTransformer(channels, heads, groups, attentions)
 
-    def forward(self, x: Tensor, frames: int, maps_of: tuple[str, ...] = ()
-                ) -> tuple[Tensor, Maps]:
-        name = "temporal_transformer"
-        x, maps = self.temporal_transformer(x, frames, below(maps_of, name))
-        return x, {f"{name}.{key}": m for key, m in maps.items()}
+    def forward(self, x: Tensor, frames: int, wanted: Wanted) -> tuple[Tensor, Attended]:
+        return self.temporal_transformer(x, frames, wanted)

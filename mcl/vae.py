@@ -119,7 +119,8 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, frames: Tensor, noise: Tensor | None = None, slice_size: int = 4) -> Tensor:
-        """Scaled latents (1, c, f, h, w) of frames (f, 3, H, W) in [-1, 1].
+        """Scaled latents (1, c, f, h, w) of frames (f, 3, H, W) in [-1, 1], of any float type and
+        device, which are brought to the network's own.
 
         They are the posterior's mean, or, given standard normal noise (f, c, h, w), a sample of
         it. `slice_size` frames are encoded at a time. Raises InputError where H or W is not a
@@ -129,9 +130,9 @@ class AutoencoderKL(nn.Module):
         if frames.shape[-2] % s or frames.shape[-1] % s:
             raise InputError(f"pictures of {frames.shape[-2]}x{frames.shape[-1]} cannot be encoded:"
                              f" height and width must be multiples of {s}")
-        latents = []
+        weight, latents = self.quant_conv.weight, []
         for i in range(0, frames.shape[0], slice_size):
-            mean, logvar = self.moments(frames[i:i + slice_size])
+            mean, logvar = self.moments(frames[i:i + slice_size].to(weight))
             if noise is not None:
                 mean = mean + (logvar / 2).exp() * noise[i:i + slice_size].to(mean)
             latents.append(mean)
@@ -139,7 +140,9 @@ class AutoencoderKL(nn.Module):
         return rearrange(z, "f c h w -> 1 c f h w")
 
     def decode(self, latents: Tensor, slice_size: int = 4) -> Tensor:
-        """Frames (b*f, 3, H, W), clamped to [-1, 1], of scaled latents (b, c, f, h, w)."""
-        z = rearrange(latents, "b c f h w -> (b f) c h w") / self.config.scaling_factor
+        """Frames (b*f, 3, H, W), clamped to [-1, 1], of scaled latents (b, c, f, h, w) of any float
+        type and device."""
+        z = rearrange(latents.to(self.quant_conv.weight), "b c f h w -> (b f) c h w")
+        z = z / self.config.scaling_factor
         return torch.cat([self.decoder(self.post_quant_conv(part)).clamp(-1, 1)
                           for part in z.split(slice_size)])

@@ -1,16 +1,13 @@
 """Shared by the tests: small random models, and the embedded one."""
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from mcl import ModelConfig, load_model
+from mcl import Model, ModelConfig, load_model
 from mcl.config import SampleConfig, TextConfig, UNetConfig, VAEConfig
-from mcl.model import build_model
 
-EMBEDDED = Path(__file__).parent.parent / "weights" / "tiny.safetensors"
 SMALL = ModelConfig(
     name="small",
     unet=UNetConfig(block_out_channels=(16, 24, 32), layers_per_block=1, attention_levels=(0, 1),
@@ -19,6 +16,10 @@ SMALL = ModelConfig(
     text=TextConfig(hidden_size=12, intermediate_size=24, layers=1, heads=2),
     sample=SampleConfig(steps=6, guidance_steps=3, frames=4, height=32, width=32, warmup=2,
                         cooldown=2))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -33,7 +34,7 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def small():
-    model = build_model(SMALL)
+    model = Model(SMALL)
     for part in (model.unet, model.vae, model.text_encoder):
         randomize(part)
     return model
@@ -41,7 +42,7 @@ def small():
 
 @pytest.fixture(scope="session")
 def embedded():
-    return load_model(EMBEDDED, device="cpu")
+    return load_model(device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 import convert_weights
 from mcl import ModelConfig
+from mcl.checkpoint import meta_model
 from mcl.config import SampleConfig, SparseCtrlConfig, TextConfig, UNetConfig, VAEConfig
-from mcl.model import build_model
 from mcl.sparsectrl import SparseCtrl
 
 DATA = Path(__file__).parent / "data"
@@ -37,7 +37,7 @@ def listing(name):
 @functools.cache
 def mini_weights():
     """Of the small model, with the middle block's motion module: {"unet.conv_in.weight": ...}."""
-    model, g = build_model(MINI, "meta"), torch.Generator().manual_seed(0)
+    model, g = meta_model(MINI), torch.Generator().manual_seed(0)
     return {f"{part}.{name}": 0.1 * torch.randn(t.shape, generator=g)
             for part in PARTS for name, t in getattr(model, part).state_dict().items()}
 

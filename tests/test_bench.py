@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mcl import bench, growth
+from mcl.measure import bench, growth
 
 
 def test_products_and_their_gradients_are_counted():

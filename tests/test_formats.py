@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcl import InputError
-from mcl.checkpoint import save_model
+from mcl import InputError, Model
+from mcl.checkpoint import meta_model, save_model
 from mcl.convert.assemble import check_positions, plan
 from mcl.convert.formats import recognise
 from mcl.convert.lazy import Checkpoint, LazyTensor
 from mcl.convert.lora import Lora, deltas
-from mcl.model import build_model
 from mcl.config import SD15, SD15_V1, SD15_V2, SparseCtrlConfig
 
 from .foreign import convert, listing, save, sinusoid
@@ -121,7 +120,7 @@ def test_real_sparsectrl_listings_fill_the_real_model_and_nothing_is_left(name, 
 def test_real_loras_change_weights_that_the_real_model_has(name, slot, changed, dropped):
     found = source(real(name))
     assert found.slot == slot
-    model = build_model(SD15, "meta")
+    model = meta_model(SD15)
     shapes = {f"{part}.{key}": t.shape for part in ("unet", "vae", "text_encoder")
               for key, t in getattr(model, part).state_dict().items()}
     change, why = deltas(Lora(found), shapes)
@@ -364,7 +363,7 @@ def test_check_says_what_each_file_is(tmp_path, capsys):
     assert third == ("  for --vae; a complete model still needs the UNet (--base), the text "
                      "encoder (--text-encoder), the motion module (--motion-module)")
     assert len(fourth.split()[1]) == 64
-    save_model(build_model(SMALL), tmp_path / "m.safetensors", torch.float16, {})
+    save_model(Model(SMALL), tmp_path / "m.safetensors", torch.float16, {})
     assert convert("--check", page, tmp_path / "m.safetensors") == 2
     assert "an HTML page" in (out := capsys.readouterr().out)
     assert "a converted model of this project" in out and "--weights" in out

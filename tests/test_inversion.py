@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from mcl import InputError, invert_motion, sample
-from mcl.inversion import inversion_path, invert
+from mcl import InputError, Wanted, invert_motion, sample
+from mcl.inversion import inversion_guide, inversion_path, invert
+
+from .conftest import randn
 
 CONFIG = dict(steps=6, guidance_steps=3, inversion_steps=5, top_k=2,
               blocks=("up_blocks.1", "up_blocks.2"), block_weights=(1.0, 0.5))
 
 
-def randn(seed):
-    return torch.randn((1, 4, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
+def latents(seed):
+    return randn(1, 4, 4, 8, 8, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -25,45 +27,50 @@ def config(small):
 def test_the_way_leads_through_every_guided_timestep(small, config):
     path = inversion_path(small.schedule, config)
     assert path == sorted({0, 250, 500, 749, 999} | {999, 850, 700})
-    motion = invert_motion(small, randn(0), "a ball", config)
+    motion = invert_motion(small, latents(0), "a ball", config)
     assert set(motion.latents) == {999, 850, 700}
-    for t, z in invert(small, randn(0), "a ball", path):
+    for t, z in invert(small, latents(0), "a ball", path):
         assert t not in motion.latents or torch.equal(motion.latents[t], z)
 
 
 def test_the_motion_at_a_step_is_the_top_of_the_maps_of_its_own_latents(small, config):
-    motion = invert_motion(small, randn(0), "a ball", config)
+    motion = invert_motion(small, latents(0), "a ball", config)
     text = small.encode_text(["a ball"])
-    _, maps = small.unet(motion.latents[850], 850, text, maps_of=config.blocks)
-    found = motion.at(850)
-    assert found.layers == tuple(maps) and len(maps) == 8
+    maps = small.unet(motion.latents[850], 850, text,
+                      temporal_maps=config.blocks)[1].temporal_maps
+    found = motion.motion(850, config)
+    assert tuple(found.values) == tuple(maps) and len(maps) == 8
     for name, probs in maps.items():
         top = np.argsort(-probs.numpy(), axis=-1, kind="stable")[..., :2]
         assert np.array_equal(found.indices[name].numpy(), top)
     with pytest.raises(InputError, match="not inverted to timestep 400"):
-        motion.at(400)
+        motion.attend(400, Wanted())
+    for change in ({"frames": 3}, {"guidance_span": .4}):
+        with pytest.raises(InputError, match="not inverted to latents of .* at timestep"):
+            inversion_guide(motion, dataclasses.replace(config, **change))
 
 
 def test_guidance_follows_the_motion_of_each_step_with_the_blocks_weights(small, config):
-    motion = invert_motion(small, randn(0), "a ball", config)
-    start, text = randn(3), small.encode_text(["a red star"])
-    states = list(sample(small, "a red star", motion, config=config, latents=start))
+    motion = invert_motion(small, latents(0), "a ball", config)
+    start, text = latents(3), small.encode_text(["a red star"])
+    states = list(sample(small, "a red star", None, config, latents=start,
+                         guides=[inversion_guide(motion, config)]))
     z = start
     for state in states[:3]:
-        _, maps = small.unet(z, state.t, text, maps_of=config.blocks)
-        expected, target = 0.0, motion.at(state.t)
+        maps = small.unet(z, state.t, text, temporal_maps=config.blocks)[1].temporal_maps
+        expected, target = 0.0, motion.motion(state.t, config)
         for name, probs in maps.items():
             here = np.take_along_axis(probs.numpy(), target.indices[name].numpy(), axis=-1)
             square = (here - target.values[name].numpy()) ** 2
             expected += square.mean() * (1.0 if name.startswith("up_blocks.1.") else 0.5)
         assert state.loss == pytest.approx(expected, rel=1e-4)
         z = state.latents
-    unguided = list(sample(small, "a red star", None, config=config, latents=start))
+    unguided = list(sample(small, "a red star", None, config, latents=start))
     assert not torch.allclose(unguided[-1].latents, states[-1].latents, atol=1e-3)
 
 
 def test_latents_on_disk_are_those_in_memory_and_are_gone_on_from(small, config, tmp_path):
-    expected = invert_motion(small, randn(0), "a ball", config)
+    expected = invert_motion(small, latents(0), "a ball", config)
     taken = []
 
     def counted(steps):
@@ -75,7 +82,7 @@ def test_latents_on_disk_are_those_in_memory_and_are_gone_on_from(small, config,
         return itertools.islice(counted(steps), 4)
 
     def into(folder, prompt="a ball", seed=0, progress=counted):
-        return invert_motion(small, randn(seed), prompt, config, progress, folder)
+        return invert_motion(small, latents(seed), prompt, config, progress, folder)
 
     into(tmp_path / "a", progress=stopped)
     assert taken == [0, 250, 500, 700]
@@ -84,8 +91,8 @@ def test_latents_on_disk_are_those_in_memory_and_are_gone_on_from(small, config,
     assert list(kept.latents) == [700, 850, 999]
     for t, z in expected.latents.items():
         assert torch.equal(kept.latents[t], z)
-    assert all(torch.equal(kept.at(850).values[name], v)
-               for name, v in expected.at(850).values.items())
+    assert all(torch.equal(kept.motion(850, config).values[name], v)
+               for name, v in expected.motion(850, config).values.items())
     (tmp_path / "a" / "9 of mine.safetensors").write_bytes(b"not its own")
     into(tmp_path / "a")
     assert len(taken) == 7                  # nothing was left to do

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 import sample as command
 from mcl import InputError, load_model
-from mcl.convert.lora import Lora, all_deltas, deltas, merged, open_lora, parse_scaled
+from mcl.checkpoint import read_shapes
+from mcl.convert.lora import (Lora, all_deltas, deltas, merge, merged, open_lora,
+                              parse_scaled)
 
 from .foreign import convert, ldm, mini_weights, motion, save
 
@@ -306,14 +308,15 @@ def test_merging_while_converting_and_while_loading_is_the_same(files):
              open_lora("--lora", files / "lora.safetensors", 0.8),
              open_lora("--lora", files / "lora.safetensors", -0.1),
              open_lora("--motion-lora", files / "pan.ckpt")]
-    model = load_model(files / "plain.safetensors", device="cpu", loras=given)
+    file, shapes = files / "plain.safetensors", read_shapes(files / "plain.safetensors")
+    model = load_model(file, "cpu", edit=merge(given, shapes))
     found, plain = (load_file(files / f"{name}.safetensors") for name in ("merged", "plain"))
     state = {f"{part}.{name}": t for part in ("unet", "vae", "text_encoder")
              for name, t in getattr(model, part).state_dict().items()}
     assert all(torch.equal(t, found[name]) for name, t in state.items())
     changed = {name for name in found if not torch.equal(found[name], plain[name])}
     assert changed == {f"{m}.weight" for m in LINEAR + CONV3 + [TEMPORAL.format(0) + "to_q"]}
-    hashes = {load_model(files / "plain.safetensors", device="cpu", loras=some).sha256
+    hashes = {load_model(file, "cpu", edit=merge(some, shapes) if some else None).sha256
               for some in ([], given[:1], [Lora(given[0].source, 0.6)])}
     assert len(hashes) == 3
 

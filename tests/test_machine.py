@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mcl import InputError, extract_motion, machine, sample
-from mcl.machine import free_memory, guided_bytes, pick_recompute, set_aside
+from mcl.machine import free_memory, guided_bytes, off_the_accelerator, pick_recompute
+
+from .conftest import randn
 
 
 def test_activations_are_recomputed_when_they_would_not_fit(small, monkeypatch):
@@ -32,9 +34,9 @@ def test_free_memory_of_this_machine_is_told():
 
 def test_a_clip_is_the_same_with_and_without_recomputing(small):
     config = small.config.sample
-    clip = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    clip = randn(1, 4, 4, 8, 8)
     motion = extract_motion(small, clip, noise=clip.flip(2))
-    ends = [list(sample(small, "a star", motion, config=config, latents=clip, recompute=again))
+    ends = [list(sample(small, "a star", motion, config, latents=clip, recompute=again))
             for again in (False, True)]
     assert torch.allclose(ends[0][-1].latents, ends[1][-1].latents, atol=1e-5)
     assert ends[0][2].grad_norm == pytest.approx(ends[1][2].grad_norm, rel=1e-5)
@@ -65,9 +67,9 @@ class Parked(torch.nn.Linear):
         self.sent.append(str(device))
 
 
-def test_what_was_set_aside_comes_back_whatever_happens():
+def test_what_was_off_the_accelerator_comes_back_whatever_happens():
     module = Parked(1, 1, device="meta")
-    with pytest.raises(KeyError), set_aside(module):
+    with pytest.raises(KeyError), off_the_accelerator(module):
         assert module.sent == ["cpu"]
         raise KeyError
     assert module.sent == ["cpu", "meta"]

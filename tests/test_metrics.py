@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mcl.metrics import (camera_curves, curve_correlation, fidelity, flicker, motion_fidelity,
-                         top1_agreement, trajectory_distance)
+from mcl.measure.metrics import (camera_curves, curve_correlation, fidelity, flicker,
+                                 motion_fidelity, top1_agreement, trajectory_distance)
+from mcl.measure.tracking import tracklets
 from mcl.motion import Motion
 from mcl.tiny.evaluate import held_out_path
 from mcl.tiny.scenes import COLOURS, GROUNDS, Scene, render
-from mcl.tracking import tracklets
 
 FRAMES = 16
 STILL = torch.zeros(FRAMES)

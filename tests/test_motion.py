@@ -8,28 +8,29 @@ import torch
 from mcl import InputError, Motion, extract_motion, motion_loss
 from mcl.unet import UNet3D
 
-from .conftest import SMALL, randomize
+from .conftest import SMALL, randn, randomize
 
 
-def latents(frames=4, seed=0):
-    return torch.randn(1, 4, frames, 8, 8, generator=torch.Generator().manual_seed(seed))
+def latents(seed=0):
+    return randn(1, 4, 4, 8, 8, seed=seed)
 
 
-def extract(model, clip, **options):
-    return extract_motion(model, clip, generator=torch.Generator().manual_seed(1), **options)
+def extract(model, clip, **changes):
+    return extract_motion(model, clip, dataclasses.replace(model.config.sample, **changes),
+                          generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_motion_is_the_top_of_each_row_of_the_noised_clips_maps(small, k):
     """Eqs. 4-6, written out in numpy: null prompt, one pass at t, the diagonal included."""
     clip = latents()
-    motion = extract(small, clip, k=k, t=600)
+    motion = extract(small, clip, top_k=k, extract_t=600)
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(1))
     abar = float(small.schedule.alphas_cumprod[600])
     z = abar ** 0.5 * clip + (1 - abar) ** 0.5 * noise
     null = small.text_encoder(torch.tensor([[49406] + [49407] * 76]))
-    _, maps = small.unet(z, 600, null, maps_of=("up_blocks.1",))
-    assert motion.layers == tuple(maps)
+    maps = small.unet(z, 600, null, temporal_maps=("up_blocks.1",))[1].temporal_maps
+    assert tuple(motion.values) == tuple(maps)
     for name, probs in maps.items():
         top = np.argsort(-probs.numpy(), axis=-1, kind="stable")[..., :k]
         assert np.array_equal(motion.indices[name].numpy(), top)
@@ -39,11 +40,11 @@ def test_motion_is_the_top_of_each_row_of_the_noised_clips_maps(small, k):
 
 
 def test_loss_is_the_masked_mean_square_summed_over_layers(small):
-    motion = extract(small, latents(), k=2)
+    motion = extract(small, latents(), top_k=2)
     text = small.encode_text(["a star"])
-    _, maps = small.unet(latents(seed=5), 800, text, maps_of=motion.layers)
+    maps = small.unet(latents(seed=5), 800, text, temporal_maps=motion.values)[1].temporal_maps
     expected = 0.0
-    for name in motion.layers:
+    for name in motion.values:
         here = np.take_along_axis(maps[name].numpy(), motion.indices[name].numpy(), axis=-1)
         expected += ((here - motion.values[name].numpy()) ** 2).mean()
     assert float(motion_loss(maps, motion)) == pytest.approx(expected, rel=1e-5)
@@ -58,11 +59,12 @@ def test_gradient_of_the_loss_is_that_of_finite_differences_in_float64():
     z, text = torch.randn(1, 4, 3, 4, 4, generator=g), torch.randn(1, 7, 12, generator=g)
     z, text = z.double(), text.double()
     top = {name: probs.topk(1, dim=-1) for name, probs in
-           unet(z.flip(2), 400, text, maps_of=("up_blocks.0",))[1].items()}
+           unet(z.flip(2), 400, text, temporal_maps=("up_blocks.0",))[1].temporal_maps.items()}
     motion = Motion({n: t.values for n, t in top.items()}, {n: t.indices for n, t in top.items()})
 
     def loss(x):
-        return motion_loss(unet(x, 900, text, maps_of=motion.layers)[1], motion)
+        seen = unet(x, 900, text, temporal_maps=motion.values)[1]
+        return motion_loss(seen.temporal_maps, motion)
 
     x = z.clone().requires_grad_()
     grad, = torch.autograd.grad(loss(x), x)
@@ -74,18 +76,21 @@ def test_gradient_of_the_loss_is_that_of_finite_differences_in_float64():
 
 
 def test_motion_survives_its_file(small, tmp_path):
-    motion = extract(small, latents(), k=2, blocks=("up_blocks.1", "up_blocks.2"))
+    motion = extract(small, latents(), top_k=2, blocks=("up_blocks.1", "up_blocks.2"))
     motion.save(tmp_path / "m.safetensors")
     again = Motion.load(tmp_path / "m.safetensors")
-    assert again.info == motion.info and again.layers == motion.layers
-    for name in motion.layers:
+    assert again.info == motion.info and tuple(again.values) == tuple(motion.values)
+    for name in motion.values:
         assert torch.equal(again.values[name], motion.values[name])
         assert torch.equal(again.indices[name], motion.indices[name])
 
 
 def test_what_cannot_be_extracted_is_refused(small):
-    with pytest.raises(InputError, match="top_k = 5 .* frames, 4"):
-        extract(small, latents(), k=5)
+    with pytest.raises(InputError, match="top_k = 4 .* frames, 3"):
+        extract(small, latents()[:, :, :3], top_k=4)
+    for wrong in (latents()[0], latents().expand(2, -1, -1, -1, -1), latents()[:, :3]):
+        with pytest.raises(InputError, match=r"latents of shape .* \(1, 4, f, h, w\)"):
+            extract(small, wrong)
     with pytest.raises(InputError, match="no temporal attention under 'mid_block'"):
         extract(small, latents(), blocks=("mid_block",))
 

@@ -9,10 +9,10 @@ import torch
 from einops import rearrange, repeat
 from torch import nn
 
-from mcl import InputError, extract_motion, sample, sparse_condition
+from mcl import InputError, Model, extract_motion, sample, sparse_condition
 from mcl.config import ScheduleConfig, SparseCtrlConfig, TextConfig, UNetConfig
 from mcl.inversion import invert
-from mcl.model import build_model
+from mcl.measure.against_diffusers import diffusers_name, diffusers_unet, oracle_noise
 from mcl.motion import Motion, motion_loss
 from mcl.schedule import Schedule, ddim_step
 from mcl.sparsectrl import SparseCtrl
@@ -21,7 +21,7 @@ from mcl.tokenizer import Tokenizer
 from mcl.unet import UNet3D
 from mcl.vae import AutoencoderKL
 
-from .conftest import SMALL, randomize
+from .conftest import SMALL, randn, randomize
 
 diffusers = pytest.importorskip("diffusers")
 sparse_unet = pytest.importorskip("diffusers.models.controlnets.controlnet_sparsectrl")
@@ -35,10 +35,6 @@ V2 = dataclasses.replace(V3, motion_mid_block=True)
 V1 = dataclasses.replace(V3, norm_per_frame=False)
 BATCH = 2
 BLOCK = "up_blocks.1"
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def error(ours, oracle):
@@ -80,29 +76,6 @@ class OverFrames(nn.Module):
         return y * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
 
 
-def diffusers_name(name):
-    renames = {".temporal_transformer": "", "attention_blocks.0": "attn1", "norms.0": "norm1",
-               "attention_blocks.1": "attn2", "norms.1": "norm2", "ff_norm": "norm3"}
-    for old, new in renames.items() if "motion_modules" in name else ():
-        name = name.replace(old, new)
-    return name
-
-
-def diffusers_unet(ours, config):
-    """diffusers' own, with our weights."""
-    attending = len(config.block_out_channels) - 1
-    oracle = motion_unet.UNetMotionModel(
-        down_block_types=("CrossAttnDownBlockMotion",) * attending + ("DownBlockMotion",),
-        up_block_types=("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * attending,
-        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_groups, cross_attention_dim=config.text_channels,
-        num_attention_heads=config.heads, motion_num_attention_heads=config.motion_heads,
-        motion_max_seq_length=config.max_frames, use_motion_mid_block=config.motion_mid_block)
-    tables = {name: v for name, v in oracle.state_dict().items() if name.endswith("pos_embed.pe")}
-    oracle.load_state_dict({diffusers_name(k): v for k, v in ours.state_dict().items()} | tables)
-    return oracle.requires_grad_(False).eval()
-
-
 @functools.cache
 def unets(config):
     """Ours and diffusers' with the same random weights and the same group norms."""
@@ -116,10 +89,6 @@ def unets(config):
     if not config.norm_per_frame:
         oracle.conv_norm_out = OverFrames(oracle.conv_norm_out)
     return ours, oracle
-
-
-def oracle_noise(oracle, z, t, text):
-    return oracle(z, t, repeat(text, "b m c -> (b f) m c", f=z.shape[2])).sample
 
 
 def oracle_noise_and_maps(oracle, z, t, text):
@@ -188,7 +157,7 @@ def test_temporal_attention_maps():
     ours, oracle = unets(V3)
     z, text = inputs(8, 9, 13)
     with torch.no_grad():
-        _, maps = ours(z, 400, text, maps_of=(BLOCK,))
+        maps = ours(z, 400, text, temporal_maps=(BLOCK,))[1].temporal_maps
         _, expected = oracle_noise_and_maps(oracle, z, 400, text)
     assert [diffusers_name(name) for name in maps] == list(expected) and len(maps) == 6
     for name, probs in maps.items():
@@ -200,12 +169,13 @@ def test_gradient_of_the_motion_loss():
     ours, oracle = unets(V3)
     z, text = inputs(8, 9, 13)
     with torch.no_grad():
-        _, maps = ours(randn(*z.shape, seed=1), 400, text, maps_of=(BLOCK,))
+        maps = ours(randn(*z.shape, seed=1), 400, text,
+                    temporal_maps=(BLOCK,))[1].temporal_maps
     top = {name: probs.topk(2, dim=-1) for name, probs in maps.items()}
     motion = Motion({name: found.values for name, found in top.items()},
                     {name: found.indices for name, found in top.items()})
     z.requires_grad_()
-    _, maps = ours(z, 700, text, maps_of=(BLOCK,))
+    maps = ours(z, 700, text, temporal_maps=(BLOCK,))[1].temporal_maps
     grad, = torch.autograd.grad(motion_loss(maps, motion), z)
 
     _, maps = oracle_noise_and_maps(oracle, z, 700, text)
@@ -381,7 +351,7 @@ class Dummy:
     def residuals(self, condition, t, text):
         return None
 
-    def unet(self, z, t, text, residuals=None):
+    def unet(self, z, t, text, **wanted):
         return self.noise_of(z, t), {}
 
 
@@ -459,12 +429,13 @@ def oracle_run(oracle, reference, z, text, null, config):
 def test_a_whole_guided_run():
     config = dataclasses.replace(SMALL.sample, steps=12, guidance_steps=8, frames=8, warmup=3,
                                  cooldown=4, cfg_scale=8.5, motion_scale=3e5)
-    model = dataclasses.replace(build_model(SMALL), unet=unets(V3)[0])
+    model = Model(SMALL)
+    model.unet = unets(V3)[0]
     randomize(model.text_encoder)
     clip, noise, start = (randn(1, 4, 8, 8, 8, seed=s) for s in range(3))
     motion = extract_motion(model, clip, noise=noise)
     ours, unguided = ([state.latents for state in sample(
-        model, "a red star", m, config=config, latents=start)] for m in (motion, None))
+        model, "a red star", m, config, latents=start)] for m in (motion, None))
 
     reference = scheduler().add_noise(clip, noise, torch.tensor(400))
     text, null = model.encode_text(["a red star", ""]).split(1)

@@ -2,11 +2,12 @@
 import pytest
 import torch
 
-from mcl import load_model, sparse_condition
+from mcl import InputError, load_model, model_from_state_dicts, sparse_condition
 
-from .conftest import randomize
+from . import foreign
+from .conftest import randn, randomize
 from .foreign import convert
-from .test_oracles import OverFrames, PerFrame, error, randn
+from .test_oracles import OverFrames, PerFrame, error
 
 diffusers = pytest.importorskip("diffusers")
 sparse_unet = pytest.importorskip("diffusers.models.controlnets.controlnet_sparsectrl")
@@ -110,3 +111,34 @@ def test_text_encoder(written):
         expected = networks["text_encoder"](ids).last_hidden_state
     assert model.config.text.heads == 3
     assert error(model.encode_text(["a photo of a cat", ""]), expected) < 1e-4
+
+
+def test_weights_in_memory_make_the_model_that_files_make(written):
+    """A UNetMotionModel's, those of its parts, and those of a single file in LDM's names."""
+    place, networks = written
+    expected = converted(place).state_dict()
+    states = {part: networks[part].state_dict() for part in ("unet", "vae", "text_encoder")}
+    motion, configs = networks["v3"].state_dict(), {
+        "unet": networks["unet"].config, "vae": networks["vae"].config,
+        "text_encoder": networks["text_encoder"].config.to_dict(),
+        "motion": networks["v3"].config}
+    whole = motion_unet.UNetMotionModel.from_unet2d(networks["unet"], networks["v3"])
+    first, second = (model_from_state_dicts(**given, configs=configs, device="cpu") for given in (
+        states | {"motion": motion}, states | {"unet": whole.state_dict()}))
+    for model in (first, second):
+        found = model.state_dict()
+        assert model.config.text.heads == 3 and list(found) == list(expected)
+        assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+    assert first.sha256 == second.sha256 and len(first.sha256) == 64
+    first.unet.conv_in.bias.add_(1)
+    assert first.sha256 != second.sha256
+
+    single = model_from_state_dicts(base=foreign.ldm(), motion=foreign.motion(), device="cpu")
+    weights = foreign.mini_weights()
+    assert all(torch.equal(weight, weights[name]) for name, weight in single.state_dict().items())
+    assert len(single.state_dict()) == sum("mid_block.motion" not in name for name in weights)
+    with pytest.raises(InputError, match="still needs the motion module"):
+        model_from_state_dicts(base=foreign.ldm())
+    with pytest.raises(InputError, match="motion: the tensor .*proj_in.bias is missing"):
+        model_from_state_dicts(base=foreign.ldm(), motion={
+            name: t for name, t in foreign.motion().items() if not name.endswith("proj_in.bias")})

@@ -9,14 +9,16 @@ from mcl.config import from_dict
 from mcl.sampler import guidance_weight
 from mcl.schedule import ddim_step
 
+from .conftest import randn
 
-def clip(seed=0, shape=(1, 4, 4, 8, 8)):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+def clip(seed=0):
+    return randn(1, 4, 4, 8, 8, seed=seed)
 
 
 def states(model, motion, **changes):
     config = dataclasses.replace(model.config.sample, **changes)
-    return list(sample(model, "a red star", motion, config=config, latents=clip(3)))
+    return list(sample(model, "a red star", motion, config, latents=clip(3)))
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,9 @@ def test_guidance_is_one_gradient_step_on_the_direction(small, motion):
     guided, plain = (states(small, m, motion_scale=scale)[0] for m in (motion, None))
     z = clip(3).requires_grad_()
     text = small.encode_text(["a red star"])
-    _, maps = small.unet(z, 999, text, maps_of=motion.layers)
+    maps = small.unet(z, 999, text, temporal_maps=motion.values)[1].temporal_maps
     loss = sum((maps[n].gather(-1, motion.indices[n]) - motion.values[n]).square().mean()
-               for n in motion.layers)
+               for n in motion.values)
     elements, ramp = 4 * 8 * 8 / (16 * 64 * 64), 1 / 2
     grad, = torch.autograd.grad(scale * ramp * elements * loss, z)
     t_prev = small.schedule.timesteps(6, "uneven", 3, 0.3)[1]
@@ -70,8 +72,8 @@ def test_a_gradient_serves_for_several_steps(small, motion):
                     for n in (1, 3))
     assert [s.loss is not None for s in third] == [True, False, False, True, False, False]
     assert torch.equal(third[0].latents, every[0].latents)
-    weights = [guidance_weight(i, dataclasses.replace(small.config.sample, guidance_steps=4), 1)
-               for i in range(3)]
+    config = dataclasses.replace(small.config.sample, guidance_steps=4)
+    weights = [guidance_weight(i, config, clip()) for i in range(3)]
     assert [third[i].grad_norm / third[0].grad_norm for i in (1, 2)] == pytest.approx(
         [weights[i] / weights[0] for i in (1, 2)])
     assert third[4].grad_norm is None
@@ -79,9 +81,10 @@ def test_a_gradient_serves_for_several_steps(small, motion):
 
 def test_weight_rises_falls_and_is_the_published_one_at_the_published_size():
     config = SampleConfig()
-    at = [guidance_weight(i, config, 16 * 64 * 64) for i in range(50)]
+    full, half = torch.empty(1, 4, 16, 64, 64), torch.empty(1, 4, 16, 32, 32)
+    at = [guidance_weight(i, config, full) for i in range(51)]
     assert at[0] == 200 and at[9] == 2000 and at[40] == 2000 and at[41] == 1800 and at[49] == 200
-    assert guidance_weight(20, config, 16 * 32 * 32) == 500
+    assert at[50] == 0 and guidance_weight(20, config, half) == 500
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
@@ -110,8 +113,8 @@ def test_the_negative_prompt_takes_the_place_of_the_null_prompt(small):
 
 def test_a_seed_is_a_clip(small):
     first, again, other = (
-        list(sample(small, "", config=small.config.sample,
-                    generator=torch.Generator().manual_seed(s)))[-1].latents for s in (1, 1, 2))
+        list(sample(small, "", generator=torch.Generator().manual_seed(seed)))[-1].latents
+        for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -120,12 +123,17 @@ def test_a_run_that_is_not_finite_stops_and_says_where(small, motion):
         states(small, motion, motion_scale=1e36)
 
 
-def test_a_motion_of_another_size_or_model_is_refused(small, motion):
-    with pytest.raises(InputError, match="from 4 frames of 8x8 latents, not 4 of 8x4"):
-        list(sample(small, "", motion, config=dataclasses.replace(small.config.sample, width=16)))
+def test_a_motion_of_another_size_model_or_setting_is_refused_when_called(small, motion):
+    config = small.config.sample
+    for change, message in (({"width": 16}, "from 4 frames of 8x8 latents, not 4 of 8x4"),
+                            ({"extract_t": 200}, "t = 400, the settings have 200"),
+                            ({"top_k": 2}, "k = 1, the settings have 2"),
+                            ({"blocks": ("up_blocks.2",)}, "'up_blocks.1'.*have .'up_blocks.2'")):
+        with pytest.raises(InputError, match=message):
+            sample(small, "", motion, dataclasses.replace(config, **change))
     foreign = dataclasses.replace(motion, info=motion.info | {"model": "another"})
     with pytest.raises(InputError, match="another model"):
-        states(small, foreign)
+        sample(small, "", foreign)
 
 
 @pytest.mark.parametrize("change, message", [

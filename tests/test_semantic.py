@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from mcl import InputError, extract_motion, invert_motion, sample
-from mcl.semantic import (Masks, Semantics, grid_of, plain, semantic_loss, semantics_of, softened,
+from mcl import (InputError, Wanted, extract_motion, invert_motion, sample, semantic_guide,
+                 subject_of)
+from mcl.semantic import (Masks, appearance, grid_of, noised, plain, semantic_loss, softened,
                           subject_mask, subject_tokens)
 
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from .conftest import randn
 
 
 def test_a_words_tokens_wherever_it_stands(small):
@@ -35,10 +34,10 @@ def test_mask_of_a_hand_made_map():
             for s in (1.0, 0.5)]
     maps[0] = maps[0].clone()
     maps[0][..., 3:] = randn(2, 4, 6, 4).abs() * 9          # of other words
-    mask = subject_mask(maps, [1, 2], (2, 3))
+    mask = subject_mask(maps, [1, 2], (2, 3), 0.3)
     assert mask.tolist() == [[[True, False, False], [False, False, False]],
                              [[False, False, True], [False, False, True]]]
-    assert not subject_mask([torch.full((1, 2, 6, 7), 0.3)], [1], (2, 3)).any()
+    assert not subject_mask([torch.full((1, 2, 6, 7), 0.3)], [1], (2, 3), 0.3).any()
 
 
 def test_softened_masks_are_the_equation():
@@ -73,11 +72,12 @@ def test_loss_is_the_equation():
                                       for m, k in ((w, keys), (v, own)))
                     square[f] = (mean - own_mean) ** 2
             expected += square.mean()
-    assert float(semantic_loss(keys, masks, own, own_masks)) == pytest.approx(expected, rel=1e-5)
+    own_seen = appearance(own, own_masks)
+    assert float(semantic_loss(keys, masks, own_seen)) == pytest.approx(expected, rel=1e-5)
     whole = sum(((keys[n].numpy().mean(0) - own[n].numpy().mean((0, 1))) ** 2).mean()
                 for n in keys)
-    assert float(semantic_loss(keys, None, own, None)) == pytest.approx(whole, rel=1e-5)
-    assert float(semantic_loss(own, own_masks, own, own_masks)) == 0
+    assert float(semantic_loss(keys, None, appearance(own, None))) == pytest.approx(whole, rel=1e-5)
+    assert float(semantic_loss(own, own_masks, own_seen)) == 0
 
 
 @pytest.mark.parametrize("positions, aspect, grid", [
@@ -93,58 +93,69 @@ def test_asked_for_keys_and_attention_to_the_text_are_those_of_the_layers(small)
     seen = {}
     hooks = [module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
              for name, module in unet.named_modules() if name.startswith(block)]
-    layer = unet.temporal_layers((block,))[1]
-    _, maps = unet(z, 500, text, maps_of=(f"{layer}.to_k", f"{block}.attentions"), need_eps=False)
+    layer = unet.resolve(Wanted((block,))).temporal_maps[1]
+    found = unet.attend(z, 500, text, Wanted(temporal_keys=(layer,), text_maps=(block,)))
     for hook in hooks:
         hook.remove()
-    assert set(maps) == {f"{layer}.to_k", f"{block}.attentions.0", f"{block}.attentions.1"}
-    assert torch.equal(maps[f"{layer}.to_k"], seen[f"{layer}.to_k"])
+    assert list(found.temporal_keys) == [layer] and not found.temporal_maps
+    assert torch.equal(found.temporal_keys[layer], seen[f"{layer}.to_k"])
     attend = f"{block}.attentions.1.transformer_blocks.0.attn2"
     q, k = seen[f"{attend}.to_q"], seen[f"{attend}.to_k"]
     q, k = (x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (q, k))
     expected = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
-    found = maps[f"{block}.attentions.1"]
+    assert len(found.text_maps) == 2
+    found = found.text_maps[attend]
     assert found.shape == (3, 2, 4 * 6, 77)
     assert torch.allclose(found.transpose(0, 1).flatten(1, 2), expected[0], atol=1e-6)
-    with pytest.raises(InputError, match="no spatial attention under 'up_blocks.0.attentions'"):
-        unet(z, 500, text, maps_of=("up_blocks.0.attentions",))
 
 
 def test_semantic_guidance_descends_both_losses(small):
     """One step of it equals the gradient taken here; the unguided clip is the unguided sample."""
-    config = dataclasses.replace(small.config.sample, motion_scale=3e4, semantic_scale=50.0)
-    prompt, start = "a red star", randn(1, 4, 4, 8, 8, seed=3)
-    motion = extract_motion(small, randn(1, 4, 4, 8, 8), noise=randn(1, 4, 4, 8, 8, seed=1))
-    semantics = semantics_of(small, config.blocks, prompt, "star", "a ball", "ball",
-                             randn(1, 4, 4, 8, 8, seed=2), 400)
-    first, second = list(sample(small, prompt, motion, config=config, latents=start,
-                                semantics=semantics))[:2]
-    without = next(iter(sample(small, prompt, motion, config=config, latents=start)))
-    null_text = small.encode_text([prompt, ""]).split(1)
-    unguided = list(sample(small, prompt, None, config=config, latents=start))
-    own = list(semantics.unguided(start, *null_text, [(first.t, second.t), (second.t, 0)], config))
+    config = dataclasses.replace(small.config.sample, motion_scale=3e4, semantic_scale=50.0,
+                                 semantic_blocks=("up_blocks.1", "up_blocks.2"), mask_threshold=0.4)
+    prompt, start, reference = "a red star", randn(1, 4, 4, 8, 8, seed=3), randn(1, 4, 4, 8, 8)
+    noise = randn(1, 4, 4, 8, 8, seed=1)
+    motion = extract_motion(small, reference, noise=noise)
+    subject = subject_of(small, prompt, "star", "a ball", "ball",
+                         noised(small, reference, "a ball", config, noise), config)
+    guide = semantic_guide(small, prompt, start, config, subject)
+    first, second = list(sample(small, prompt, motion, config, guides=[guide], latents=start))[:2]
+    without = next(sample(small, prompt, motion, config, latents=start))
+    unguided = list(sample(small, prompt, None, config, latents=start))
 
+    text, wanted = small.encode_text([prompt]), guide.wanted._replace(text_maps=("up_blocks.1",))
+    own, masks = [], subject.masks(first.t)
+    for z, t in ((start, first.t), (unguided[0].latents, second.t)):
+        seen = small.unet.attend(z, t, text, wanted)
+        mask = subject_mask(list(seen.text_maps.values()), subject_tokens(small, prompt, "star"),
+                            (4, 4), 0.4)
+        own.append(appearance(seen.temporal_keys, plain(mask)))
     z = start.clone().requires_grad_()
-    _, maps = small.unet(z, first.t, null_text[0], maps_of=semantics.keys)
-    keys = {name: maps[name] for name in semantics.keys}
-    masks = semantics.reference_masks(first.t)
-    grad, = torch.autograd.grad(semantic_loss(keys, masks, own[0].keys, own[0].masks), z)
+    keys = small.unet.attend(z, first.t, text, guide.wanted).temporal_keys
+    assert {name[:11] for name in keys} == {"up_blocks.1", "up_blocks.2"}
+    grad, = torch.autograd.grad(semantic_loss(keys, masks, own[0]), z)
     elements, ramp = 4 * 8 * 8 / (16 * 64 * 64), 1 / 2
     noises = [(1 - small.schedule.abar(t)).sqrt() for t in (first.t, second.t)]
     moved = -noises[0] * noises[1] * 50.0 * ramp * elements * grad
     difference = first.latents - without.latents
     assert (difference - moved).norm() < 1e-2 * moved.norm()
 
-    _, maps = small.unet(unguided[0].latents, second.t, null_text[0], maps_of=semantics.keys)
-    assert all(torch.allclose(own[1].keys[n], maps[n], atol=1e-5) for n in semantics.keys)
+    seen = small.unet.attend(first.latents, second.t, text, guide.wanted)
+    assert float(guide.loss(seen, second.t)) == pytest.approx(50 / 3e4 * float(
+        semantic_loss(seen.temporal_keys, masks, own[1])), rel=1e-4)
+
+
+def test_a_weight_of_zero_is_refused_before_any_pass(small):
+    for name in ("semantic_scale", "motion_scale"):
+        config = dataclasses.replace(small.config.sample, **{"semantic_scale": 1.0, name: 0.0})
+        with pytest.raises(InputError, match="must both be above 0"):
+            semantic_guide(small, "a star", randn(1, 4, 4, 8, 8), config)
 
 
 def test_masks_of_an_inversion_are_those_of_each_step(small):
     config = dataclasses.replace(small.config.sample, inversion_steps=4)
     inverted = invert_motion(small, randn(1, 4, 4, 8, 8), "a ball", config)
-    semantics = semantics_of(small, config.blocks, "a red star", "star", "a ball", "ball",
-                             inverted, 400)
-    first, second = (semantics.reference_masks(t) for t in sorted(inverted.latents)[:2])
+    subject = subject_of(small, "a red star", "star", "a ball", "ball", inverted.attend, config)
+    first, second = (subject.masks(t) for t in sorted(inverted.latents)[:2])
     assert isinstance(first, Masks) and first.foreground.shape == (4, 4, 4)
     assert not torch.equal(first.foreground, second.foreground)
-    assert Semantics(small, config.blocks).reference_masks is None

@@ -1,4 +1,5 @@
 """The UNet: the names and shapes of the real files, and the maps it hands out."""
+import copy
 import dataclasses
 
 import pytest
@@ -6,9 +7,10 @@ import torch
 
 from mcl import InputError
 from mcl.config import SD15, SD15_V2, UNetConfig
-from mcl.layers import GEGLU, Conv2d, Gate, Linear, attention
-from mcl.temporal import position_encoding
+from mcl.layers import GEGLU, Conv2d, Linear, attention
+from mcl.temporal import Attended, Wanted, position_encoding
 from mcl.text_encoder import TextEncoder
+from mcl.tuned import Gate
 from mcl.unet import UNet3D
 from mcl.vae import AutoencoderKL
 
@@ -42,8 +44,9 @@ def inputs(frames=5, h=8, w=12, batch=1, dtype=torch.float32, seed=0):
 
 def test_maps_are_named_shaped_and_normalised(small):
     z, text = inputs(batch=2)
-    eps, maps = small.unet(z, 500, text, maps_of=(BLOCK,))
-    assert eps.shape == z.shape
+    eps, seen = small.unet(z, 500, text, temporal_maps=(BLOCK,))
+    maps = seen.temporal_maps
+    assert eps.shape == z.shape and not seen.temporal_keys and not seen.text_maps
     assert list(maps) == [f"{BLOCK}.motion_modules.{m}.temporal_transformer.transformer_blocks.0."
                           f"attention_blocks.{k}" for m in range(2) for k in range(2)]
     for probs in maps.values():
@@ -54,38 +57,83 @@ def test_maps_are_named_shaped_and_normalised(small):
 def test_asking_for_maps_does_not_change_the_noise(small):
     z, text = inputs()
     plain, none = small.unet(z, 300, text)
-    asked, _ = small.unet(z, 300, text, maps_of=("down_blocks.0", "mid_block.x", BLOCK)[::2])
-    assert none == {}
+    asked, _ = small.unet(z, 300, text, temporal_maps=("down_blocks.0", BLOCK),
+                          text_maps=("mid_block",))
+    assert none == Attended()
     assert torch.allclose(plain, asked, atol=1e-5 * float(plain.std()))
 
 
 def test_the_pass_can_end_after_the_last_block_asked_for(small):
     z, text = inputs()
-    _, whole = small.unet(z, 10, text, maps_of=(BLOCK,))
-    eps, ended = small.unet(z, 10, text, maps_of=(BLOCK,), need_eps=False)
-    assert eps is None
-    assert all(torch.equal(whole[name], ended[name]) for name in whole)
+    _, whole = small.unet(z, 10, text, temporal_maps=(BLOCK,), text_maps=(BLOCK,))
+    ended = small.unet.attend(z, 10, text, Wanted((BLOCK,), text_maps=(BLOCK,)))
+    for one, other in zip(dataclasses.astuple(whole), dataclasses.astuple(ended)):
+        assert list(one) == list(other) and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def test_a_single_layer_can_be_asked_for(small):
     z, text = inputs()
-    layer = small.unet.temporal_layers((BLOCK,))[2]
-    _, maps = small.unet(z, 10, text, maps_of=(layer,))
-    assert list(maps) == [layer]
+    layer = small.unet.resolve(Wanted((BLOCK,))).temporal_maps[2]
+    seen = small.unet.attend(z, 10, text, Wanted(temporal_maps=(layer,), temporal_keys=(layer,)))
+    assert list(seen.temporal_maps) == list(seen.temporal_keys) == [layer]
 
 
-def test_a_block_without_temporal_attention_is_refused_with_those_that_have_it(small):
+@pytest.mark.parametrize("kind", ["temporal_maps", "temporal_keys", "text_maps"])
+def test_a_block_without_such_attention_is_refused_with_those_that_have_it(small, kind):
     z, text = inputs()
-    with pytest.raises(InputError, match=r"'up_blocks.7'.* down_blocks.0, .*up_blocks.2"):
-        small.unet(z, 10, text, maps_of=("up_blocks.7",))
+    there = {"text_maps": "down_blocks.0, .*mid_block, .*up_blocks.2"}.get(
+        kind, "down_blocks.0, .*down_blocks.2, up_blocks.0, .*up_blocks.2")
+    for name in ("up_blocks.7", "up_blocks.1.motion", "u"):
+        with pytest.raises(InputError, match=f"'{name}'.* {there}"):
+            small.unet(z, 10, text, **{kind: (name,)})
 
 
-def test_no_gradient_past_the_last_block_asked_for(small):
+def test_no_gradient_past_the_last_block_asked_for_but_in_training(small):
     z, text = inputs()
     z.requires_grad_()
-    eps, maps = small.unet(z, 10, text, maps_of=(BLOCK,))
+    eps, seen = small.unet(z, 10, text, temporal_maps=(BLOCK,))
     assert not eps.requires_grad
-    assert all(probs.requires_grad for probs in maps.values())
+    assert all(probs.requires_grad for probs in seen.temporal_maps.values())
+    trained = copy.deepcopy(small.unet).requires_grad_(True).train()
+    eps, seen = trained(z, 10, text, temporal_maps=(BLOCK,))
+    probs = next(iter(seen.temporal_maps.values()))
+    (eps.square().mean() + probs.square().mean()).backward()
+    assert all(p.grad is not None for name, p in trained.named_parameters())
+
+
+def test_the_gradient_is_also_that_of_torch_func(small):
+    z, text = inputs(frames=2, h=4, w=4)
+
+    def loss(x):
+        return small.unet(x, 10, text, temporal_maps=(BLOCK,))[1].temporal_maps[layer].var()
+
+    layer = small.unet.resolve(Wanted((BLOCK,))).temporal_maps[0]
+    x = z.clone().requires_grad_()
+    expected, = torch.autograd.grad(loss(x), x)
+    assert torch.allclose(torch.func.grad(loss)(z), expected, atol=1e-5 * float(expected.std()))
+
+
+def test_it_compiles_to_one_graph():
+    unet = randomize(UNet3D(dataclasses.replace(SMALL.unet, block_out_channels=(8, 12),
+                                                attention_levels=(0,))))
+    z, text = inputs(frames=2, h=4, w=4)
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    asked = {"temporal_maps": ("up_blocks.0",), "text_maps": ("mid_block",)}
+    eps, seen = compiled(z, torch.tensor(10), text, **asked)
+    expected, plain = unet(z, 10, text, **asked)
+    assert torch.allclose(eps, expected, atol=1e-5)
+    assert list(seen.temporal_maps) == list(plain.temporal_maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_maps_are_float32_in_half_precision_too(dtype):
+    """Of queries and keys whose products half precision cannot hold."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (s * torch.randn(1, 5, 8, generator=g).to(dtype) for s in (200, 200, 1))
+    out, probs = attention(q, k, v, heads=1, want_map=True)
+    expected = (q.double() @ k.double().transpose(1, 2) / 8 ** 0.5).softmax(dim=-1)
+    assert probs.dtype == torch.float32 and out.dtype == dtype
+    assert torch.allclose(probs[:, 0].double(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("n, m", [(4, 5), (256, 300)], ids=["short", "long"])
@@ -123,8 +171,8 @@ def test_the_gate_has_its_gradient_and_keeps_what_it_is_given_alone():
 def test_frames_are_told_apart_by_position_alone(small):
     """The same picture in all frames: what is not the position cannot differ."""
     z, text = inputs(frames=1)
-    _, maps = small.unet(z.expand(-1, -1, 6, -1, -1), 10, text, maps_of=(BLOCK,))
-    probs = next(iter(maps.values()))
+    _, seen = small.unet(z.expand(-1, -1, 6, -1, -1), 10, text, temporal_maps=(BLOCK,))
+    probs = next(iter(seen.temporal_maps.values()))
     assert (probs[..., 0, :] - probs[..., 5, :]).abs().max() > 1e-3
 
 
@@ -172,8 +220,8 @@ def kept_for_gradient(unet, z, text, recompute):
 
     z = z.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        eps, maps = unet(z, 500, text, maps_of=("up_blocks.1",), recompute=recompute)
-        loss = sum(m[..., :2].square().mean() for m in maps.values())
+        eps, seen = unet(z, 500, text, temporal_maps=(BLOCK,), recompute=recompute)
+        loss = sum(m[..., :2].square().mean() for m in seen.temporal_maps.values())
     grad, = torch.autograd.grad(loss, z)
     return grad, eps, sum(size for size, _ in sizes.values())
 

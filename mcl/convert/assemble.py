@@ -7,11 +7,10 @@ from typing import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..checkpoint import check_finite, metadata
+from ..checkpoint import check_finite, meta_model, metadata
 from ..config import ModelConfig, SampleConfig, SparseCtrlConfig
 from ..errors import InputError
 from ..files import stream_safetensors
-from ..model import build_model
 from ..temporal import position_encoding
 from . import names as rename
 from .changes import Delta, bare
@@ -81,9 +80,7 @@ def plan(name: str, parts: Mapping[str, Source], loras: list[Lora], ema: bool = 
                for ours, theirs in taken[part].items()}
         weights |= new
         paths |= dict.fromkeys(new, source.path)
-    model = build_model(config, "meta")
-    shapes = {f"{part}.{name}": tuple(tensor.shape) for part, module in model.parts.items()
-              for name, tensor in module.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}
     check(paths, weights, shapes, parts)
     changes, unused = all_deltas(loras, shapes)
     used = Counter(paths.values())

@@ -177,13 +177,26 @@ def merged(weight: Tensor, changes: Sequence[Delta], dtype: torch.dtype) -> Tens
     return weight.to(dtype, copy=True)
 
 
-def fingerprint(lora: Lora) -> str:
-    """What tells a merge from any other: the sha256 of the files, and the scale."""
-    digests = []
-    for path in lora.source.checkpoint.files:
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return f"{' '.join(digests)}:{lora.scale}{' without alpha' * lora.ignore_alpha}"
+@dataclass(frozen=True)
+class Merge:
+    """LoRAs as an edit for `load_model`: they are merged into the weights as these are read."""
+    changes: Mapping[str, Sequence[Delta]]
+    sha256: str
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        return merged(weight, self.changes[name], torch.float32) if name in self.changes else weight
+
+
+def merge(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]) -> Merge:
+    """Of LoRAs into a model whose weights have these shapes. Raises InputError as `deltas` does."""
+    texts = []
+    for lora in loras:
+        for path in lora.source.checkpoint.files:
+            with open(path, "rb") as file:
+                texts.append(hashlib.file_digest(file, "sha256").hexdigest())
+        texts.append(f":{lora.scale}{' without alpha' * lora.ignore_alpha}")
+    return Merge(all_deltas(loras, shapes)[0],
+                 hashlib.sha256(" ".join(texts).encode()).hexdigest())
 
 
 def flat(name: str) -> str:

@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from ..checkpoint import load_model
 from ..config import SampleConfig, from_dict, to_dict
-from ..inversion import Inversion, invert_motion
-from ..metrics import camera_curves, curve_correlation, flicker
+from ..inversion import inversion_guide, invert_motion
+from ..measure.metrics import camera_curves, curve_correlation, flicker
 from ..model import Model
-from ..motion import Motion, extract_motion
-from ..sampler import sample
-from ..semantic import semantics_of
+from ..motion import extract_motion
+from ..sampler import sample, starting_noise
+from ..semantic import semantic_guide, subject_of
 from .clips import an, tone
 from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene, render, seen_centre
 
@@ -229,24 +229,22 @@ def clone(model: Model, case: Case, config: SampleConfig, guided: bool = True, s
     The reference is inverted where the settings have inversion_steps, and semantic guidance given
     where they have a semantic_scale. Other seeds start from other noise.
     """
-    motion: Motion | Inversion | None = None
-    semantics = None
+    start = starting_noise(model, config, torch.Generator().manual_seed(case.seed + 1000 * seed))
+    motion, guides = None, []
     if guided:
-        latents = model.vae.encode(render(case.scene, config.height).to(model.device, model.dtype))
+        latents = model.vae.encode(render(case.scene, config.height))
         if config.inversion_steps:
-            motion = invert_motion(model, latents, case.reference_prompt, config)
+            inversion = invert_motion(model, latents, case.reference_prompt, config)
+            guides.append(inversion_guide(inversion, config))
+            if config.semantic_scale:
+                subject = subject_of(model, case.prompt, case.shape, case.reference_prompt,
+                                     case.scene.shape, inversion.attend, config)
+                guides.append(semantic_guide(model, case.prompt, start, config, subject))
         else:
-            motion = extract_motion(model, latents, t=config.extract_t, k=config.top_k,
-                                    generator=torch.Generator().manual_seed(case.seed + 1),
-                                    blocks=config.blocks)
-        if config.semantic_scale and isinstance(motion, Inversion):
-            semantics = semantics_of(model, config.blocks, case.prompt, case.shape,
-                                     case.reference_prompt, case.scene.shape, motion,
-                                     config.extract_t)
-    generator = torch.Generator().manual_seed(case.seed + 1000 * seed)
-    *_, state = sample(model, case.prompt, motion, config=config, generator=generator,
-                       semantics=semantics)
-    return model.vae.decode(state.latents.to(model.dtype)).float().cpu()
+            motion = extract_motion(model, latents, config,
+                                    generator=torch.Generator().manual_seed(case.seed + 1))
+    *_, state = sample(model, case.prompt, motion, config, guides=guides, latents=start)
+    return model.vae.decode(state.latents).float().cpu()
 
 
 def main() -> None:

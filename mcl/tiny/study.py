@@ -25,7 +25,7 @@ from ..checkpoint import load_model
 from ..config import SampleConfig, from_dict, to_dict
 from ..files import atomic
 from ..machine import DTYPES
-from ..options import PUBLISHED_SEMANTIC_SHARE
+from ..command.options import PUBLISHED_SEMANTIC_SHARE
 from .evaluate import CAMERAS, PATHS, Case, clone, held_out_cases, kind_of, measure, save_strip
 from .scenes import render
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ..checkpoint import save_model
 from ..config import TINY
-from ..layers import channels_last
-from ..model import Model, build_model
+from ..model import Model
 from ..text_encoder import TextEncoder
+from ..tuned import channels_last
 from ..unet import UNet3D
 from ..vae import AutoencoderKL
 from .clips import VOCABULARY
@@ -118,11 +118,10 @@ def denoising_loss(model: Model, unet: UNet3D, x0: Tensor, text: Tensor, rng: np
     spread = (rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0)
     t = torch.from_numpy((spread * model.schedule.config.train_steps).astype(np.int64))
     noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)).to(x0)
-    abar = rearrange(model.schedule.alphas_cumprod[t].to(x0), "b -> b 1 1 1 1")
-    z = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+    z = model.schedule.add_noise(x0, noise, t)
     with autocast(str(x0.device)):
         eps, _ = unet(z, t.to(x0.device), text)
-    assert eps is not None
+    abar = rearrange(model.schedule.abar(t).to(x0), "b -> b 1 1 1 1")
     snr = abar / (1 - abar)
     return (snr.rsqrt() * (eps.float() - noise).square()).mean()
 
@@ -142,7 +141,7 @@ def initialize(unet: UNet3D, text: TextEncoder, tokens: list[int]) -> None:
 
 def train_images(folder: Path, plan: Plan, device: str) -> None:
     torch.manual_seed(1)
-    model, clips = build_model(TINY), Clips(folder)
+    model, clips = Model(TINY), Clips(folder)
     unet = UNet3D(dataclasses.replace(TINY.unet, motion_modules=False))
     words = (*VOCABULARY, ",", "<|startoftext|>", "<|endoftext|>")
     tokens = sorted({i for word in words for i in model.tokenizer.encode(word)})
@@ -163,7 +162,7 @@ def train_images(folder: Path, plan: Plan, device: str) -> None:
 
 def train_motion(folder: Path, plan: Plan, device: str) -> None:
     torch.manual_seed(2)
-    model, clips = build_model(TINY), Clips(folder)
+    model, clips = Model(TINY), Clips(folder)
     initialize(model.unet, model.text_encoder, [])
     trained = torch.load(folder / "image.pt", weights_only=True)["average"]
     both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
@@ -203,7 +202,7 @@ def train_decoder(folder: Path, plan: Plan, device: str) -> None:
     vae = balanced_vae(folder).to(device)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     decoder.requires_grad_(True)
-    model = build_model(TINY)
+    model = Model(TINY)
     unet = UNet3D(dataclasses.replace(TINY.unet, motion_modules=False))
     trained = nn.ModuleDict({"unet": unet, "text_encoder": model.text_encoder}).to(device)
     trained.load_state_dict(torch.load(folder / "image.pt", weights_only=True)["average"])
@@ -218,10 +217,9 @@ def train_decoder(folder: Path, plan: Plan, device: str) -> None:
         text = model.encode_text(captions[:half])
         t = torch.from_numpy(rng.integers(20, 350, half)).to(device)
         noise = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(z)
-        abar = rearrange(model.schedule.alphas_cumprod.to(z)[t], "b -> b 1 1 1")
-        noisy = abar.sqrt() * z[:half] + (1 - abar).sqrt() * noise[:half]
+        noisy = model.schedule.add_noise(z[:half], noise[:half], t)
         eps, _ = unet(noisy[:, :, None], t, text)
-        assert eps is not None
+        abar = rearrange(model.schedule.abar(t), "b -> b 1 1 1")
         guess = (noisy - (1 - abar).sqrt() * eps[:, :, 0].float()) / abar.sqrt()
         return torch.cat([guess, z[half:] + 0.05 * noise[half:]])
 
@@ -248,7 +246,7 @@ def export(folder: Path, weights: Path, sample: dict[str, Any]) -> None:
     """
     config = dataclasses.replace(TINY, sample=dataclasses.replace(TINY.sample, **sample),
                                  vocabulary=VOCABULARY)
-    model = build_model(config)
+    model = Model(config)
     vae = balanced_vae(folder).state_dict()
     if (folder / "decoder.pt").exists():
         vae |= torch.load(folder / "decoder.pt", weights_only=True)["average"]

@@ -3,7 +3,7 @@ from torch import Tensor
 
 from .metrics import (camera_curves, curve_correlation, distance, fidelity, flicker,
                       top1_agreement)
-from .motion import Motion
+from ..motion import Motion
 from .tracking import tracklets
 
 COLUMNS = ("motion fidelity", "corrected", "trajectory distance", "camera curves", "flicker",

@@ -1,10 +1,13 @@
 """What the commands share: wrong usage and every foreseen failure are one line."""
 import argparse
+import dataclasses
+import re
 from typing import NoReturn
 
 import torch
 
-from .errors import InputError, NumericalError
+from ..config import SampleConfig
+from ..errors import InputError, NumericalError
 
 FORESEEN = (InputError, NumericalError, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
 
@@ -22,7 +25,14 @@ def explain(error: BaseException) -> tuple[int, str]:
     1 failed, 2 bad usage or input, 130 interrupted.
     """
     if isinstance(error, InputError):
-        return 2, f"error: {error}"
+        return 2, f"error: {in_options(str(error))}"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; no file is left unfinished"
-    return 1, f"failed: {(str(error) or 'out of memory').splitlines()[0]}"
+    return 1, f"failed: {in_options((str(error) or 'out of memory').splitlines()[0])}"
+
+
+def in_options(message: str) -> str:
+    """A message of the library, whose arguments are given here as options."""
+    names = "|".join(f.name for f in dataclasses.fields(SampleConfig))
+    message = re.sub(rf"\b({names}) = ", lambda m: f"--{m[1].replace('_', '-')} ", message)
+    return message.replace("motion_scale", "--motion-scale").replace("dtype float", "--dtype float")

@@ -1,6 +1,6 @@
 """How the cost of a step grows with frames and size: measured where that is quick, else reckoned.
 
-    python -m mcl.growth [--config sd15] [--frames 8 16 24 32] [--sizes 256 384 512 768]
+    python -m mcl.measure.growth [--config sd15] [--frames 8 16 24 32] [--sizes 256 384 512 768]
 
 Frames are varied at the first size, sizes at 16 frames. The arithmetic is counted at every size,
 without doing it; what would take longer than --seconds, or would not fit, is reckoned from the
@@ -16,14 +16,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .bench import CONFIGS, Flops, peak_bytes, random_model, seconds, steps_of
-from .command import FORESEEN, Parser, explain
-from .config import ModelConfig, SampleConfig
-from .errors import InputError
-from .files import atomic, check_file
-from .machine import (DTYPES, free_memory, guided_bytes, keep_freed_memory, pick_device,
-                      pick_dtype)
-from .model import Model, build_model
-from .unet import UNet3D
+from ..checkpoint import meta_model
+from ..command import FORESEEN, Parser, explain
+from ..config import ModelConfig, SampleConfig
+from ..errors import InputError
+from ..files import atomic, check_file
+from ..machine import (DTYPES, free_memory, guided_bytes, keep_freed_memory, pick_device,
+                       pick_dtype)
+from ..model import Model
+from ..unet import UNet3D
 
 KINDS = ("unguided step", "guided step")
 FRAMES = 16                             # at which sizes are varied
@@ -47,9 +48,9 @@ def counted(config: ModelConfig, settings: SampleConfig) -> dict[str, int]:
     """The arithmetic of each kind of step, by tensors that have shapes but no values."""
     totals = {}
     with FakeTensorMode():
-        unet = UNet3D(config.unet).requires_grad_(False).eval()
-        steps = steps_of(dataclasses.replace(build_model(config, "meta"), unet=unet), settings,
-                         recompute=False)
+        model = meta_model(config)
+        model.unet = UNet3D(config.unet).requires_grad_(False).eval()
+        steps = steps_of(model, settings, recompute=False)
         for kind in KINDS:
             with Flops() as counter:
                 steps[kind]()

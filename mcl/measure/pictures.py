@@ -9,16 +9,15 @@ from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor
 
-from .errors import InputError
-from .inversion import Inversion
-from .motion import Motion
-from .semantic import Semantics
+from ..errors import InputError
+from ..motion import Motion
+from ..semantic import Masks
 
 SHADE = 0.25                            # what is left of the reference where nothing is shown
 
 
-def draw(folder: Path, reference: Tensor | None, frames: Tensor, motion: Motion | Inversion,
-         semantics: Semantics | None, losses: Sequence[float], grads: Sequence[float]) -> None:
+def draw(folder: Path, reference: Tensor | None, frames: Tensor, motion: Motion,
+         masks: Masks | None, losses: Sequence[float], grads: Sequence[float]) -> None:
     """Writes PNGs into a folder; the frames of a clip stand side by side.
 
     sheet.png   the reference above the result, (f, 3, H, W) in [-1, 1] both
@@ -33,12 +32,9 @@ def draw(folder: Path, reference: Tensor | None, frames: Tensor, motion: Motion 
     size = (frames.shape[-2], frames.shape[-1])
     below = frames.new_full(frames.shape, -1.0) if reference is None else reference
     rows = {"sheet": [below, frames]}
-    t = max(motion.latents) if isinstance(motion, Inversion) else 0
-    read = motion.at(t)
-    strength, distance = motion_pictures(read, size)
+    strength, distance = motion_pictures(motion, size)
     rows["motion"] = [overlay(below, share) for share in (strength, distance)]
-    if semantics is not None and semantics.reference_masks is not None:
-        masks = semantics.reference_masks(t)
+    if masks is not None:
         rows["masks"] = [overlay(below, enlarge(weight, size)) for weight in masks]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,21 +7,28 @@ from typing import Any
 
 import torch
 
-from .checkpoint import read_header
-from .command import Parser
-from .config import SampleConfig
-from .convert.formats import LORAS
-from .convert.lora import IGNORE_ALPHA, parse_scaled
-from .errors import InputError
-from .files import check_directory, check_file
-from .machine import DTYPES, MEMORY
-from .unet import UNet3D
-from .video import FITS, check_writable
+from ..checkpoint import EMBEDDED, read_header
+from ..config import SPACINGS, SampleConfig
+from ..convert.formats import LORAS
+from ..convert.lora import IGNORE_ALPHA, parse_scaled
+from ..errors import InputError
+from ..files import check_directory, check_file
+from ..machine import DTYPES, MEMORY
+from ..temporal import Wanted
+from ..unet import UNet3D
+from ..video import FITS, check_writable
+from . import Parser
 
 DESCRIPTION = "Clones the motion of a reference video into a new video of a prompt."
-EMBEDDED = Path(__file__).parent.parent / "weights" / "tiny.safetensors"
-# The published settings (arXiv 2406.05338): steps, guided steps, their share of the noise range.
-PRESETS = {"camera": (100, 50, 0.3), "object": (300, 180, 0.4)}
+# The published settings (arXiv 2406.05338), of its later versions and of the first three.
+INVERSION = {"spacing": "linspace", "warmup": 10, "cooldown": 0, "inversion_steps": 1000,
+             "blocks": ("up_blocks.1", "up_blocks.2"), "block_weights": (1.0, 833 / 1667),
+             "motion_scale": 1667.0, "semantic_scale": 42.0, "semantic_blocks": ("up_blocks.1",)}
+PRESETS: dict[str, dict[str, Any]] = {
+    "camera": {"steps": 100, "guidance_steps": 50, "guidance_span": 0.3},
+    "object": {"steps": 300, "guidance_steps": 180, "guidance_span": 0.4},
+    "inversion-300": {"steps": 300, "guidance_steps": 200, **INVERSION},
+    "inversion-500": {"steps": 500, "guidance_steps": 300, **INVERSION}}
 FAST = "fast"                           # two thirds of the weights' own steps, in all that counts
 # Of the weight of the semantic loss to that of the motion loss, in the inversion variant.
 PUBLISHED_SEMANTIC_SHARE = 42 / 1667
@@ -54,12 +61,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group = p.add_argument_group("method; the defaults are kept with the weights")
     add = group.add_argument
     add("--preset", choices=(*PRESETS, FAST), help="published steps for camera or object motion; "
-        "fast: two thirds of the weights' own steps, 1.5 times the speed; cameras suffer")
+        "published settings of --method inversion, in 300 or 500 steps; fast: two thirds of the "
+        "weights' own steps, 1.5 times the speed; cameras suffer")
     add("--steps", type=int, help="of DDIM")
     add("--guidance-steps", type=int, help="how many of them, the first, are guided")
     add("--guidance-every", type=int, metavar="N", help="take the gradient in every N-th guided "
         "step only, and use it in the others too")
     add("--guidance-span", type=float, help="share of the noise range that these cover")
+    add("--spacing", choices=SPACINGS, help="of the timesteps: uneven has the guided ones in their "
+        "span, linspace all evenly, leading as AnimateDiff")
+    add("--warmup", type=int, metavar="N", help="guided steps over which the guidance rises")
+    add("--cooldown", type=int, metavar="N", help="guided steps over which it falls at the end")
     add("--cfg-scale", type=float, help="classifier-free guidance, uncond + s (cond - uncond)")
     add("--cfg-share", type=float, help="share of the steps, the first, that have it; the others "
         "need half the time")
@@ -70,8 +82,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="UNet blocks whose temporal attention is cloned, with commas between")
     add("--block-weights", type=lambda text: tuple(map(float, text.split(","))),
         help="of each of the blocks in the loss, with commas between")
-    add("--method", choices=METHODS, default="single-step",
-        help="how the reference is read: noised once, or inverted by DDIM (default: %(default)s)")
+    add("--method", choices=METHODS, help="how the reference is read: noised once, or inverted by "
+        "DDIM (default: single-step, but for the presets of the other)")
     add("--inversion-steps", type=int, help="of --method inversion (default: 100)")
     add("--inversion-dir", type=Path, metavar="DIR", help="keep the inverted latents here, go on "
         "with those of an interrupted run, use those of a finished one")
@@ -80,6 +92,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="semantic guidance where these words of the two prompts show")
     add("--semantic-scale", type=float, help="weight of semantic guidance; without --subject it "
         "compares whole frames")
+    add("--mask-threshold", type=float, metavar="X", help="of the attention to the subject's word, "
+        "0 to 1, above which a place belongs to it")
 
     group = p.add_argument_group("reference and video")
     add = group.add_argument
@@ -109,7 +123,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", *DTYPES))
     add("--memory", default="auto", choices=MEMORY, help="low computes activations a second time "
         "for the gradient rather than keep them, high never does, auto if they would not fit")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    inverted = "inversion_steps" in PRESETS.get(args.preset, {})
+    args.method = args.method or ("inversion" if inverted else "single-step")
+    if inverted and args.method != "inversion":
+        raise InputError(f"--preset {args.preset} belongs to --method inversion")
+    return args
 
 
 def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
@@ -189,8 +208,7 @@ def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
         for name in ("steps", "guidance_steps", "warmup", "cooldown"):
             given[name] = -(-2 * getattr(default, name) // 3)
     elif args.preset:
-        names = ("steps", "guidance_steps", "guidance_span")
-        given.update(zip(names, PRESETS[args.preset]))
+        given |= PRESETS[args.preset]
     for field in dataclasses.fields(SampleConfig):
         value = getattr(args, field.name, None)
         if value is not None:
@@ -213,8 +231,6 @@ def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
 
 def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     """Everything that can be wrong and can be known before weights are read."""
-    if args.weights is None:
-        args.weights = EMBEDDED
     if (args.ref is None) == (args.motion is None):
         raise InputError("give the reference with --ref, or its kept motion with --motion")
     if not 0 <= args.seed < REFERENCE_SEED:
@@ -231,7 +247,7 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     for name in ("compare", "report"):
         if getattr(args, name) and args.ref is None:
             raise InputError(f"--{name} needs the reference itself: give it with --ref")
-    model_config = read_header(args.weights)
+    model_config = read_header(args.weights or EMBEDDED)
     config = settings(args, model_config.sample)
     step = model_config.vae.downsampling
     if config.height % step or config.width % step:
@@ -241,7 +257,7 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
         raise InputError(f"--frames {config.frames}: this model's motion modules know up to "
                          f"{model_config.unet.max_frames}")
     with torch.device("meta"):
-        UNet3D(model_config.unet).temporal_layers(config.blocks)
+        UNet3D(model_config.unet).resolve(Wanted(config.blocks, config.semantic_blocks))
     fps = model_config.fps if args.fps is None else args.fps
     if not 0.1 <= fps <= 100:
         raise InputError(f"--fps {fps} is not possible: 0.1 to 100")

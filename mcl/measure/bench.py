@@ -1,6 +1,6 @@
 """What a step of sampling costs on this machine: time, memory, arithmetic. Reports; judges nothing.
 
-    python -m mcl.bench [--config sd15] [--size 512x512] [--frames 16] [--dtype float16]
+    python -m mcl.measure.bench [--config sd15] [--size 512x512] [--frames 16] [--dtype float16]
 
 Weights are random, but for the embedded model's: times do not depend on them.
 """
@@ -18,17 +18,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .checkpoint import load_model
-from .command import FORESEEN, Parser, explain
-from .config import SD15, SD15_V2, TINY, ModelConfig, SampleConfig
-from .errors import InputError
-from .layers import channels_last
-from .machine import DTYPES, MEMORY, keep_freed_memory, pick_device, pick_dtype, pick_recompute
-from .model import Model, build_model
-from .motion import strongest
-from .options import EMBEDDED, parse_size
-from .sampler import Guidance, guided_noise, noise
-from .unet import UNet3D
+from ..checkpoint import load_model, meta_model
+from ..command import FORESEEN, Parser, explain
+from ..command.options import parse_size
+from ..config import SD15, SD15_V2, TINY, ModelConfig, SampleConfig
+from ..errors import InputError
+from ..machine import DTYPES, MEMORY, keep_freed_memory, pick_device, pick_dtype, pick_recompute
+from ..model import Model
+from ..motion import motion_guide, strongest
+from ..sampler import Trajectory, clip_shape, noise_and_slope, predict
+from ..temporal import Wanted
+from ..tuned import channels_last
+from ..unet import UNet3D
 
 CONFIGS = {"tiny": TINY, "sd15": SD15, "sd15-v2": SD15_V2}
 T = 800                                 # any timestep: they cost alike
@@ -44,34 +45,34 @@ FORMULAS = {
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
     """A model with a UNet alone; the other networks have no weights."""
+    model = meta_model(config)
     with torch.device(device):
-        unet = UNet3D(config.unet).to(dtype).requires_grad_(False).eval()
-    channels_last(unet)
-    return dataclasses.replace(build_model(config, "meta"), unet=unet)
+        model.unet = UNet3D(config.unet).to(dtype)
+    channels_last(model.unet)
+    return model.requires_grad_(False).eval()
 
 
 def steps_of(model: Model, config: SampleConfig, recompute: bool
              ) -> dict[str, Callable[[], object]]:
     """A forward pass of the UNet, a step without guidance, and one with it."""
-    s, device = model.config.vae.downsampling, model.device
-    z = torch.randn(1, model.config.unet.in_channels, config.frames, config.height // s,
-                    config.width // s, device=device)
+    z = torch.randn(clip_shape(model, config), device=model.device)
     text, null = torch.randn(2, 1, model.config.text.max_length, model.config.unet.text_channels,
-                             device=device, dtype=model.dtype)
+                             device=model.device, dtype=model.dtype)
     with torch.no_grad():
-        _, maps = model.unet(torch.randn_like(z).to(model.dtype), T, null, maps_of=config.blocks,
-                             need_eps=False)
-    guidance = Guidance(strongest(maps, config.top_k, {}), recompute=recompute)
+        seen = model.unet.attend(torch.randn_like(z).to(model.dtype), T, null,
+                                 Wanted(temporal_maps=config.blocks))
+    guides = [motion_guide(strongest(seen.temporal_maps, config.top_k, {}))]
+    trajectory = Trajectory(model, text, null, config)
 
     def unguided() -> None:
-        noise(model, z, T, text)
-        noise(model, z, T, null)
+        predict(model, z, T, text)
+        predict(model, z, T, null)
 
     def guided() -> None:
-        guided_noise(model, z, T, text, guidance, config.motion_scale)
-        noise(model, z, T, null)
+        noise_and_slope(trajectory, z, T, guides, config.motion_scale, recompute)
+        predict(model, z, T, null)
 
-    return {"UNet, forward": lambda: noise(model, z, T, text), "unguided step": unguided,
+    return {"UNet, forward": lambda: predict(model, z, T, text), "unguided step": unguided,
             "guided step": guided}
 
 
@@ -167,7 +168,7 @@ def report(model: Model, config: SampleConfig, recompute: bool, repeat: int) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="-m mcl.bench", description="What a step of sampling costs here.")
+    p = Parser(prog="-m mcl.measure.bench", description="What a step of sampling costs here.")
     p.add_argument("--config", choices=CONFIGS, default="tiny")
     p.add_argument("--frames", type=int)
     p.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT")
@@ -188,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     if args.repeat < 1:
         raise InputError(f"--repeat {args.repeat} is not possible: 1 or more")
     device, config = pick_device(args.device), CONFIGS[args.config]
-    model = (load_model(EMBEDDED, args.device, args.dtype) if config is TINY
+    model = (load_model(None, args.device, args.dtype) if config is TINY
              else random_model(config, device, pick_dtype(args.dtype, device)))
     given = {} if args.frames is None else {"frames": args.frames}
     if args.size:

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .motion import Motion
+from ..motion import Motion
 from .tracking import tracklets
 
 AT_REST = 0.01                  # half widths from frame to frame, below which a point stands still

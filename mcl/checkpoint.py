@@ -2,7 +2,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Iterator, Mapping, Protocol
+from typing import Iterable, Iterator, Mapping, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,13 +60,14 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "aut
     with safe_open(path, framework="pt") as file:
         check_names(path, {name for name in file.keys()
                            if name.removesuffix(SCALE) not in shapes or name in shapes}, shapes)
-    state = {}
-    for name, tensor in read_tensors(path, list(shapes), chosen):
-        check_shape(path, name, tensor, shapes[name])
-        weight = (tensor if edit is None else edit(name, tensor)).to(kind, copy=True)
-        check_finite(path, name, weight)
-        state[name] = weight
-    return fill(model, state)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in read_tensors(path, list(shapes), chosen):
+            check_shape(path, name, tensor, shapes[name])
+            weight = (tensor if edit is None else edit(name, tensor)).to(kind, copy=True)
+            check_finite(path, name, weight)
+            yield name, weight
+    return fill(model, weights())
 
 
 def meta_model(config: ModelConfig) -> Model:
@@ -75,9 +76,9 @@ def meta_model(config: ModelConfig) -> Model:
         return Model(config)
 
 
-def fill(model: Model, state: Mapping[str, torch.Tensor]) -> Model:
-    """Puts weights into a model on the meta device; only inputs will have gradients."""
-    model.load_state_dict({name: layout(weight) for name, weight in state.items()}, assign=True)
+def fill(model: Model, weights: Iterable[tuple[str, torch.Tensor]]) -> Model:
+    """Puts weights, by name, into a model on the meta device; only inputs will have gradients."""
+    model.load_state_dict({name: layout(weight) for name, weight in weights}, assign=True)
     return model.requires_grad_(False).eval()
 
 

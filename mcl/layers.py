@@ -28,7 +28,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, want_map: bool = Fals
         mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril() if causal else None
         return rearrange(tuned.attend(q, k, v, mask), "b heads n d -> b n (heads d)"), None
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with tuned.without_autocast(q.device.type):
         probs = (q.to(wide) * q.shape[-1] ** -0.5 @ k.to(wide).transpose(-1, -2)).softmax(dim=-1)
         out = probs.to(v.dtype) @ v
     return rearrange(out, "b heads n d -> b n (heads d)"), probs

@@ -1,5 +1,5 @@
 """The guided sampling loop: DDIM, steered by the gradients of the guides' losses."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -51,13 +51,14 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
     if z.shape != clip_shape(model, config):
         raise InputError(f"latents of shape {tuple(z.shape)}, where the settings make one clip of "
                          f"{clip_shape(model, config)}")
+    if condition is not None:
+        check_condition(condition, model, config)
     if guides and not config.motion_scale:
         raise InputError("motion_scale = 0 is not possible with guides, whose losses it weights")
     if motion is not None and config.motion_scale:
         check_fit(motion, model, config)
         guides = (motion_guide(motion.to(model.device), config.weights_of_blocks), *guides)
-    for guide in guides:
-        model.unet.resolve(guide.wanted)
+    guides = [replace(guide, wanted=model.unet.resolve(guide.wanted)) for guide in guides]
     trajectory = Trajectory(model, *embeddings(model, prompt, config), config, condition)
     return guided(trajectory, z.to(model.device, torch.float32), guides, recompute)
 
@@ -99,7 +100,7 @@ def noise_and_slope(trajectory: "Trajectory", z: Tensor, t: int, guides: Sequenc
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         eps, seen = trajectory.noise(z, t, wanted, recompute)
-        g = torch.stack([guide.loss(seen, t) for guide in guides]).sum()
+        g = torch.stack([guide.loss(seen.only(guide.wanted), t) for guide in guides]).sum()
         slope, = torch.autograd.grad(g, z, torch.full_like(g, lambda_t))
     return eps.detach(), g.detach(), slope
 
@@ -171,8 +172,11 @@ def cfg_scale(step: int, config: SampleConfig) -> float:
 
 
 def clip_shape(model: Model, config: SampleConfig) -> tuple[int, int, int, int, int]:
-    """Of the latents of a clip. Raises InputError for a size that the VAE cannot have."""
-    s = model.config.vae.downsampling
+    """Of the latents of a clip. Raises InputError for a size or length that cannot be."""
+    s, longest = model.config.vae.downsampling, model.config.unet.max_frames
+    if config.frames > longest:
+        raise InputError(f"{config.frames} frames: this model's motion modules know up to "
+                         f"{longest}")
     if config.height % s or config.width % s:
         raise InputError(f"{config.width}x{config.height} is not possible: width and height must "
                          f"be multiples of {s}")
@@ -199,6 +203,18 @@ def embeddings(model: Model, prompt: str | Tensor, config: SampleConfig) -> tupl
                          "time is sampled")
     given = prompt.to(model.device, model.dtype)
     return given[:1], given[1:] if len(given) > 1 else model.encode_text([config.negative_prompt])
+
+
+def check_condition(condition: Tensor, model: Model, config: SampleConfig) -> None:
+    """Raises InputError for a condition that this model's SparseCtrl cannot be given."""
+    if model.sparsectrl is None:
+        raise InputError("this model has no SparseCtrl, which a condition is given to")
+    b, c, f, h, w = clip_shape(model, config)
+    shape = (b, c + 1, f, h, w) if model.sparsectrl.kind == "rgb" else (
+        b, 4, f, config.height, config.width)
+    if condition.shape != shape:
+        raise InputError(f"a condition of shape {tuple(condition.shape)}, where the settings make "
+                         f"one of {shape} (`sparse_condition`)")
 
 
 def check_fit(motion: Motion, model: Model, config: SampleConfig) -> None:

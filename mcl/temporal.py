@@ -33,6 +33,11 @@ class Attended:
     temporal_keys: dict[str, Tensor] = field(default_factory=dict)
     text_maps: dict[str, Tensor] = field(default_factory=dict)
 
+    def only(self, wanted: Wanted) -> "Attended":
+        """What was wanted of it, by the layers' full names."""
+        return Attended(*({name: tensors[name] for name in names} for tensors, names in zip(
+            (self.temporal_maps, self.temporal_keys, self.text_maps), wanted)))
+
     def __or__(self, other: "Attended") -> "Attended":
         return Attended(self.temporal_maps | other.temporal_maps,
                         self.temporal_keys | other.temporal_keys, self.text_maps | other.text_maps)

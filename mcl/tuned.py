@@ -1,4 +1,5 @@
 """Operations that are written to be fast or frugal; each has a textbook form, which it equals."""
+import contextlib
 from typing import Any
 
 import torch
@@ -75,6 +76,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
     return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1) @ v
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Products in the precision of what is multiplied, as on devices that have no autocast."""
+    return (torch.autocast(device_type, enabled=False)
+            if torch.amp.is_autocast_available(device_type) else contextlib.nullcontext())
 
 
 def channels_last(module: nn.Module) -> nn.Module:

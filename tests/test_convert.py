@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sample as command
-from mcl import load_model
+from mcl import load_model, read_video
 from mcl.config import SD15, SD15_V1, SD15_V2, from_dict
 from mcl.config import ModelConfig
 
@@ -241,7 +241,7 @@ def test_a_converted_model_clones_a_motion(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind, form", [("rgb", "ckpt"), ("scribble", "diffusers")])
-def test_a_model_with_sparsectrl_takes_pictures(kind, form, folder, tmp_path, capsys):
+def test_a_model_with_sparsectrl_takes_pictures(kind, form, folder, tmp_path, capsys, monkeypatch):
     state = sparsectrl(kind, form == "diffusers")
     control = save(tmp_path / "control.ckpt", state if form == "diffusers" else {
         "controlnet": {f"module.{name}": t for name, t in state.items()}})
@@ -253,14 +253,27 @@ def test_a_model_with_sparsectrl_takes_pictures(kind, form, folder, tmp_path, ca
     imageio.imwrite(picture, np.random.default_rng(0).integers(0, 255, (80, 90, 3), np.uint8))
     argv = ["--weights", str(out), "--ref", str(REF), "--prompt", "a cat", "--size", "64x64",
             "--frames", "4", "--steps", "2", "--guidance-steps", "1"]
-    clips = {}
+    clips, given, keep = {}, {}, lambda name: lambda *arguments, **options: (
+        given.update({name: options["condition"]}) or calls[name](*arguments, **options))
+    calls = {name: getattr(command, name) for name in ("sample", "extract_motion")}
+    for name in calls:
+        monkeypatch.setattr(command, name, keep(name))
     for name, more in {"none": [], "first": [picture], "last": [f"{picture}@-1"],
                        "both": [picture, f"{picture}@3"]}.items():
         path = tmp_path / f"{name}.gif"
-        given = ["--image", *map(str, more)] if more else []
-        assert command.main([*argv, "--out", str(path), *given]) == 0
+        words = ["--image", *map(str, more)] if more else []
+        assert command.main([*argv, "--out", str(path), *words]) == 0
         clips[name] = path.read_bytes()
+        # The new clip shows the pictures, the reference its own frames in the same places.
+        for condition in given.values():
+            shown = [] if condition is None else condition[0, -1].flatten(1).amax(dim=1).tolist()
+            assert shown == {"none": [], "first": [1, 0, 0, 0], "last": [0, 0, 0, 1],
+                             "both": [1, 0, 0, 1]}[name]
     assert len(set(clips.values())) == 4
+    own = read_video(REF, 4, (64, 64))[[0, 3]]
+    expected = ((own + 1) / 2 if kind == "scribble" else load_model(out, "cpu").vae.encode(own)[0]
+                .movedim(0, 1))
+    assert torch.equal(given["extract_motion"][0, :-1, [0, 3]].movedim(0, 1), expected)
     capsys.readouterr()
     assert command.main([*argv, "--image", f"{picture}@4"]) == 2
     assert "the clip has frames 0 to 3" in capsys.readouterr().err

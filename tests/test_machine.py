@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from mcl import InputError, extract_motion, machine, sample
+from mcl import InputError, extract_motion, machine, sample, unet
 from mcl.machine import free_memory, guided_bytes, off_the_accelerator, pick_recompute
 
 from .conftest import randn
@@ -32,13 +32,18 @@ def test_free_memory_of_this_machine_is_told():
     assert free is None or 2 ** 20 < free < 2 ** 50
 
 
-def test_a_clip_is_the_same_with_and_without_recomputing(small):
-    config = small.config.sample
+def test_a_clip_is_the_same_with_and_without_recomputing(small, monkeypatch):
+    config, recomputed = small.config.sample, []
+    checkpoint = unet.checkpoint
+    monkeypatch.setattr(unet, "checkpoint", lambda *given, **options: (
+        recomputed.append(again) or checkpoint(*given, **options)))
     clip = randn(1, 4, 4, 8, 8)
     motion = extract_motion(small, clip, noise=clip.flip(2))
-    ends = [list(sample(small, "a star", motion, config, latents=clip, recompute=again))
-            for again in (False, True)]
+    ends = []
+    for again in (False, True):
+        ends.append(list(sample(small, "a star", motion, config, latents=clip, recompute=again)))
     assert torch.allclose(ends[0][-1].latents, ends[1][-1].latents, atol=1e-5)
+    assert set(recomputed) == {True} and len(recomputed) > 20 * config.guidance_steps
     assert ends[0][2].grad_norm == pytest.approx(ends[1][2].grad_norm, rel=1e-5)
 
 

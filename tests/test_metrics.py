@@ -76,6 +76,15 @@ def test_a_still_clip_gives_numbers():
     assert fidelity(torch.zeros(0, 4, 2), torch.zeros(2, 4, 2)) == (0, 0)
 
 
+def test_chance_is_a_quarter_turn_to_either_side():
+    """The points of one clip go right, those of the other up: a turn one way makes them alike."""
+    right = torch.stack([torch.linspace(0, 1, 5), torch.zeros(5)], dim=-1)[None]
+    for other in (right.flip(-1), -right.flip(-1)):
+        assert fidelity(right, other) == pytest.approx((0, 0), abs=1e-6)
+    slanted = torch.stack([torch.linspace(0, 1, 5), torch.linspace(0, .5, 5)], dim=-1)[None]
+    assert fidelity(right, slanted) == pytest.approx((0.8 ** .5,) * 2, abs=1e-6)
+
+
 def test_figures_do_not_depend_on_the_resolution():
     results = []
     for size in (128, 256):

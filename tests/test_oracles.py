@@ -300,6 +300,24 @@ def test_text_encoder():
             assert error(mine, row) < 1e-4
 
 
+def test_every_norm_adds_as_little_as_the_oracle_s():
+    def epsilons(network, rename=str):
+        return {rename(f"{name}.weight"): module.eps for name, module in network.named_modules()
+                if isinstance(module, (nn.GroupNorm, nn.LayerNorm))}
+
+    text = TextEncoder(SMALL.text).text_model
+    oracle_text = transformers.CLIPTextModel(transformers.CLIPTextConfig())
+    unet, control = UNet3D(V2), sparse_controls("rgb")[0]
+    raw = sparse_unet.SparseControlNetModel(block_out_channels=V3.block_out_channels,
+                                            norm_num_groups=V3.norm_groups)
+    for ours, oracle in (
+            (epsilons(unet, diffusers_name), epsilons(diffusers_unet(unet, V2))),
+            (epsilons(control, diffusers_name), epsilons(raw)),
+            (epsilons(vaes()[0]), epsilons(vaes()[1])),
+            (epsilons(text), epsilons(getattr(oracle_text, "text_model", oracle_text)))):
+        assert len(ours) > 2 and {name: oracle[name] for name in ours} == ours
+
+
 # The schedule and the loop
 
 def scheduler(spacing="leading"):

@@ -1,6 +1,11 @@
 """What the README promises: its commands run, its code runs, its files are there."""
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -9,6 +14,7 @@ import pytest
 import torch
 
 import convert_weights
+import mcl
 import sample as command
 
 from . import foreign
@@ -63,13 +69,46 @@ def test_every_command_for_other_weights_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out.mp4").exists()
 
 
-def test_the_code_of_the_readme_runs(beside_examples, capsys):
-    code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    code = code.replace("config=config,", "config=dataclasses.replace(config, steps=2, "
-                        "guidance_steps=1),")
-    exec("import dataclasses\n" + code, {})
-    assert len(capsys.readouterr().out.splitlines()) == 2
+def code_of_the_readme(dtype="auto"):
+    """Its blocks in order, as one program of two steps."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    quick = ("\nimport dataclasses\nmodel.config = dataclasses.replace(model.config, "
+             "sample=dataclasses.replace(model.config.sample, steps=2, guidance_steps=1))\n")
+    changed = re.sub(r"load_model\(\).*\n", f"load_model(device='cpu', dtype={dtype!r})\n" + quick,
+                     code)
+    assert changed != code
+    return changed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_code_of_the_readme_runs(beside_examples, capsys, dtype):
+    exec(code_of_the_readme(dtype), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["0", "1", "0", "1"]
+    assert all(float(line.split()[1]) > 0 for line in lines[::2])
     assert (beside_examples / "out.mp4").exists()
+
+
+def test_the_code_of_the_readme_runs_with_an_installed_wheel(tmp_path):
+    """Built of a copy, unpacked where a package would lie, and run in another directory."""
+    for name in ("mcl", "weights"):
+        shutil.copytree(ROOT / name, tmp_path / "source" / name,
+                        ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir",
+                    tmp_path, tmp_path / "source"], check=True)
+    wheel, = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "examples").symlink_to(ROOT / "examples")
+    code = code_of_the_readme() + "\nimport mcl\nprint(mcl.__file__, mcl.__version__)"
+    done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code],
+                          cwd=tmp_path / "elsewhere", capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
+    *_, last = done.stdout.splitlines() or [done.stderr]
+    assert last == f"{tmp_path / 'site' / 'mcl' / '__init__.py'} {mcl.__version__}", done.stderr
+    assert (tmp_path / "site" / "mcl" / "py.typed").exists()
 
 
 def test_every_file_that_the_readme_names_is_there():

@@ -1,4 +1,5 @@
 """The command: what it writes, and what it says to bad input."""
+import contextlib
 import copy
 import json
 import subprocess
@@ -13,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sample as command
-from mcl import InputError, SampleConfig, load_model, read_video
+from mcl import InputError, Motion, SampleConfig, load_model, read_video
 from mcl.checkpoint import save_model
 from mcl.command.options import parse, settings
+from mcl.measure.pictures import motion_pictures
 
 ROOT = Path(__file__).parent.parent
 REF = str(ROOT / "examples" / "figure_eight.mp4")
@@ -107,6 +109,27 @@ def test_what_does_not_go_with_a_method_is_refused(argv, message, tmp_path, caps
     assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+def test_only_the_unet_is_on_the_accelerator_while_it_samples(tmp_path, monkeypatch):
+    away, seen = [], []
+
+    @contextlib.contextmanager
+    def off(*modules):
+        away.extend(type(module).__name__ for module in modules)
+        yield
+        away.clear()
+
+    def states(*arguments, **options):
+        for state in sample(*arguments, **options):
+            seen.append(tuple(away))
+            yield state
+
+    sample = command.sample
+    monkeypatch.setattr(command, "off_the_accelerator", off)
+    monkeypatch.setattr(command, "sample", states)
+    clone(tmp_path / "a.mp4")
+    assert seen == [("AutoencoderKL", "TextEncoder")] * 4 and not away
+
+
 def test_a_kept_motion_gives_the_same_clip_as_its_reference(tmp_path):
     kept = tmp_path / "m.safetensors"
     first = clone(tmp_path / "a.mp4", "--save-motion", kept)
@@ -126,7 +149,8 @@ def test_several_samples_are_named_by_their_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "keep_freed_memory", lambda: kept.append(True))
     clone(tmp_path / "a.gif", "--num-samples", 2, "--seed", 5, "--memory", "low")
     assert not kept     # low memory gives back what it frees
-    assert json.loads((tmp_path / "a-5.json").read_text())["recompute"] is True
+    records = [json.loads((tmp_path / f"a-{seed}.json").read_text()) for seed in (5, 6)]
+    assert [record["seed"] for record in records] == [5, 6] and records[0]["recompute"] is True
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "a-5.gif", "a-5.json", "a-6.gif", "a-6.json"]
     alone = clone(tmp_path / "b.gif", "--seed", 6)
@@ -312,6 +336,17 @@ def test_maps_show_the_motion_the_masks_and_the_frames(tmp_path):
     reference = read_video(REF, 16, (64, 64))
     sheet = imageio.imread(tmp_path / "maps" / "sheet.png")[:64, :64] / 127.5 - 1
     assert abs(torch.from_numpy(sheet).movedim(-1, 0) - reference[0]).max() < 0.01
+
+
+def test_the_motion_is_drawn_by_its_strongest_values():
+    """Of a motion of two values at each place, whose order is from the larger down."""
+    values = torch.tensor([0.9, 0.1]) * torch.tensor([1.0, 0.5])[:, None]       # (f, k)
+    motion = Motion({"x": values.expand(4, 1, 2, 2)},
+                    {"x": torch.tensor([[1, 0], [1, 0]]).expand(4, 1, 2, 2)},
+                    {"frames": 2, "height": 2, "width": 2})
+    strength, distance = motion_pictures(motion, (2, 2))
+    assert strength.flatten(1).tolist() == [[1] * 4, [0] * 4]
+    assert distance.flatten(1).tolist() == [[1] * 4, [0] * 4]
 
 
 def test_report_measures_the_clip_and_an_unguided_one(tmp_path, capsys):

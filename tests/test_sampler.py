@@ -4,12 +4,13 @@ import dataclasses
 import pytest
 import torch
 
-from mcl import InputError, NumericalError, SampleConfig, extract_motion, sample
-from mcl.config import from_dict
+from mcl import (InputError, Model, NumericalError, SampleConfig, Wanted, extract_motion, sample,
+                 sparse_condition)
+from mcl.config import SparseCtrlConfig, from_dict
 from mcl.sampler import guidance_weight
 from mcl.schedule import ddim_step
 
-from .conftest import randn
+from .conftest import randn, randomize
 
 
 def clip(seed=0):
@@ -145,3 +146,39 @@ def test_a_motion_of_another_size_model_or_setting_is_refused_when_called(small,
 def test_settings_that_cannot_be_are_refused_with_the_legal_range(change, message):
     with pytest.raises(InputError, match=message):
         from_dict(SampleConfig, change)
+
+
+def test_a_condition_is_seen_by_the_reading_and_by_both_branches(small):
+    """A whole run under SparseCtrl, against the paper written out here."""
+    config = dataclasses.replace(small.config, sparsectrl=SparseCtrlConfig("rgb", motion_heads=2))
+    model = Model(config)
+    for part in model.children():
+        randomize(part)
+    config = dataclasses.replace(config.sample, motion_scale=3e5)
+    condition = sparse_condition(randn(1, 4, 8, 8, seed=5), [2], 4)
+    own = sparse_condition(randn(1, 4, 8, 8, seed=6), [2], 4)
+    motion = extract_motion(model, clip(), noise=clip(1), condition=own)
+    found = list(sample(model, "a star", motion, latents=clip(3), config=config,
+                        condition=condition))
+
+    text, null = model.encode_text(["a star", ""]).split(1)
+    abar = torch.cat([model.schedule.alphas_cumprod, torch.ones(1)])    # at -1 as well
+    read = abar[400].sqrt() * clip() + (1 - abar[400]).sqrt() * clip(1)
+    seen = model.unet.attend(read, 400, null, Wanted(("up_blocks.1",)),
+                             model.sparsectrl(own, 400, null))
+    top = {name: probs.max(dim=-1, keepdim=True) for name, probs in seen.temporal_maps.items()}
+    z, timesteps = clip(3), [state.t for state in found] + [-1]
+    for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:])):
+        z = z.detach().requires_grad_()
+        eps, seen = model.unet(z, t, text, temporal_maps=("up_blocks.1",),
+                               residuals=model.sparsectrl(condition, t, text))
+        g = sum((seen.temporal_maps[name].gather(-1, at) - value).square().mean()
+                for name, (value, at) in top.items())
+        weight = 3e5 * 4 * 8 * 8 / 65536 * (1, 1, .5, 0, 0, 0)[i] * (.5, 1, 1, 1, 1, 1)[i]
+        grad, = torch.autograd.grad(weight * g, z)
+        uncond, _ = model.unet(z, t, null, residuals=model.sparsectrl(condition, t, null))
+        eps = uncond + config.cfg_scale * (eps - uncond)
+        x0 = (z - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
+        z = abar[t_prev].sqrt() * x0 + (1 - abar[t_prev]).sqrt() * (
+            eps - (1 - abar[t]).sqrt() * grad)
+        assert (found[i].latents - z).norm() < 1e-4 * z.norm()

@@ -49,8 +49,8 @@ def model_from_state_dicts(
     chosen = plan(name, parts, [])
     where = pick_device(device)
     weights = chosen.tensors(pick_dtype(dtype, where))
-    return fill(meta_model(chosen.config), {key: weight.to(where)
-                                            for key, weight in zip(chosen.shapes, weights)})
+    return fill(meta_model(chosen.config), ((key, weight.to(where))
+                                            for key, weight in zip(chosen.shapes, weights)))
 
 
 def lazy(tensor: Tensor) -> LazyTensor:

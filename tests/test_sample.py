@@ -73,6 +73,31 @@ def test_presets_set_steps_and_options_go_before_them():
         assert settings(args, own).steps == 200 and settings(args, own).guidance_steps == 30
 
 
+def test_the_published_settings_are_the_defaults_and_the_presets():
+    """METHOD of arXiv 2406.05338: version 4 and later, and versions 1 to 3."""
+    own = SampleConfig()
+    assert (own.steps, own.guidance_steps, own.guidance_span, own.spacing) == (
+        100, 50, .3, "uneven")
+    assert (own.motion_scale, own.warmup, own.cooldown, own.extract_t, own.top_k, own.blocks,
+            own.cfg_scale) == (2000, 10, 10, 400, 1, ("up_blocks.1",), 8.5)
+    assert own.mask_threshold == 0.3
+    for preset, steps, guided in (("inversion-300", 300, 200), ("inversion-500", 500, 300)):
+        args = parse(["--ref", REF, "--prompt", "", "--preset", preset])
+        found = settings(args, own)
+        assert args.method == "inversion"
+        assert (found.steps, found.guidance_steps, found.spacing) == (steps, guided, "linspace")
+        assert (found.warmup, found.cooldown, found.inversion_steps) == (10, 0, 1000)
+        per_map = {b: w * found.motion_scale for b, w in found.weights_of_blocks.items()}
+        assert per_map == pytest.approx({"up_blocks.1": 1667, "up_blocks.2": 833})
+        assert (found.semantic_scale, found.semantic_blocks) == (42, ("up_blocks.1",))
+        with pytest.raises(InputError, match="belongs to --method inversion"):
+            parse(["--prompt", "", "--preset", preset, "--method", "single-step"])
+    changed = ["--spacing", "leading", "--warmup", "3", "--cooldown", "4", "--mask-threshold", ".2"]
+    found = settings(parse(["--ref", REF, "--prompt", "", *changed]), own)
+    assert (found.spacing, found.warmup, found.cooldown, found.mask_threshold) == (
+        "leading", 3, 4, .2)
+
+
 def test_inversion_is_another_way_to_the_motion(tmp_path):
     once = clone(tmp_path / "a.mp4")
     argv = ["--method", "inversion", "--inversion-steps", 3, "--ref-prompt",

@@ -84,7 +84,7 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = (tuned.linear(x, weight, bias) for weight, bias in
                        zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
-        return tuned.Gate.apply(value, gate)
+        return tuned.gated(value, gate)
 
 
 class FeedForward(nn.Module):

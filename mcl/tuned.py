@@ -34,7 +34,8 @@ class FrozenConvolution(torch.autograd.Function):
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...] = (1, 1),
                 padding: tuple[int, ...] = (0, 0)) -> Tensor:
     """x (b, c_in, h, w), weight (c_out, c_in, *kernel) -> (b, c_out, h', w')."""
-    convolve = F.conv2d if weight.requires_grad else FrozenConvolution.apply
+    frozen = torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad
+    convolve = FrozenConvolution.apply if frozen else F.conv2d
     return convolve(x, weight, bias, stride, padding)
 
 
@@ -67,6 +68,13 @@ class Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         value, gate = ctx.saved_tensors
         return F.gelu(gate).mul_(grad), torch.ops.aten.gelu_backward(grad * value, gate)
+
+
+def gated(value: Tensor, gate: Tensor) -> Tensor:
+    """value * gelu(gate), of any shape."""
+    if torch.is_grad_enabled() and (value.requires_grad or gate.requires_grad):
+        return Gate.apply(value, gate)
+    return F.gelu(gate).mul_(value)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

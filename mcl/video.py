@@ -188,7 +188,7 @@ def _video_pictures(path: Path) -> Iterator[Picture]:
         place = f"at about frame {count}, {end:.2f} s" if count else "from its start"
         raise InputError(f"{path}: cannot be decoded {place} ({error.strerror}): it is damaged, "
                          "cut short or not a video; encode it again, or read only a part before "
-                         "that with a shorter duration (--duration)") from error
+                         "that with a shorter duration") from error
 
 
 def _frames(path: Path, container: InputContainer) -> Iterator[av.VideoFrame]:
@@ -199,7 +199,7 @@ def _frames(path: Path, container: InputContainer) -> Iterator[av.VideoFrame]:
         yield from packet.decode()
     if cut_short:
         raise InputError(f"{path}: is cut short; give the whole file, or read only a part before "
-                         "its end with a shorter duration (--duration)")
+                         "its end with a shorter duration")
 
 
 def _video_rgba(frame: av.VideoFrame) -> np.ndarray:

@@ -119,7 +119,7 @@ def anywhere(weight: Tensor) -> Tensor:
     return weight.flatten(1).any(dim=1)
 
 
-def semantic_loss(keys: Mapping[str, Tensor], masks: Masks | None, own: Appearance) -> Tensor:
+def semantic_loss(keys: Mapping[str, Tensor], masks: Masks | None, unguided: Appearance) -> Tensor:
     """How far the keys {layer: (h*w, f, c)} of the guided clip are from the unguided clip's means.
 
     With masks, of the reference's subject: the mean square difference of the means in front and of
@@ -129,9 +129,9 @@ def semantic_loss(keys: Mapping[str, Tensor], masks: Masks | None, own: Appearan
     losses = []
     for name, guided in keys.items():
         if masks is None:
-            losses.append((guided.float().mean(dim=0) - own.means[name][0]).square().mean())
+            losses.append((guided.float().mean(dim=0) - unguided.means[name][0]).square().mean())
             continue
-        for weight, mean, there in zip(masks, own.means[name], own.there):
+        for weight, mean, there in zip(masks, unguided.means[name], unguided.there):
             difference = masked_mean(guided.float(), weight) - mean
             # A frame in which either has nothing there says nothing.
             both = anywhere(weight) & there
@@ -198,16 +198,16 @@ def semantic_guide(model: Model, prompt: str, latents: Tensor, config: SampleCon
         raise InputError("semantic_scale and motion_scale must both be above 0 for this guide")
     trajectory = Trajectory(model, *embeddings(model, prompt, config), config, condition)
     wanted = Wanted(temporal_keys=config.semantic_blocks)
-    z, own = latents.to(model.device, torch.float32), {}
+    z, unguided = latents.to(model.device, torch.float32), {}
     for i, (t, _) in progress(list(enumerate(trajectory.steps[:config.guidance_steps]))):
         eps, seen = trajectory.noise(z, t, wanted if subject is None else
                                      wanted._replace(text_maps=(SUBJECT,)))
-        own[t] = appearance(seen.temporal_keys, None if subject is None else
-                            plain(mask_of(seen, subject.tokens, config)))
+        unguided[t] = appearance(seen.temporal_keys, None if subject is None else
+                                 plain(mask_of(seen, subject.tokens, config)))
         z = trajectory.step(i, z, eps)
     share = config.semantic_scale / config.motion_scale
 
     def loss(seen: Attended, t: int) -> Tensor:
         masks = None if subject is None else subject.masks(t)
-        return share * semantic_loss(seen.temporal_keys, masks, own[t])
+        return share * semantic_loss(seen.temporal_keys, masks, unguided[t])
     return Guide(wanted, loss)

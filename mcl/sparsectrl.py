@@ -37,18 +37,18 @@ class SketchEmbedding(nn.Module):
 class SparseCtrl(nn.Module):
     """`config` is the UNet's, to whose features the residuals are added."""
 
-    def __init__(self, config: UNetConfig, own: SparseCtrlConfig):
+    def __init__(self, config: UNetConfig, control: SparseCtrlConfig):
         super().__init__()
         config = dataclasses.replace(
             config, motion_modules=True, motion_mid_block=False, motion_attentions=1,
-            norm_per_frame=True, motion_heads=own.motion_heads, max_frames=own.max_frames)
-        self.config, self.kind = config, own.kind
+            norm_per_frame=True, motion_heads=control.motion_heads, max_frames=control.max_frames)
+        self.config, self.kind = config, control.kind
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
         # Only the bias of conv_in acts: the noise that it was made for is left out.
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.controlnet_cond_embedding = (
-            nn.Conv2d(config.in_channels + 1, widths[0], 3, padding=1) if own.kind == "rgb"
-            else SketchEmbedding(own.sketch_channels, widths[0]))
+            nn.Conv2d(config.in_channels + 1, widths[0], 3, padding=1) if control.kind == "rgb"
+            else SketchEmbedding(control.sketch_channels, widths[0]))
         self.time_embedding = TimestepEmbedding(widths[0], config.time_channels)
         self.down_blocks = nn.ModuleList([DownBlock(config, level) for level in levels])
         self.mid_block = MidBlock(config)

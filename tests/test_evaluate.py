@@ -8,7 +8,7 @@ import torch
 from mcl.tiny.clips import tone
 from mcl.tiny.evaluate import CAMERAS, PATHS, held_out_cases, measure, save_strip
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
-from mcl.tiny.study import DEFAULT, sheet, strip_name, table
+from mcl.tiny.study import DEFAULT, sheet, strip_name, study_table
 
 
 def perfect(case, scene=None):
@@ -55,7 +55,7 @@ def test_the_table_has_means_over_clips_and_their_intervals():
                                             ("b", 0, 0.6, 0.4))]
     records.append(base | {"clip": "c", "seed": 0, "kind": "camera", "camera": 0.9, "shape": 1.0,
                            "direction": 9.0, "position error": 9.0})
-    row = table(records).splitlines()[2].split(" | ")
+    row = study_table(records).splitlines()[2].split(" | ")
     assert row[0] == "| unguided"
     assert row[1] == "0.400 ± 0.392"        # clips 0.2 and 0.6; 1.96 * 0.283 / sqrt(2)
     assert row[2] == "0.500 ± 0.000" and row[3] == ""       # one camera clip has no interval

@@ -77,7 +77,7 @@ def reckoned(settings: SampleConfig, flops: dict[str, int], by: Cost) -> Cost:
     return Cost(settings.frames, settings.width, flops, taken, peak, False)
 
 
-def table(costs: list[Cost]) -> str:
+def cost_table(costs: list[Cost]) -> str:
     lines = ["| frames | size | TFLOP, unguided | guided | seconds, unguided | guided | ratio | "
              "peak GB, unguided | guided | |", "|---" * 10 + "|"]
     for c in costs:
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{frames} frames of {size}x{size}", file=sys.stderr, flush=True)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {model.device}, "
           f"{str(model.dtype).removeprefix('torch.')}, {config.name}")
-    print(table(costs))
+    print(cost_table(costs))
     if args.plot is not None:
         plot(costs, args.sizes[0], args.plot)
 

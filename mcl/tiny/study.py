@@ -83,7 +83,7 @@ def figures_of(records: list[dict[str, Any]], column: str) -> np.ndarray:
     return np.array([np.mean(values) for values in clips.values()])
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def study_table(records: list[dict[str, Any]]) -> str:
     """Markdown: the mean of each column over the clips, with its 95 % confidence interval; of the
     seconds, which other work disturbs, the median."""
     lines = ["| | " + " | ".join(COLUMNS) + " | clips x seeds |",
@@ -179,7 +179,7 @@ def main() -> None:
         if args.save:
             save_strip(args.save / strip_name(record),
                        [render(case.scene, config.height), frames])
-    print(table(records))
+    print(study_table(records))
     if args.sheet:
         sheet(records, args.save, args.sheet)
 

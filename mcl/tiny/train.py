@@ -40,7 +40,7 @@ STAGES = ("vae", "latents", "image", "motion", "decoder", "export")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Hyperparameters:
     """How long and how fast; what BENCHMARKS.md reports was trained with these."""
     vae_steps: int = 2600
     vae_batch: int = 32
@@ -62,7 +62,7 @@ class Plan:
 
 # ------------------------------------------------------------------------------------- the VAE
 
-def train_vae(folder: Path, plan: Plan, device: str) -> None:
+def train_vae(folder: Path, plan: Hyperparameters, device: str) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(TINY.vae).to(device)
     channels_last(vae)
@@ -139,7 +139,7 @@ def initialize(unet: UNet3D, text: TextEncoder, tokens: list[int]) -> None:
     text.text_model.embeddings.position_embedding.weight.data.mul_(0.1)
 
 
-def train_images(folder: Path, plan: Plan, device: str) -> None:
+def train_images(folder: Path, plan: Hyperparameters, device: str) -> None:
     torch.manual_seed(1)
     model, clips = Model(TINY), Clips(folder)
     unet = UNet3D(dataclasses.replace(TINY.unet, motion_modules=False))
@@ -160,7 +160,7 @@ def train_images(folder: Path, plan: Plan, device: str) -> None:
     trainee.run(plan.image_steps, loss_of)
 
 
-def train_motion(folder: Path, plan: Plan, device: str) -> None:
+def train_motion(folder: Path, plan: Hyperparameters, device: str) -> None:
     torch.manual_seed(2)
     model, clips = Model(TINY), Clips(folder)
     initialize(model.unet, model.text_encoder, [])
@@ -197,7 +197,7 @@ def balanced_vae(folder: Path) -> AutoencoderKL:
     return vae
 
 
-def train_decoder(folder: Path, plan: Plan, device: str) -> None:
+def train_decoder(folder: Path, plan: Hyperparameters, device: str) -> None:
     torch.manual_seed(3)
     vae = balanced_vae(folder).to(device)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
@@ -266,11 +266,12 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
-    for f in dataclasses.fields(Plan):
+    names = [f.name for f in dataclasses.fields(Hyperparameters)]
+    for f in dataclasses.fields(Hyperparameters):
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
                             default=f.default)
     args = parser.parse_args()
-    plan = Plan(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Plan)})
+    plan = Hyperparameters(**{name: getattr(args, name) for name in names})
     args.out.mkdir(parents=True, exist_ok=True)
     stages: dict[str, Callable[[], None]] = {
         "vae": lambda: train_vae(args.out, plan, args.device),

@@ -249,7 +249,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(bad, tmp_path, capsys, argv, m
 def test_a_run_that_is_not_finite_fails_and_leaves_nothing(tmp_path, capsys):
     assert run("--ref", REF, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", *QUICK,
                "--motion-scale", "1e38") == 1
-    assert "failed: not finite at step" in capsys.readouterr().err.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "failed: not finite at step" in last
+    assert last.endswith("a smaller --motion-scale or --dtype float32 may mend it")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,6 +33,9 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 def in_options(message: str) -> str:
     """A message of the library, whose arguments are given here as options."""
-    names = "|".join(f.name for f in dataclasses.fields(SampleConfig))
-    message = re.sub(rf"\b({names}) = ", lambda m: f"--{m[1].replace('_', '-')} ", message)
-    return message.replace("motion_scale", "--motion-scale").replace("dtype float", "--dtype float")
+    settings = "|".join(field.name for field in dataclasses.fields(SampleConfig))
+    message = re.sub(rf"\b({settings}) = ", lambda m: f"--{m[1].replace('_', '-')} ", message)
+    for said, here in (("motion_scale", "--motion-scale"), ("dtype float32", "--dtype float32"),
+                       ("shorter duration", "shorter --duration")):
+        message = message.replace(said, here)
+    return message

@@ -22,7 +22,7 @@ from mcl.convert.formats import (BASE, FOREIGN_PART, LORAS, MOTION, SPARSECTRL, 
                                  Source, read_source)
 from mcl.convert.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
 from mcl.errors import printable
-from mcl.files import check_file
+from mcl.files import Write, check_plan, check_target
 from mcl.machine import DTYPES
 
 SHORT = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
@@ -136,14 +136,13 @@ def digest(paths: Iterable[Path]) -> dict[Path, str]:
 def convert(args: argparse.Namespace) -> None:
     if args.out is None:
         raise InputError("give the file to write with --out, e.g. --out weights/sd15.safetensors")
-    check_file(args.out)
+    check_target(args.out)
     given = open_all(args)
     plan = assemble.plan(args.name or args.out.stem, parts_of(given.networks), given.loras,
                          args.ema)
     sources = [*given.networks.values(), *(lora.source for lora in given.loras)]
-    if any(args.out.exists() and args.out.samefile(file)
-           for source in sources for file in source.checkpoint.files):
-        raise InputError(f"{args.out}: is one of the files to read; write to another")
+    check_plan([("this command", file) for source in sources for file in source.checkpoint.files],
+               [Write("--out", args.out)])
     for source in {s.path: s for s in sources}.values():
         print(account(source, plan), file=sys.stderr)
     sha256 = digest(file for source in sources for file in source.checkpoint.files)

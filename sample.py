@@ -5,11 +5,9 @@
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +18,11 @@ from mcl import (Guide, Model, Motion, SampleConfig, extract_motion, load_model,
                  read_video, sample, sparse_condition, write_video)
 from mcl.checkpoint import EMBEDDED, read_shapes
 from mcl.command import FORESEEN, explain
-from mcl.command.options import REFERENCE_SEED, check, outputs, parse_jobs
+from mcl.command.options import (REFERENCE_SEED, beside, check, check_files, maps_of, outputs,
+                                 parse_jobs, sidecar_of)
 from mcl.convert.formats import LORAS
 from mcl.convert.lora import Lora, merge, open_lora
-from mcl.files import atomic
+from mcl.files import write_json
 from mcl.inversion import Inversion, inversion_guide, inversion_path, invert_motion
 from mcl.machine import keep_freed_memory, off_the_accelerator, pick_recompute
 from mcl.measure.pictures import draw
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
     recompute = pick_recompute(args.memory, model, config)
     if not recompute:
         keep_freed_memory()
-    for i, out in enumerate(outputs(args)):
+    for i, (out, maps) in enumerate(zip(outputs(args), maps_of(args))):
         seed = args.seed + i
         began = clock()
         start = starting_noise(model, config, torch.Generator().manual_seed(seed))
@@ -106,20 +105,18 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
         timing["decode"] = clock() - began
         write_video(out, frames, fps)
         if reference is not None and args.compare:
-            beside = out.with_stem(out.stem + "-compare")
-            write_video(beside, torch.cat([reference, frames], dim=-1), fps)
-            print(beside)
+            write_video(beside(out), torch.cat([reference, frames], dim=-1), fps)
+            print(beside(out))
         figures = {}
         if args.report and reference is not None:
             figures = measured(args, model, config, start, condition, reference, state.latents)
             print(table(figures))
-        if args.maps is not None:
-            folder = args.maps if args.num_samples == 1 else args.maps / f"seed {seed}"
+        if maps is not None:
             t = max(read.latents) if isinstance(read, Inversion) else config.extract_t
-            draw(folder, reference, frames,
+            draw(maps, reference, frames,
                  read if isinstance(read, Motion) else read.motion(t, config),
                  None if subject is None else subject.masks(t), losses, grads)
-        write_sidecar(out.with_suffix(".json"), {
+        write_json(sidecar_of(out), {
             "prompt": args.prompt, "method": args.method, "reference_prompt": args.ref_prompt,
             "subject": args.subject, "reference": str(args.ref or args.motion), "seed": seed,
             "settings": dataclasses.asdict(config), "start": args.start,
@@ -218,11 +215,6 @@ def warn_unknown(model: Model, prompt: str) -> None:
                       f"{', '.join(model.config.vocabulary)}")
 
 
-def write_sidecar(path: Path, record: dict[str, Any]) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
 def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)      # on a line of its own, above any bar
 
@@ -237,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
             print("no --weights: the embedded model runs, which knows coloured shapes on grounds",
                   file=sys.stderr)
         checked = [check(args) for args in jobs]        # all before the first is begun
+        check_files(jobs)
         for args, (config, fps) in zip(jobs, checked):
             run(args, models, config, fps)
     except FORESEEN as error:

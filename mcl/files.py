@@ -4,8 +4,9 @@ import json
 import math
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -14,25 +15,108 @@ from torch import Tensor
 
 from .errors import InputError
 
+MARK = ".motionclone"                   # in a folder that this program wrote and may replace
+MADE_BY = "motionclone"                 # a key of its JSON
+LONGEST_NAME = 255 - len(f".{2 ** 22}.new.")    # in bytes, so that there is room for what is before
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
+@dataclass(frozen=True)
+class Write:
+    """What a run will write. `ours` tells whether what stands there is of an earlier run, of what
+    nobody named; None for what was named itself, whose replacement was asked for."""
+    what: str                           # the option that it comes of
+    path: Path
+    folder: bool = False
+    ours: Callable[[], bool] | None = None
+
+
+def check_plan(reads: Iterable[tuple[str, Path]], writes: Iterable[Write]) -> None:
+    """Raises InputError, before any work, where a run would destroy or could not write something.
+
+    reads    what the run will read, each with the option that names it
+    writes   all that it will write
+
+    No write may be a read or another write, by whatever name; nothing is replaced that is neither
+    ours nor was named; the rest is `check_target`'s. Touches nothing.
+    """
+    taken = {key: f"is what {what} reads" for what, path in reads for key in identities(path)}
+    for write in writes:
+        check_target(write.path, write.folder)
+        for key in identities(write.path):
+            if key in taken:
+                raise InputError(f"{write.path}: {taken[key]}; give {write.what} another name")
+        if write.ours is not None and os.path.lexists(write.path) and not write.ours():
+            raise InputError(f"{write.path}: is there and was not written by this program; move "
+                             f"it, or give {write.what} another name")
+        taken |= {key: f"is written by {write.what} as well" for key in identities(write.path)}
+
+
+def identities(path: Path) -> list[Hashable]:
+    """What two names of one file share, be it there or not."""
+    names: list[Hashable] = [os.path.realpath(path)]
+    if path.exists():
+        names.append((path.stat().st_dev, path.stat().st_ino))
+    return names
+
+
+def check_target(path: Path, folder: bool = False) -> None:
+    """Raises InputError where a file, or a folder, could not be written to `path`.
+
+    A folder is replaced only if it is empty or carries our MARK, a file only if it is a regular
+    one. Touches nothing.
+    """
+    try:
+        name = os.fsencode(path.name)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: cannot be a name here; give another") from error
+    if not name.strip(b".-") or b"\0" in bytes(path):
+        raise InputError(f"{str(path)!r}: is no name of a {'folder' if folder else 'file'}")
+    if len(name) > LONGEST_NAME:
+        raise InputError(f"{path}: its name is too long; {LONGEST_NAME} bytes are possible")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+        raise InputError(f"{path}: there is no folder {path.parent} that can be written to; "
+                         "make it first, or choose another")
+    if path.is_dir() != folder and path.exists():
+        what = ("a folder" if path.is_dir() else "a file" if path.is_file() else
+                "a device, a pipe or a socket")
+        raise InputError(f"{path}: is {what}; give the name of a {'folder' if folder else 'file'}")
+    if not folder and path.exists() and not path.is_file():
+        raise InputError(f"{path}: is a device, a pipe or a socket; give the name of a file")
+    if path.is_dir() and any(path.iterdir()) and not (path / MARK).is_file():
+        raise InputError(f"{path}: is a folder that this program did not write; give a new or an "
+                         "empty one")
+
+
 @contextlib.contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[Path]:
+def atomic(path: str | os.PathLike, folder: bool = False) -> Iterator[Path]:
     """A path to write a file or a folder to, which replaces `path` on success and goes on failure.
 
-    Raises InputError where it cannot be written: missing folder, no permission, full disk.
+    A folder is there, empty but for our MARK. Raises InputError where it cannot be written: missing
+    folder, no permission, full disk, and, looked at again before it is replaced, for what
+    `check_target` refuses.
     """
     target = Path(path)
     target = target.resolve() if target.is_dir() else target        # a link to a folder stays
     temporary = target.with_name(f".{os.getpid()}.new.{target.name}")
     former = target.with_name(f".{os.getpid()}.old.{target.name}")
     try:
+        check_target(target, folder)
+        if folder:
+            temporary.mkdir()
+            (temporary / MARK).write_text("Written by sample.py, which may replace this folder.\n")
         yield temporary
+        check_target(target, folder)
         if target.is_dir():             # a folder that is not empty cannot be replaced in one step
             os.replace(target, former)
-        os.replace(temporary, target)
-        shutil.rmtree(former, ignore_errors=True)
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                os.replace(former, target)
+                raise
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{target}: cannot be written: {reason}") from error
@@ -41,26 +125,29 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_folder(path: Path) -> None:
-    """Raises InputError if nothing could be written to `path` for want of a folder around it."""
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-        raise InputError(f"{path}: there is no folder {path.parent} that can be written to; "
-                         "make it first, or choose another")
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes strict JSON, marked as ours; what is not finite is null."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(finite({MADE_BY: True, **record}), indent=2,
+                                        allow_nan=False) + "\n", encoding="utf-8")
 
 
-def check_file(path: Path) -> None:
-    """Raises InputError if a file could not be written to `path`; touches nothing."""
-    check_folder(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give the name of a file")
+def finite(value: Any) -> Any:
+    """The same with None for every number, however deep, that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_directory(path: Path) -> None:
-    """Raises InputError if files could not be written into a folder `path`; touches nothing."""
-    if path.exists() and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
-        raise InputError(f"{path}: is not a folder that can be written to; choose another")
-    if not path.exists():
-        check_folder(path)
+def is_our_json(path: Path) -> bool:
+    """Whether `write_json` wrote a file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and MADE_BY in record
 
 
 def save_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor],

@@ -24,7 +24,7 @@ from einops import rearrange
 from PIL import Image, ImageSequence
 
 from .errors import InputError
-from .files import atomic, check_folder
+from .files import atomic, check_target
 
 FITS = ("crop", "pad", "stretch")
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".mpg", ".mpeg")
@@ -113,7 +113,7 @@ def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> No
                          f"{frames.shape[-2]}x{frames.shape[-1]}, or write .gif or .webp")
     levels = (frames.cpu().float().clamp(-1, 1) + 1) * 127.5
     pixels = rearrange(levels.round().to(torch.uint8), "f c H W -> f H W c").numpy()
-    with atomic(target) as temporary:
+    with atomic(target, folder=not target.suffix) as temporary:
         try:
             WRITERS[target.suffix.lower()](temporary, pixels, fps)
         except av.FFmpegError as error:
@@ -124,18 +124,10 @@ def check_writable(path: str | os.PathLike) -> None:
     """Raise InputError if `write_video` could not write to `path`; touches nothing."""
     target = Path(path)
     suffix = target.suffix.lower()
-    if suffix not in WRITERS:
+    if suffix not in WRITERS or target.name.lower() in WRITERS:     # ".mp4" has no extension
         raise InputError(f"{target}: cannot write {suffix} files; end the name in .mp4, .gif or "
                          ".webp, or in no extension for a folder of PNG frames")
-    check_folder(target)
-    if target.is_dir() == bool(suffix) and target.exists():
-        raise InputError(f"{target}: exists and is {'a folder' if suffix else 'a file'}; a name "
-                         "with an extension means a file, and one without a folder")
-    foreign = sorted(item.name for item in target.glob("*")
-                     if not re.fullmatch(r"\d{5,}\.png", item.name))
-    if foreign:
-        raise InputError(f"{target}: holds {foreign[0]}, which is not a frame of an earlier run; "
-                         "give a new or an empty folder")
+    check_target(target, folder=not suffix)
 
 
 def _timeline(path: Path, stop: float) -> tuple[list[float], float]:
@@ -301,7 +293,6 @@ def _write_animation(path: Path, pixels: np.ndarray, fps: float) -> None:
 
 
 def _write_folder(path: Path, pixels: np.ndarray, fps: float) -> None:
-    path.mkdir()
     for index, picture in enumerate(pixels):
         Image.fromarray(picture).save(path / f"{index:05d}.png")
 

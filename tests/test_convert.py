@@ -365,7 +365,7 @@ def test_a_file_that_is_read_is_not_overwritten(folder, capsys):
     before = (folder / "mm.ckpt").read_bytes()
     assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
                    "--out", folder / "mm.ckpt") == 2
-    assert "mm.ckpt: is one of the files to read" in capsys.readouterr().err
+    assert "mm.ckpt: is what this command reads" in capsys.readouterr().err
     assert (folder / "mm.ckpt").read_bytes() == before
 
 

@@ -326,7 +326,7 @@ def test_the_command_merges_and_records(files, tmp_path, capsys):
     argv = ["--weights", files / "plain.safetensors", "--ref", REF, "--prompt", "a cat", "--size",
             "64x64", "--frames", 2, "--steps", 1, "--guidance-steps", 1, "--out", out]
     assert command.main([str(a) for a in argv + loras(files)]) == 0
-    assert json.loads(out.with_suffix(".json").read_text())["loras"] == [
+    assert json.loads(Path(f"{out}.json").read_text())["loras"] == [
         [f"{files}/adapter.ckpt", 0.5], [f"{files}/lora.safetensors", 0.8],
         [f"{files}/lora.safetensors", -0.1], [f"{files}/pan.ckpt", 1.0]]
     capsys.readouterr()

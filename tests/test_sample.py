@@ -17,6 +17,7 @@ import sample as command
 from mcl import InputError, Motion, SampleConfig, load_model, read_video
 from mcl.checkpoint import save_model
 from mcl.command.options import parse, settings
+from mcl.files import MARK
 from mcl.measure.pictures import motion_pictures
 
 ROOT = Path(__file__).parent.parent
@@ -46,11 +47,11 @@ def test_writes_a_video_and_a_record_of_all_settings(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
     assert imageio.imread(out).shape == (16, 64, 64, 3)
     assert imageio.imread(tmp_path / "a-compare.mp4").shape == (16, 64, 128, 3)
-    record = json.loads((tmp_path / "a.json").read_text())
+    record = json.loads((tmp_path / "a.mp4.json").read_text())
     assert record["seed"] == 3 and record["prompt"] == PROMPT
     assert record["settings"]["steps"] == 4 and len(record["loss"]) == 2
     assert len(record["weights_sha256"]) == 64 and record["recompute"] is False
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-compare.mp4", "a.json", "a.mp4"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-compare.mp4", "a.mp4", "a.mp4.json"]
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path):
@@ -106,7 +107,7 @@ def test_inversion_is_another_way_to_the_motion(tmp_path):
     assert once.read_bytes() != inverted.read_bytes()
     assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
     assert clone(tmp_path / "c.mp4", *argv).read_bytes() == inverted.read_bytes()
-    record = json.loads((tmp_path / "b.json").read_text())
+    record = json.loads((tmp_path / "b.mp4.json").read_text())
     assert (record["method"], record["settings"]["top_k"]) == ("inversion", 16)
 
 
@@ -116,7 +117,7 @@ def test_semantic_guidance_changes_the_clip(tmp_path):
         [], ["--semantic-scale", 5000], ["--semantic-scale", 5000, *words],
         ["--method", "inversion", "--inversion-steps", 2, *words]))]
     assert len(set(clips)) == 4
-    record = json.loads((tmp_path / "3.json").read_text())
+    record = json.loads((tmp_path / "3.mp4.json").read_text())
     assert record["subject"] == ["circle", "star"]
     assert record["settings"]["semantic_scale"] == pytest.approx(
         record["settings"]["motion_scale"] * 42 / 1667)
@@ -166,7 +167,7 @@ def test_a_motion_scale_of_zero_is_the_unguided_clip(tmp_path, embedded):
     off = clone(tmp_path / "a.mp4", "--motion-scale", 0)
     on = clone(tmp_path / "b.mp4")
     assert off.read_bytes() != on.read_bytes()
-    assert json.loads((tmp_path / "a.json").read_text())["loss"] == []
+    assert json.loads((tmp_path / "a.mp4.json").read_text())["loss"] == []
 
 
 def test_several_samples_are_named_by_their_seeds(tmp_path, monkeypatch):
@@ -174,10 +175,10 @@ def test_several_samples_are_named_by_their_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "keep_freed_memory", lambda: kept.append(True))
     clone(tmp_path / "a.gif", "--num-samples", 2, "--seed", 5, "--memory", "low")
     assert not kept     # low memory gives back what it frees
-    records = [json.loads((tmp_path / f"a-{seed}.json").read_text()) for seed in (5, 6)]
+    records = [json.loads((tmp_path / f"a-{seed}.gif.json").read_text()) for seed in (5, 6)]
     assert [record["seed"] for record in records] == [5, 6] and records[0]["recompute"] is True
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "a-5.gif", "a-5.json", "a-6.gif", "a-6.json"]
+        "a-5.gif", "a-5.gif.json", "a-6.gif", "a-6.gif.json"]
     alone = clone(tmp_path / "b.gif", "--seed", 6)
     assert kept and alone.read_bytes() == (tmp_path / "a-6.gif").read_bytes()
 
@@ -227,7 +228,7 @@ def bad(tmp_path_factory):
     (["--weights", "{bad}/page.safetensors"], "not a safetensors file"),
     (["--motion", "{bad}/page.safetensors"], "with --ref, or its kept motion"),
     (["--save-motion", "{bad}/none/m"], "there is no folder"),
-    (["--maps", "{bad}/text.mp4"], "is not a folder that can be written to"),
+    (["--maps", "{bad}/text.mp4"], "is a file; give the name of a folder"),
     (["--maps", "{bad}/none/maps"], "there is no folder"),
     (["--device", "abacus"], "'abacus' is not known"),
     (["--cfg-scael", "3"], "unrecognized arguments: --cfg-scael 3"),
@@ -334,7 +335,7 @@ def test_many_jobs_run_with_one_model_and_write_what_each_alone_would(tmp_path, 
 
 
 @pytest.mark.parametrize("lines, message", [
-    (['{"out": "a.mp4"}', '{"out": "a.mp4"}'], "line 2: a.mp4 is written by a job before it"),
+    (['{"out": "a.mp4"}', '{"out": "a.mp4"}'], "a.mp4: is written by --out of job 1 as well"),
     (['{"steps": "many"}'], "line 1: argument --steps: invalid int value: 'many'"),
     (['{"colour": 3}'], "line 1: unrecognized arguments: --colour 3"),
     (["[1]"], "line 1: not an object of options"), (["{"], "line 1: Expecting"),
@@ -352,7 +353,10 @@ def test_jobs_that_cannot_be_are_refused_before_any_is_begun(lines, message, tmp
 def test_maps_show_the_motion_the_masks_and_the_frames(tmp_path):
     words = ["--ref-prompt", "a circle", "--subject", "circle", "star"]
     (tmp_path / "maps").mkdir()
-    (tmp_path / "maps" / "sheet.png").write_bytes(b"of an earlier run")
+    (tmp_path / "maps" / "sheet.png").write_bytes(b"of somebody")
+    assert run("--ref", REF, "--prompt", "", "--out", tmp_path / "a.mp4", "--maps",
+               tmp_path / "maps") == 2
+    (tmp_path / "maps" / MARK).touch()
     clone(tmp_path / "a.mp4", "--maps", tmp_path / "maps", *words)
     sizes = {}
     for name in ("sheet", "motion", "masks"):
@@ -382,5 +386,5 @@ def test_report_measures_the_clip_and_an_unguided_one(tmp_path, capsys):
     *lines, last = capsys.readouterr().out.splitlines()
     assert last == str(out) and [line.split()[0] for line in lines] == [
         "motion", "result", "unguided"]
-    report = json.loads((tmp_path / "a.json").read_text())["report"]
+    report = json.loads((tmp_path / "a.mp4.json").read_text())["report"]
     assert report["result"]["top-1 agreement"] > report["unguided"]["top-1 agreement"]

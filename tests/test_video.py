@@ -15,6 +15,7 @@ from PIL import Image
 
 from mcl import video
 from mcl.errors import InputError
+from mcl.files import MARK
 from mcl.video import check_writable, read_video, write_video
 
 
@@ -120,7 +121,7 @@ def test_folder_of_frames_is_replaced_whole(tmp_path):
     target = tmp_path / "frames"
     write_video(target, counting_frames([1, 2, 3]), fps=8)
     write_video(target, counting_frames([4, 5]), fps=8)
-    assert sorted(os.listdir(target)) == ["00000.png", "00001.png"]
+    assert sorted(os.listdir(target)) == [MARK, "00000.png", "00001.png"]
     assert counted(read_video(target, 2, (16, 16))) == [4, 5]
     assert os.listdir(tmp_path) == ["frames"]
 
@@ -162,7 +163,7 @@ def test_refused_targets(tmp_path):
     image_folder(tmp_path / "mine", {"00000.png": black, "holiday.png": black})
     for name, says in [("a.mov", ".mp4, .gif or .webp"), ("missing/a.mp4", "missing"),
                        ("file/a.mp4", "there is no folder"), ("file", "is a file"),
-                       ("folder.mp4", "is a folder"), ("mine", "holiday.png")]:
+                       ("folder.mp4", "is a folder"), ("mine", "did not write")]:
         for refuse in (check_writable, lambda path: write_video(path, smooth_frames(), 8)):
             with pytest.raises(InputError, match=re.escape(says)) as error:
                 refuse(tmp_path / name)

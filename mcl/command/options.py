@@ -2,6 +2,8 @@
 import argparse
 import dataclasses
 import json
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from ..config import SPACINGS, SampleConfig
 from ..convert.formats import LORAS
 from ..convert.lora import IGNORE_ALPHA, parse_scaled
 from ..errors import InputError
-from ..files import check_directory, check_file
+from ..files import Write, check_plan, check_target, is_our_json
 from ..machine import DTYPES, MEMORY
 from ..temporal import Wanted
 from ..unet import UNet3D
@@ -147,7 +149,7 @@ def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{known.jobs}: cannot be read ({error}); give a file with one JSON "
                          "object in each line") from error
-    jobs, written = [], set[Path]()
+    jobs = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -159,9 +161,7 @@ def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
             job = parse([*common, *words(options)])
         except (ValueError, InputError) as error:
             raise InputError(f"{where}: {error}") from error
-        if written & set(outputs(job)):
-            raise InputError(f"{where}: {job.out} is written by a job before it; give another out")
-        written |= set(outputs(job))
+        job.jobs = known.jobs
         jobs.append(job)
     if not jobs:
         raise InputError(f"{known.jobs}: holds no job; give one JSON object in each line")
@@ -270,13 +270,66 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
                              f"{config.frames - 1}")
     for path in outputs(args):
         check_writable(path)
-    for path in (args.save_motion, args.out.with_suffix(".json")):
-        if path is not None:
-            check_file(path)
-    for folder in (args.maps, args.inversion_dir):
-        if folder is not None:
-            check_directory(folder)
+    kept = args.inversion_dir           # which is gone on with, if it is there
+    if kept is not None and not kept.exists():
+        check_target(kept, folder=True)
+    elif kept is not None and not (kept.is_dir() and os.access(kept, os.W_OK | os.X_OK)):
+        raise InputError(f"{kept}: is not a folder that can be written to; choose another")
+    for _, path in reads(args):
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path}: no such file or folder, or no permission to read it")
     return config, fps
+
+
+def check_files(jobs: list[argparse.Namespace]) -> None:
+    """That no job destroys what it or another one reads, writes, or what is somebody else's."""
+    of = [f" of job {i}" if len(jobs) > 1 else "" for i in range(1, len(jobs) + 1)]
+    check_plan([(option + job, path) for args, job in zip(jobs, of)
+                for option, path in reads(args)],
+               [dataclasses.replace(write, what=write.what + job) for args, job in zip(jobs, of)
+                for write in writes(args)])
+
+
+def reads(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """All files that a job reads, each with its option."""
+    named = [("--ref", args.ref), ("--motion", args.motion), ("--jobs", args.jobs),
+             ("--weights", args.weights or EMBEDDED),
+             *(("--image", path) for path, _ in args.image),
+             *((option, path) for option in LORAS
+               for path, _ in getattr(args, option[2:].replace("-", "_")))]
+    return [(option, path) for option, path in named if path is not None]
+
+
+def writes(args: argparse.Namespace) -> list[Write]:
+    """All that a job writes. Its record tells whether what lies beside it is of an earlier run."""
+    result = [] if args.save_motion is None else [Write("--save-motion", args.save_motion)]
+    for out, maps in zip(outputs(args), maps_of(args)):
+        ours = partial(is_our_json, sidecar_of(out))
+        result += [Write("--out", out, not out.suffix, None if out == args.out else ours),
+                   Write("--out", sidecar_of(out), ours=ours)]
+        if args.compare:
+            result.append(Write("--compare", beside(out), not out.suffix, ours))
+        if maps is not None:
+            result.append(Write("--maps", maps, folder=True))
+    return result
+
+
+def sidecar_of(out: Path) -> Path:
+    """The record of a clip, out.mp4.json: all settings that it was made with."""
+    return out.with_name(out.name + ".json")
+
+
+def beside(out: Path) -> Path:
+    """The clip beside its reference, out-compare.mp4."""
+    return out.with_stem(out.stem + "-compare")
+
+
+def maps_of(args: argparse.Namespace) -> list[Path | None]:
+    """The folder of each sample's pictures, named as `outputs` are."""
+    if args.num_samples == 1 or args.maps is None:
+        return [args.maps] * args.num_samples
+    return [args.maps.with_name(f"{args.maps.name}-{args.seed + i}")
+            for i in range(args.num_samples)]
 
 
 def outputs(args: argparse.Namespace) -> list[Path]:

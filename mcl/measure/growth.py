@@ -20,7 +20,7 @@ from ..checkpoint import meta_model
 from ..command import FORESEEN, Parser, explain
 from ..config import ModelConfig, SampleConfig
 from ..errors import InputError
-from ..files import atomic, check_file
+from ..files import atomic, check_target
 from ..machine import (DTYPES, free_memory, guided_bytes, keep_freed_memory, pick_device,
                        pick_dtype)
 from ..model import Model
@@ -118,7 +118,7 @@ def plot(costs: list[Cost], first_size: int, path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
-        check_file(args.plot)
+        check_target(args.plot)
         if importlib.util.find_spec("matplotlib") is None:
             raise InputError("--plot needs matplotlib: pip install -e '.[maps]'")
     keep_freed_memory()

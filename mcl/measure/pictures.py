@@ -9,7 +9,7 @@ from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor
 
-from ..errors import InputError
+from ..files import atomic
 from ..motion import Motion
 from ..semantic import Masks
 
@@ -36,13 +36,10 @@ def draw(folder: Path, reference: Tensor | None, frames: Tensor, motion: Motion,
     rows["motion"] = [overlay(below, share) for share in (strength, distance)]
     if masks is not None:
         rows["masks"] = [overlay(below, enlarge(weight, size)) for weight in masks]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder, folder=True) as temporary:
         for name, clips in rows.items():
-            save(folder / f"{name}.png", clips)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error})") from error
-    plot(folder / "loss.png", losses, grads)
+            save(temporary / f"{name}.png", clips)
+        plot(temporary / "loss.png", losses, grads)
 
 
 def motion_pictures(motion: Motion, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,136 @@
+"""Nothing of the user's is lost: what a run reads, what it did not write, what is no file."""
+import itertools
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+
+import sample as command
+from mcl import InputError
+from mcl.files import MARK, Write, atomic, check_plan, check_target, is_our_json, write_json
+
+REF = Path(__file__).parent.parent / "examples" / "figure_eight.mp4"
+QUICK = ["--steps", "2", "--guidance-steps", "1", "--size", "64x64"]
+
+
+def run(*argv):
+    return command.main([str(a) for a in (*argv, "--prompt", "a star", *QUICK)])
+
+
+def everything(folder):
+    """All names below a folder, with what each is and holds."""
+    return {str(p.relative_to(folder)): (stat.S_IFMT(p.lstat().st_mode),
+                                         p.read_bytes() if p.is_file() else None)
+            for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """The user's clip under many names, and files and folders that this program did not write."""
+    shutil.copy(REF, tmp_path / "clip.mp4")
+    os.link(tmp_path / "clip.mp4", tmp_path / "hard.mp4")
+    (tmp_path / "soft.mp4").symlink_to("clip.mp4")
+    (tmp_path / "x").mkdir()
+    imageio.imwrite(tmp_path / "x" / "clip.gif", np.zeros((4, 16, 16, 3), np.uint8))
+    for name in ("frames", "a-0.mp4.json", "maps"):
+        (tmp_path / name).mkdir()
+        imageio.imwrite(tmp_path / name / "00000.png", np.zeros((16, 16, 3), np.uint8))
+    (tmp_path / "package.json").write_text("{}")
+    (tmp_path / "taken.mp4.json").write_text('{"name": "mine"}')
+    (tmp_path / "b-compare.mp4").write_bytes(b"mine")
+    (tmp_path / "c-1.mp4").write_bytes(b"mine")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("argv", [
+    *(["--ref", ref, "--out", out] for ref, out in itertools.product(
+        ("clip.mp4", "hard.mp4", "soft.mp4", "x/../clip.mp4"), ("clip.mp4", "./hard.mp4"))),
+    ["--ref", "x/clip.gif", "--out", "x/clip.gif"], ["--ref", "frames", "--out", "frames"],
+    ["--ref", "b-compare.mp4", "--out", "b.mp4", "--compare"],
+    ["--ref", "clip.mp4", "--out", "n.mp4", "--save-motion", "hard.mp4"],
+    ["--ref", "clip.mp4", "--out", "frames"], ["--ref", "clip.mp4", "--out", "pipe.mp4"],
+    ["--ref", "clip.mp4", "--out", "n.mp4", "--maps", "maps"],
+    ["--ref", "clip.mp4", "--out", "n.mp4", "--maps", "n.mp4"],
+    ["--ref", "clip.mp4", "--out", "taken.mp4"], ["--ref", "clip.mp4", "--out", "a-0.mp4"],
+    ["--ref", "clip.mp4", "--out", "b.mp4", "--compare"],
+    ["--ref", "clip.mp4", "--out", "c.mp4", "--num-samples", "2"],
+    *(["--ref", "clip.mp4", "--out", out] for out in (
+        "", ".", "-", ".mp4", "x", "n" * 251 + ".mp4", "n\0.mp4", "none/a.mp4"))])
+def test_what_would_be_lost_is_refused_before_any_work(mine, capsys, argv):
+    before = everything(mine)
+    assert run(*argv) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: ") and everything(mine) == before
+
+
+def test_jobs_do_not_write_over_one_another(mine, capsys):
+    for first, second in (("n.gif", "x/../n.gif"), ("n.mp4", "n.mp4"), ("m.mp4", "clip.mp4")):
+        Path("jobs").write_text("\n".join(json.dumps({"out": out}) for out in (first, second)))
+        before = everything(mine)
+        assert run("--jobs", "jobs", "--ref", "clip.mp4") == 2 and everything(mine) == before
+        assert "job 2" in capsys.readouterr().err
+    Path("jobs").write_text("\n".join(json.dumps({"out": out, "save_motion": "m"})
+                                      for out in ("n.mp4", "o.mp4")))
+    assert run("--jobs", "jobs", "--ref", "clip.mp4") == 2
+    assert "m: is written by --save-motion of job 1 as well" in capsys.readouterr().err
+
+
+def test_what_this_program_wrote_is_replaced(mine):
+    for _ in range(2):
+        assert run("--ref", "clip.mp4", "--out", "new", "--compare", "--maps", "drawn") == 0
+        assert run("--ref", "clip.mp4", "--out", "package.mp4", "--num-samples", 2) == 0
+    assert Path("package.json").read_text() == "{}" and is_our_json(Path("package-1.mp4.json"))
+    assert {MARK, "00015.png"} < {p.name for p in Path("new").iterdir()}
+    assert not [p for p in mine.rglob(".*.new.*")]
+
+
+def test_a_second_look_is_taken_before_a_file_is_replaced(tmp_path):
+    target = tmp_path / "a.json"
+    with pytest.raises(InputError, match="is a folder"), atomic(target) as temporary:
+        temporary.write_text("x")
+        target.mkdir()
+    with pytest.raises(InputError, match="pipe"), atomic(tmp_path / "b") as temporary:
+        temporary.write_text("x")
+        os.mkfifo(tmp_path / "b")
+    assert stat.S_ISFIFO((tmp_path / "b").stat().st_mode)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b"]
+
+
+def test_a_folder_comes_back_where_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
+    with atomic(tmp_path / "a", folder=True) as first:
+        (first / "old").touch()
+    replace, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(InputError, match="cannot be written: no"):
+        with atomic(tmp_path / "a", folder=True) as second:
+            (second / "new").touch()
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {MARK, "old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_records_are_strict_json(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [float("nan"), {"y": float("-inf")}, (1, 2.5)]})
+    record = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert record.pop("motionclone") is True and record == {"x": [None, {"y": None}, [1, 2.5]]}
+
+
+def test_plans_name_what_collides(tmp_path):
+    check_plan([("--ref", tmp_path / "a")], [Write("--out", tmp_path / "b")])
+    with pytest.raises(InputError, match="a: is what --ref reads; give --out another name"):
+        check_plan([("--ref", tmp_path / "a")], [Write("--out", tmp_path / "." / "a")])
+    with pytest.raises(InputError, match="cannot be a name"):
+        check_target(tmp_path / "\ud800.mp4")

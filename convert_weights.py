@@ -16,7 +16,7 @@ from typing import Iterable
 from tqdm import tqdm
 
 from mcl import InputError
-from mcl.command import FORESEEN, Parser, explain
+from mcl.command import FORESEEN, Parser, explain, heed_signals
 from mcl.convert import assemble
 from mcl.convert.formats import (BASE, FOREIGN_PART, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS,
                                  Source, read_source)
@@ -210,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 done, 1 failed, 2 bad usage or input, 130 interrupted; what went wrong is one line."""
+    """0 done, 1 failed, 2 bad input, 130 or 143 interrupted; what went wrong is one line."""
     try:
         return run(parse(argv))
     except FORESEEN as error:
@@ -220,4 +220,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    heed_signals()
     sys.exit(main())

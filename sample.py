@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mcl import (Guide, Model, Motion, SampleConfig, extract_motion, load_model, read_picture,
                  read_video, sample, sparse_condition, write_video)
 from mcl.checkpoint import EMBEDDED, read_shapes
-from mcl.command import FORESEEN, explain
+from mcl.command import FORESEEN, explain, heed_signals
 from mcl.command.options import (REFERENCE_SEED, beside, check, check_files, maps_of, outputs,
                                  parse_jobs, sidecar_of)
 from mcl.convert.formats import LORAS
@@ -220,7 +220,7 @@ def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 done, 1 failed, 2 bad usage or input, 130 interrupted; what went wrong is one line."""
+    """0 done, 1 failed, 2 bad input, 130 or 143 interrupted; what went wrong is one line."""
     warnings.showwarning = one_line_warning
     models = Models()
     try:
@@ -240,4 +240,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    heed_signals()
     sys.exit(main())

@@ -102,6 +102,7 @@ def atomic(path: str | os.PathLike, folder: bool = False) -> Iterator[Path]:
     former = target.with_name(f".{os.getpid()}.old.{target.name}")
     try:
         check_target(target, folder)
+        clear_up(target)
         if folder:
             temporary.mkdir()
             (temporary / MARK).write_text("Written by sample.py, which may replace this folder.\n")
@@ -123,6 +124,33 @@ def atomic(path: str | os.PathLike, folder: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
+
+
+def clear_up(target: Path) -> None:
+    """Removes what a process that was killed left while it wrote to a target; a folder that it had
+    moved out of the way comes back, if nothing came in its place."""
+    for left in target.parent.iterdir():
+        pid, _, rest = left.name.removeprefix(".").partition(".")
+        if not pid.isdigit() or rest not in (f"new.{target.name}", f"old.{target.name}"):
+            continue
+        if is_running(int(pid)):
+            continue
+        if rest.startswith("old.") and not target.exists():
+            os.replace(left, target)
+        elif left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:             # another user's
+        return True
+    return True
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -3,7 +3,10 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -14,7 +17,8 @@ import sample as command
 from mcl import InputError
 from mcl.files import MARK, Write, atomic, check_plan, check_target, is_our_json, write_json
 
-REF = Path(__file__).parent.parent / "examples" / "figure_eight.mp4"
+ROOT = Path(__file__).parent.parent
+REF = ROOT / "examples" / "figure_eight.mp4"
 QUICK = ["--steps", "2", "--guidance-steps", "1", "--size", "64x64"]
 
 
@@ -120,6 +124,37 @@ def test_a_folder_comes_back_where_its_successor_cannot_take_its_place(tmp_path,
             (second / "new").touch()
     assert {p.name for p in (tmp_path / "a").iterdir()} == {MARK, "old"}
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_dead_process_left_is_cleared_up_and_a_living_one_s_is_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".{pid}.new.a.json").write_text("half")
+        (tmp_path / f".{pid}.new.b.json").write_text("another's")
+    (tmp_path / f".{dead.pid}.old.frames").mkdir()
+    (tmp_path / f".{dead.pid}.old.frames" / MARK).touch()
+    write_json(tmp_path / "a.json", {})
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "a.json", f".{os.getppid()}.new.a.json", f".{os.getppid()}.new.b.json",
+        f".{dead.pid}.new.b.json", f".{dead.pid}.old.frames"}
+    with pytest.raises(KeyError), atomic(tmp_path / "frames", folder=True):
+        raise KeyError
+    assert (tmp_path / "frames" / MARK).exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="of POSIX")
+def test_a_signal_is_answered_in_one_line_and_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "sample.py", "--ref", REF, "--prompt", "a star", "--out", "a.mp4"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    said = ""
+    while "seed 0" not in said:
+        said += process.stderr.read(20)
+    process.send_signal(signal.SIGTERM)
+    *_, last = process.communicate()[1].splitlines()
+    assert process.returncode == 143 and last == "terminated; no file is left unfinished"
+    assert not list(tmp_path.iterdir())
 
 
 def test_records_are_strict_json(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import SampleConfig
+from .config import LEVELS, SampleConfig
 from .errors import InputError
 from .files import save_safetensors
 from .model import Model
@@ -54,8 +54,39 @@ class Motion:
         split: dict[str, dict[str, Tensor]] = {"values": {}, "indices": {}}
         for key, tensor in tensors.items():
             kind, _, layer = key.partition(".")
-            split[kind][layer] = tensor if kind == "values" else tensor.long()
-        return cls(split["values"], split["indices"], json.loads(metadata["info"]))
+            split.setdefault(kind, {})[layer] = tensor
+        try:
+            info = json.loads(metadata["info"])
+            check_motion(split, info)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: a damaged motion file ({error}); read the motion "
+                             "again") from error
+        indices = {name: i.long() for name, i in split["indices"].items()}
+        return cls(split["values"], indices, info)
+
+
+def check_motion(tensors: Mapping[str, Mapping[str, Tensor]], info: Any) -> None:
+    """Raises ValueError, KeyError or TypeError for what `Motion.save` cannot have written."""
+    frames, k = info["frames"], info["k"]
+    numbers = [info[name] for name in ("t", "k", "frames", "height", "width")]
+    if not all(type(n) is int and 0 <= n <= 1 << 16 for n in numbers) or not (
+            1 <= k <= frames and info["height"] and info["width"]):
+        raise ValueError(f"its sizes are {numbers}")
+    if not isinstance(info["model"], str) or not isinstance(info["blocks"], list):
+        raise TypeError("its model or blocks are none")
+    if set(tensors) != {"values", "indices"} or not tensors["values"] or (
+            set(tensors["values"]) != set(tensors["indices"])):
+        raise ValueError("its values and indices are not of the same layers")
+    # Each level of the UNet halves the sides, upwards rounded.
+    places = {-(-info["height"] // 2 ** n) * -(-info["width"] // 2 ** n) for n in range(LEVELS)}
+    for layer, values in tensors["values"].items():
+        indices = tensors["indices"][layer]
+        if values.ndim != 4 or values.shape != indices.shape or values.shape[2:] != (frames, k) or (
+                values.shape[0] not in places):
+            raise ValueError(f"{layer} is {tuple(values.shape)} and {tuple(indices.shape)}")
+        if values.dtype != torch.float32 or indices.dtype != torch.uint8 or not (
+                (0 <= values) & (values <= 1 + 1e-3)).all() or (indices >= frames).any():
+            raise ValueError(f"{layer} holds what no attention is")
 
 
 @torch.no_grad()

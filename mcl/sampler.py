@@ -220,10 +220,14 @@ def check_condition(condition: Tensor, model: Model, config: SampleConfig) -> No
 def check_fit(motion: Motion, model: Model, config: SampleConfig) -> None:
     """Raises InputError where a motion was read from another model, at another size or with other
     settings than are sampled with."""
-    known: Mapping[str, Any] = motion.info
-    if known.get("model", model.sha256) != model.sha256:
+    if motion.info.get("model", model.sha256) != model.sha256:
         raise InputError("this motion was read from another model: extract it again with this one")
-    shape = clip_shape(model, config)[2:]
+    check_settings(motion, config, clip_shape(model, config)[2:])
+
+
+def check_settings(motion: Motion, config: SampleConfig, shape: tuple[int, int, int]) -> None:
+    """Raises InputError where a motion was read at another size than (f, h, w) or otherwise."""
+    known: Mapping[str, Any] = motion.info
     size = tuple(known.get(name, n) for name, n in zip(("frames", "height", "width"), shape))
     if size != shape:
         raise InputError("this motion was read from {} frames of {}x{} latents, not {} of {}x{}"

@@ -36,6 +36,10 @@ UNTIMED_FPS = 8  # for frames that carry no time: a folder, a gif without delays
 # On screen from, and to, in seconds from the start of the clip; decodes it to (h, w, 4) uint8.
 Picture = tuple[float, float, Callable[[], np.ndarray]]
 
+# Read is what holds video itself, and no list of other files that FFmpeg would follow.
+ALLOWED = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf",
+           "protocol_whitelist": "file"}
+
 # Before PyAV 19 it has to be asked for what 19 always does: metadata that is no UTF-8 does not
 # hinder a file from opening.
 ANY_METADATA: dict[str, Any] = (
@@ -158,7 +162,7 @@ def _pictures(path: Path) -> Iterator[Picture]:
 def _video_pictures(path: Path) -> Iterator[Picture]:
     count, first, begin, end = 0, 0.0, -1.0, 0.0
     try:
-        with av.open(f"file:{path}", **ANY_METADATA) as container:
+        with av.open(f"file:{path}", options=ALLOWED, **ANY_METADATA) as container:
             if not container.streams.video:
                 raise InputError(f"{path}: holds no video; give a clip that plays")
             stream = container.streams.video[0]

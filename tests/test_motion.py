@@ -1,9 +1,12 @@
 """The motion of a clip: what is kept of it, and the gradient that it gives."""
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mcl import InputError, Motion, extract_motion, motion_loss
 from mcl.unet import UNet3D
@@ -101,3 +104,33 @@ def test_other_files_are_refused_by_name(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match="m.safetensors: not a motion file"):
         Motion.load(path)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda t, i: t.pop(next(n for n in t if n.startswith("indices."))), "not of the same layers"),
+    (lambda t, i: t.update({"more.x": torch.ones(1)}), "not of the same layers"),
+    (lambda t, i: t.clear(), "not of the same layers"),
+    (lambda t, i: [x.fill_(4) for n, x in t.items() if n.startswith("ind")], "no attention is"),
+    (lambda t, i: [x.fill_(-1) for n, x in t.items() if n.startswith("val")], "no attention is"),
+    (lambda t, i: [x.fill_(torch.nan) for n, x in t.items() if n.startswith("val")], "no att"),
+    (lambda t, i: t.update({n: x[:3] for n, x in t.items()}), r"is \(3, 2, 4, 1\)"),
+    (lambda t, i: t.update({n: x[0] for n, x in t.items()}), r"is \(2, 4, 1\)"),
+    (lambda t, i: t.update({n: x.double() for n, x in t.items()}), "no attention is"),
+    (lambda t, i: i.update(frames=5), "is .*, 4, 1"), (lambda t, i: i.update(k=0), "sizes are"),
+    (lambda t, i: i.update(height=float("inf")), "sizes are"),
+    (lambda t, i: i.update(blocks="up"), "none"), (lambda t, i: i.pop("t"), "'t'")])
+def test_damaged_motions_are_refused(small, tmp_path, spoil, message):
+    path = tmp_path / "m.safetensors"
+    extract(small, latents()).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {n: file.get_tensor(n).clone() for n in file.keys()}
+    info = json.loads(metadata["info"])
+    spoil(tensors, info)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path,
+              metadata | {"info": json.dumps(info)})
+    with pytest.raises(InputError, match=f"m.safetensors: a damaged motion file .*{message}"):
+        Motion.load(path)
+    for text in ("{", "[]", "[" * 100_000, '"x"'):
+        save_file({"values.x": torch.ones(1)}, path, metadata | {"info": text})
+        with pytest.raises(InputError, match="a damaged motion file"):
+            Motion.load(path)

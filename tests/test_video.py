@@ -442,3 +442,12 @@ def assert_refused(path, says):
     with pytest.raises(InputError, match=says) as error:
         read_video(path, 1, (16, 16))
     assert path.name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [
+    "ffconcat version 1.0\nfile 'other.mp4'\n",
+    "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n"])
+def test_lists_of_other_files_are_not_followed(tmp_path, text):
+    write_video(tmp_path / "other.mp4", counting_frames([1, 2]), fps=8)
+    (tmp_path / "a.mp4").write_text(text)
+    assert_refused(tmp_path / "a.mp4", "cannot be decoded")

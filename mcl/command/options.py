@@ -16,6 +16,8 @@ from ..convert.lora import IGNORE_ALPHA, parse_scaled
 from ..errors import InputError
 from ..files import Write, check_plan, check_target, is_our_json
 from ..machine import DTYPES, MEMORY
+from ..motion import Motion
+from ..sampler import check_settings
 from ..temporal import Wanted
 from ..unet import UNet3D
 from ..video import FITS, check_writable
@@ -258,6 +260,9 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
                          f"{model_config.unet.max_frames}")
     with torch.device("meta"):
         UNet3D(model_config.unet).resolve(Wanted(config.blocks, config.semantic_blocks))
+    if args.motion is not None:
+        check_settings(Motion.load(args.motion), config,
+                       (config.frames, config.height // step, config.width // step))
     fps = model_config.fps if args.fps is None else args.fps
     if not 0.1 <= fps <= 100:
         raise InputError(f"--fps {fps} is not possible: 0.1 to 100")

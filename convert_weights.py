@@ -16,7 +16,7 @@ from typing import Iterable
 from tqdm import tqdm
 
 from mcl import InputError
-from mcl.command import FORESEEN, Parser, explain, heed_signals
+from mcl.command import FORESEEN, Parser, explain, leave, listen
 from mcl.convert import assemble
 from mcl.convert.formats import (BASE, FOREIGN_PART, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS,
                                  Source, read_source)
@@ -220,5 +220,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    heed_signals()
-    sys.exit(main())
+    listen()
+    leave(main())

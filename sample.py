@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mcl import (Guide, Model, Motion, SampleConfig, extract_motion, load_model, read_picture,
                  read_video, sample, sparse_condition, write_video)
 from mcl.checkpoint import EMBEDDED, read_shapes
-from mcl.command import FORESEEN, explain, heed_signals
+from mcl.command import FORESEEN, explain, leave, listen
 from mcl.command.options import (REFERENCE_SEED, beside, check, check_files, maps_of, outputs,
                                  parse_jobs, sidecar_of)
 from mcl.convert.formats import LORAS
@@ -240,5 +240,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    heed_signals()
-    sys.exit(main())
+    listen()
+    leave(main())

@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -155,6 +156,19 @@ def test_a_signal_is_answered_in_one_line_and_leaves_nothing(tmp_path):
     *_, last = process.communicate()[1].splitlines()
     assert process.returncode == 143 and last == "terminated; no file is left unfinished"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+@pytest.mark.parametrize("streams", ["| head -c0", "2>/dev/full"])
+def test_what_cannot_be_said_is_done_all_the_same(tmp_path, streams):
+    argv = [sys.executable, ROOT / "sample.py", "--ref", REF, "--prompt", "a star", *QUICK,
+            "--num-samples", "2", "--out", "a.gif"]
+    line = " ".join(shlex.quote(str(word)) for word in argv)
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} {streams}"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr + done.stdout
+    assert "Exception" not in done.stderr and len(list(tmp_path.glob("*.gif"))) == 2
+    assert ("standard output could not be written" in done.stderr) == (streams[0] in ">|")
 
 
 def test_records_are_strict_json(tmp_path):

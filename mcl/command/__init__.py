@@ -1,9 +1,12 @@
 """What the commands share: wrong usage and every foreseen failure are one line."""
 import argparse
 import dataclasses
+import io
+import os
 import re
 import signal
-from typing import Any, NoReturn
+import sys
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -26,6 +29,55 @@ def heed_signals() -> None:
         number = getattr(signal, name, None)        # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:     # nohup's
             signal.signal(number, end)
+
+
+class Patient(io.TextIOBase):
+    """A standard stream that takes what is said even if nobody can hear it any more: closed, full,
+    or a pipe whose reader is gone. The files matter more than what is said of them."""
+
+    def __init__(self, stream: TextIO | None, fd: int):
+        self.stream, self.fd, self.lost = stream, fd, stream is None
+        if isinstance(stream, io.TextIOWrapper):    # a name that it has no letters for is spelt out
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        self.attempt("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt("flush")
+
+    def attempt(self, action: str, *given: str) -> None:
+        if self.stream is None or self.lost:
+            return
+        try:
+            getattr(self.stream, action)(*given)
+        except (OSError, ValueError):
+            self.lost = True
+            # What it still holds is written somewhere, or Python would complain at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fd)
+
+    def isatty(self) -> bool:
+        return self.stream is not None and not self.lost and self.stream.isatty()
+
+    @property
+    def encoding(self) -> str:      # type: ignore[override]
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+
+def listen() -> None:
+    """Readies a process that is a command: for signals, and for streams that fail."""
+    heed_signals()
+    sys.stdout, sys.stderr = Patient(sys.stdout, 1), Patient(sys.stderr, 2)     # type: ignore
+
+
+def leave(code: int) -> NoReturn:
+    """Ends it; says on the other stream if what was said on one of them was lost."""
+    sys.stdout.flush()
+    if getattr(sys.stdout, "lost", False):
+        print("note: standard output could not be written; the exit code is right", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,6 +15,7 @@ from .temporal import Attended, Wanted
 
 # The size at which the published weights were tuned: 16 frames of 512x512, in latent elements.
 PUBLISHED_SIZE = 16 * 64 * 64
+LOSS_SCALE = 2.0 ** 12                  # a power of two, which rounds nothing
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,18 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
 def guided(trajectory: "Trajectory", z: Tensor, guides: Sequence[Guide], recompute: bool
            ) -> Iterator[State]:
     """The loop. z is z_t, eps the noise that the model sees in it, g the loss of its attention."""
-    config, lambda_before, slope = trajectory.config, 0.0, None
+    config, grad = trajectory.config, torch.zeros_like(z)
     for i, (t, _) in enumerate(trajectory.steps):
         g, lambda_t = None, guidance_weight(i, config, z) if guides else 0.0
 
-        # 1. The noise under the prompt and, in the first steps, the slope of lambda * g (eq. 3).
+        # 1. The noise under the prompt and, in the first steps, the gradient of g (eq. 3).
         if lambda_t and i % config.guidance_every == 0:
-            eps, g, slope = noise_and_slope(trajectory, z, t, guides, lambda_t, recompute)
+            eps, g, grad = noise_and_gradient(trajectory, z, t, guides, recompute)
         else:
             eps, _ = trajectory.noise(z, t)
-            slope = slope * (lambda_t / lambda_before) if slope is not None and lambda_t else None
-        lambda_before = lambda_t
 
         # 2. Classifier-free guidance. 3. DDIM, whose direction alone is guided (eq. 1).
+        slope = lambda_t * grad if lambda_t else None
         z = trajectory.step(i, z, eps, slope)
 
         if not torch.isfinite(z).all() or (g is not None and not torch.isfinite(g)):
@@ -88,12 +88,11 @@ def guided(trajectory: "Trajectory", z: Tensor, guides: Sequence[Guide], recompu
                     None if slope is None else float(slope.norm()))
 
 
-def noise_and_slope(trajectory: "Trajectory", z: Tensor, t: int, guides: Sequence[Guide],
-                    lambda_t: float, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """eps, g, and the gradient of lambda * g with respect to z.
+def noise_and_gradient(trajectory: "Trajectory", z: Tensor, t: int, guides: Sequence[Guide],
+                       recompute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """eps, g, and the gradient of g with respect to z.
 
-    lambda enters where the gradient sets out, and so only once: the gradient of g itself would be
-    lost in half precision on its way down.
+    On its way down it is LOSS_SCALE times as large: half precision would round it to nothing.
     """
     wanted = Wanted(*(tuple(dict.fromkeys(name for guide in guides for name in guide.wanted[kind]))
                       for kind in range(len(Wanted._fields))))
@@ -101,8 +100,8 @@ def noise_and_slope(trajectory: "Trajectory", z: Tensor, t: int, guides: Sequenc
         z = z.detach().requires_grad_()
         eps, seen = trajectory.noise(z, t, wanted, recompute)
         g = torch.stack([guide.loss(seen.only(guide.wanted), t) for guide in guides]).sum()
-        slope, = torch.autograd.grad(g, z, torch.full_like(g, lambda_t))
-    return eps.detach(), g.detach(), slope
+        grad, = torch.autograd.grad(g, z, torch.full_like(g, LOSS_SCALE))
+    return eps.detach(), g.detach(), grad / LOSS_SCALE
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..machine import DTYPES, MEMORY, keep_freed_memory, pick_device, pick_dtype, pick_recompute
 from ..model import Model
 from ..motion import motion_guide, strongest
-from ..sampler import Trajectory, clip_shape, noise_and_slope, predict
+from ..sampler import Trajectory, clip_shape, noise_and_gradient, predict
 from ..temporal import Wanted
 from ..tuned import channels_last
 from ..unet import UNet3D
@@ -69,7 +69,7 @@ def steps_of(model: Model, config: SampleConfig, recompute: bool
         predict(model, z, T, null)
 
     def guided() -> None:
-        noise_and_slope(trajectory, z, T, guides, config.motion_scale, recompute)
+        noise_and_gradient(trajectory, z, T, guides, recompute)
         predict(model, z, T, null)
 
     return {"UNet, forward": lambda: predict(model, z, T, text), "unguided step": unguided,

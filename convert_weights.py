@@ -16,16 +16,15 @@ from typing import Iterable
 from tqdm import tqdm
 
 from mcl import InputError
-from mcl.command import FORESEEN, Parser, explain, leave, listen
+from mcl.command import Parser, answer, carry_out
 from mcl.convert import assemble
 from mcl.convert.formats import (BASE, FOREIGN_PART, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS,
                                  Source, read_source)
 from mcl.convert.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
 from mcl.errors import printable
 from mcl.files import Write, check_plan, check_target
-from mcl.machine import DTYPES
+from mcl.machine import DTYPES, SHORT
 
-SHORT = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
 NETWORKS = {BASE: "unet", VAE: "vae", TEXT: "text_encoder", MOTION: "motion",
             SPARSECTRL: "sparsectrl"}
 CHUNK = 1 << 24
@@ -211,14 +210,8 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """0 done, 1 failed, 2 bad input, 130 or 143 interrupted; what went wrong is one line."""
-    try:
-        return run(parse(argv))
-    except FORESEEN as error:
-        code, line = explain(error)
-        print(line, file=sys.stderr)
-        return code
+    return answer(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":
-    listen()
-    leave(main())
+    carry_out(main)

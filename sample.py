@@ -17,9 +17,9 @@ from tqdm import tqdm
 from mcl import (Guide, Model, Motion, SampleConfig, extract_motion, load_model, read_picture,
                  read_video, sample, sparse_condition, write_video)
 from mcl.checkpoint import EMBEDDED, read_shapes
-from mcl.command import FORESEEN, explain, leave, listen
-from mcl.command.options import (REFERENCE_SEED, beside, check, check_files, maps_of, outputs,
-                                 parse_jobs, sidecar_of)
+from mcl.command import answer, carry_out
+from mcl.command.options import REFERENCE_SEED, check, parse_jobs
+from mcl.command.paths import beside, check_files, maps_of, outputs, sidecar_of
 from mcl.convert.formats import LORAS
 from mcl.convert.lora import Lora, merge, open_lora
 from mcl.files import write_json
@@ -222,23 +222,19 @@ def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """0 done, 1 failed, 2 bad input, 130 or 143 interrupted; what went wrong is one line."""
     warnings.showwarning = one_line_warning
+    return answer(lambda: run_all(parse_jobs(sys.argv[1:] if argv is None else argv)))
+
+
+def run_all(jobs: list[argparse.Namespace]) -> None:
     models = Models()
-    try:
-        jobs = parse_jobs(sys.argv[1:] if argv is None else argv)
-        if any(args.weights is None for args in jobs):
-            print("no --weights: the embedded model runs, which knows coloured shapes on grounds",
-                  file=sys.stderr)
-        checked = [check(args) for args in jobs]        # all before the first is begun
-        check_files(jobs)
-        for args, (config, fps) in zip(jobs, checked):
-            run(args, models, config, fps)
-    except FORESEEN as error:
-        code, line = explain(error)
-        print(line, file=sys.stderr)
-        return code
-    return 0
+    if any(args.weights is None for args in jobs):
+        print("no --weights: the embedded model runs, which knows coloured shapes on grounds",
+              file=sys.stderr)
+    checked = [check(args) for args in jobs]        # all before the first is begun
+    check_files(jobs)
+    for args, (config, fps) in zip(jobs, checked):
+        run(args, models, config, fps)
 
 
 if __name__ == "__main__":
-    listen()
-    leave(main())
+    carry_out(main)

@@ -150,8 +150,9 @@ def read_header(path: str | Path) -> ModelConfig:
         with safe_open(path, framework="pt") as file:
             return read_config(path, file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a safetensors file that can be read ({error}); a broken "
-                         "download should be fetched again") from error
+        raise InputError(f"{path}: not a safetensors file that can be read ({error}): fetch "
+                         "a broken download again; of other checkpoints convert_weights.py makes "
+                         "one") from error
 
 
 def read_shapes(path: str | Path) -> dict[str, torch.Size]:

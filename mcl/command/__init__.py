@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from typing import Any, NoReturn, TextIO
+from typing import Any, Callable, NoReturn, TextIO
 
 import torch
 
@@ -65,19 +65,28 @@ class Patient(io.TextIOBase):
         return getattr(self.stream, "encoding", None) or "utf-8"
 
 
-def listen() -> None:
-    """Readies a process that is a command: for signals, and for streams that fail."""
+def carry_out(main: Callable[[], int]) -> NoReturn:
+    """The process of a command: heeds signals, bears streams that fail, exits with main's code, and
+    says on stderr if what was to be said on stdout was lost."""
     heed_signals()
-    sys.stdout, sys.stderr = Patient(sys.stdout, 1), Patient(sys.stderr, 2)     # type: ignore
-
-
-def leave(code: int) -> NoReturn:
-    """Ends it; says on the other stream if what was said on one of them was lost."""
-    sys.stdout.flush()
-    if getattr(sys.stdout, "lost", False):
-        print("note: standard output could not be written; the exit code is right", file=sys.stderr)
-    sys.stderr.flush()
+    out, err = Patient(sys.stdout, 1), Patient(sys.stderr, 2)
+    sys.stdout, sys.stderr = out, err       # type: ignore[assignment]
+    code = main()
+    out.flush()
+    if out.lost:
+        err.write("note: standard output could not be written; the exit code is right\n")
+    err.flush()
     sys.exit(code)
+
+
+def answer(action: Callable[[], int | None]) -> int:
+    """The exit code of an action, 0 where it has none; what is foreseen to fail is one line."""
+    try:
+        return action() or 0
+    except FORESEEN as error:
+        code, line = explain(error)
+        print(line, file=sys.stderr)
+        return code
 
 
 class Parser(argparse.ArgumentParser):

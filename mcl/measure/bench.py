@@ -9,7 +9,6 @@ import ctypes
 import dataclasses
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..checkpoint import load_model, meta_model
-from ..command import FORESEEN, Parser, explain
+from ..command import Parser, answer, carry_out
 from ..command.options import parse_size
 from ..config import SD15, SD15_V2, TINY, ModelConfig, SampleConfig
 from ..errors import InputError
@@ -176,13 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     p.add_argument("--memory", default="auto", choices=MEMORY)
     p.add_argument("--repeat", type=int, default=3, help="times of which the median is taken")
-    try:
-        run(p.parse_args(argv))
-    except FORESEEN as error:
-        code, line = explain(error)
-        print(line, file=sys.stderr)
-        return code
-    return 0
+    return answer(lambda: run(p.parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -202,4 +195,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    carry_out(main)

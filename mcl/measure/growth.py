@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .bench import CONFIGS, Flops, peak_bytes, random_model, seconds, steps_of
 from ..checkpoint import meta_model
-from ..command import FORESEEN, Parser, explain
+from ..command import Parser, answer, carry_out
 from ..config import ModelConfig, SampleConfig
 from ..errors import InputError
 from ..files import atomic, check_target
@@ -124,7 +124,8 @@ def run(args: argparse.Namespace) -> None:
     keep_freed_memory()
     config, device = CONFIGS[args.config], pick_device(args.device)
     model = random_model(config, device, pick_dtype(args.dtype, device))
-    wanted = {(frames, args.sizes[0]) for frames in args.frames} | {
+    lengths = args.frames or [n for n in (8, 16, 24, 32) if n <= config.unet.max_frames]
+    wanted = {(frames, args.sizes[0]) for frames in lengths} | {
         (FRAMES, size) for size in args.sizes}
     longest = max(frames for frames, _ in wanted)
     if longest > config.unet.max_frames:
@@ -150,22 +151,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="-m mcl.growth", description="How a step's cost grows with frames and size.")
+    p = Parser(prog="-m mcl.measure.growth",
+               description="How a step's cost grows with frames and size.")
     p.add_argument("--config", choices=CONFIGS, default="tiny")
-    p.add_argument("--frames", type=int, nargs="+", default=[8, 16, 24, 32])
+    p.add_argument("--frames", type=int, nargs="+", help="up to 32, as far as the model goes")
     p.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 768])
     p.add_argument("--seconds", type=float, default=300, help="the longest step that is measured")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw it too; needs matplotlib")
-    try:
-        run(p.parse_args(argv))
-    except FORESEEN as error:
-        code, line = explain(error)
-        print(line, file=sys.stderr)
-        return code
-    return 0
+    return answer(lambda: run(p.parse_args(argv)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    carry_out(main)

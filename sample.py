@@ -5,10 +5,11 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 import sys
 import time
 import warnings
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 from einops import rearrange
@@ -17,18 +18,23 @@ from tqdm import tqdm
 from mcl import (Guide, Model, Motion, SampleConfig, extract_motion, load_model, read_picture,
                  read_video, sample, sparse_condition, write_video)
 from mcl.checkpoint import EMBEDDED, read_shapes
-from mcl.command import answer, carry_out
-from mcl.command.options import REFERENCE_SEED, check, parse_jobs
-from mcl.command.paths import beside, check_files, maps_of, outputs, sidecar_of
+from mcl.command import FAILURES, answer, carry_out, explain
+from mcl.command.jobs import assembled, check_all, digests, is_made, parse_jobs
+from mcl.command.options import REFERENCE_SEED
+from mcl.command.paths import Clip, clips_of, reads
 from mcl.convert.formats import LORAS
 from mcl.convert.lora import Lora, merge, open_lora
-from mcl.files import write_json
+from mcl.errors import InputError
+from mcl.files import digest, write_json
 from mcl.inversion import Inversion, inversion_guide, inversion_path, invert_motion
 from mcl.machine import keep_freed_memory, off_the_accelerator, pick_recompute
 from mcl.measure.pictures import draw
 from mcl.measure.report import measure, table
 from mcl.sampler import starting_noise
 from mcl.semantic import Subject, noised, semantic_guide, subject_of
+
+
+kept_digest = functools.cache(digest)   # of what is read, which one run finds as it is
 
 
 def open_loras(args: argparse.Namespace) -> list[Lora]:
@@ -53,7 +59,9 @@ class Models:
         return self.model
 
 
-def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: float) -> None:
+def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float) -> None:
+    """Makes clips of one job, which differ in their seeds."""
+    args = clips[0].args
     loras = open_loras(args)
     timing: dict[str, float] = {}
     clock = time.perf_counter
@@ -83,16 +91,15 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
     recompute = pick_recompute(args.memory, model, config)
     if not recompute:
         keep_freed_memory()
-    for i, (out, maps) in enumerate(zip(outputs(args), maps_of(args))):
-        seed = args.seed + i
+    for clip in clips:
         began = clock()
-        start = starting_noise(model, config, torch.Generator().manual_seed(seed))
+        start = starting_noise(model, config, torch.Generator().manual_seed(clip.seed))
         guides = guides_of(args, model, read, subject, start, config)
         states = sample(model, args.prompt, read if isinstance(read, Motion) else None, config,
                         guides=guides, latents=start, condition=condition, recompute=recompute)
         losses, grads = [], []
         with off_the_accelerator(model.vae, model.text_encoder):
-            bar = progress(f"seed {seed}", config.steps)(states)
+            bar = progress(f"seed {clip.seed}", config.steps)(states)
             for state in bar:
                 if state.loss is not None and state.grad_norm is not None:
                     losses.append(state.loss)
@@ -103,33 +110,42 @@ def run(args: argparse.Namespace, models: Models, config: SampleConfig, fps: flo
         began = clock()
         frames = model.vae.decode(state.latents).float().cpu()
         timing["decode"] = clock() - began
-        write_video(out, frames, fps)
-        if reference is not None and args.compare:
-            write_video(beside(out), torch.cat([reference, frames], dim=-1), fps)
-            print(beside(out))
+        write_video(clip.out, frames, fps)
+        if reference is not None and clip.compared is not None:
+            write_video(clip.compared, torch.cat([reference, frames], dim=-1), fps)
+            print(clip.compared)
         figures = {}
         if args.report and reference is not None:
             figures = measured(args, model, config, start, condition, reference, state.latents)
             print(table(figures))
-        if maps is not None:
+        if clip.maps is not None:
             t = max(read.latents) if isinstance(read, Inversion) else config.extract_t
-            draw(maps, reference, frames,
+            draw(clip.maps, reference, frames,
                  read if isinstance(read, Motion) else read.motion(t, config),
                  None if subject is None else subject.masks(t), losses, grads)
-        write_json(sidecar_of(out), {
-            "prompt": args.prompt, "method": args.method, "reference_prompt": args.ref_prompt,
-            "subject": args.subject, "reference": str(args.ref or args.motion), "seed": seed,
-            "settings": dataclasses.asdict(config), "start": args.start,
-            "duration": args.duration, "fit": args.fit, "fps": fps,
-            "weights": str(args.weights or EMBEDDED), "weights_sha256": model.sha256,
-            "images": [(str(path), frame) for path, frame in args.image],
-            "loras": [(str(lora.source.path), lora.scale) for lora in loras],
-            "ignore_alpha": args.ignore_alpha,
+        write_json(clip.record, {
+            **requested(clip, config, fps), "weights_sha256": model.sha256,
             "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-            "recompute": recompute,
-            "torch": torch.__version__, "loss": losses, "report": figures,
-            "seconds": {name: round(s, 3) for name, s in timing.items()}})
-        print(out)
+            "recompute": recompute, "torch": torch.__version__, "loss": losses, "report": figures,
+            "seconds": {name: round(s, 3) for name, s in timing.items()},
+            "written": digests(clip.made())})
+        print(clip.out)
+
+
+def requested(clip: Clip, config: SampleConfig, fps: float) -> dict[str, Any]:
+    """All that a clip depends on, but for the versions of packages and the device."""
+    args = clip.args
+    return {
+        "prompt": args.prompt, "method": args.method, "reference_prompt": args.ref_prompt,
+        "subject": args.subject, "reference": str(args.ref or args.motion), "seed": clip.seed,
+        "settings": dataclasses.asdict(config), "start": args.start, "duration": args.duration,
+        "fit": args.fit, "fps": fps, "weights": str(args.weights or EMBEDDED),
+        "images": [(str(path), frame) for path, frame in args.image],
+        "loras": [(str(path), scale) for option in LORAS
+                  for path, scale in getattr(args, option[2:].replace("-", "_"))],
+        "ignore_alpha": args.ignore_alpha, "measured": args.report,
+        "asked": [args.device, args.dtype],
+        "read": {str(path): kept_digest(path) for _, path in reads(args) if path != args.jobs}}
 
 
 def progress(title: str, steps: int) -> Any:
@@ -225,15 +241,48 @@ def main(argv: list[str] | None = None) -> int:
     return answer(lambda: run_all(parse_jobs(sys.argv[1:] if argv is None else argv)))
 
 
-def run_all(jobs: list[argparse.Namespace]) -> None:
-    models = Models()
-    if any(args.weights is None for args in jobs):
-        print("no --weights: the embedded model runs, which knows coloured shapes on grounds",
-              file=sys.stderr)
-    checked = [check(args) for args in jobs]        # all before the first is begun
-    check_files(jobs)
-    for args, (config, fps) in zip(jobs, checked):
-        run(args, models, config, fps)
+def run_all(jobs: list[argparse.Namespace]) -> int:
+    """Checks all before the first is begun; 1 if any failed.
+
+    A job of a file stops no other by its failure, and is not done again where its clip is there,
+    made of the same: the file is run again for what failed, and the same would give the same bytes.
+    """
+    with assembled() as crew:
+        try:
+            checked = check_all(jobs)
+        except InputError:
+            if crew.rank:               # which the first of them says
+                return 2
+            raise
+        if crew.rank == 0 and any(args.weights is None for args in jobs):
+            print("no --weights: the embedded model runs, which knows coloured shapes on grounds",
+                  file=sys.stderr)
+        work = [(clip, *settled) for args, settled in zip(jobs, checked) for clip in clips_of(args)]
+        left = [one for one in work if one[0].args.jobs is None
+                or not is_made(one[0].record, requested(*one), one[0].made())]
+        crew.gather([])                 # before anybody writes, all have seen what is left
+        failed = crew.gather(run_each(crew.share(left)))
+        if crew.rank == 0 and jobs[0].jobs is not None:
+            there = len(work) - len(left)
+            print("\n".join([f"{jobs[0].jobs}: {len(work)} clips" + (
+                f", {there} of them made of the same before" if there else "") + (
+                f"; {len(failed)} jobs failed:" if failed else ""), *failed]), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_each(work: Sequence[tuple[Clip, SampleConfig, float]]) -> list[str]:
+    """What failed of a file of jobs, and where it stands; raises it where there is no file."""
+    models, failed = Models(), []
+    for where, part in itertools.groupby(work, lambda one: one[0].args.where):
+        clips, configs, rates = zip(*part)
+        try:
+            run(clips, models, configs[0], rates[0])
+        except FAILURES as error:
+            if not where:
+                raise
+            failed.append(f"{where}: {explain(error)[1]}")
+            tqdm.write(failed[-1], file=sys.stderr)
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all."""
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -86,6 +87,18 @@ def check_target(path: Path, folder: bool = False) -> None:
     if path.is_dir() and any(path.iterdir()) and not (path / MARK).is_file():
         raise InputError(f"{path}: is a folder that this program did not write; give a new or an "
                          "empty one")
+
+
+def check_readable(path: Path) -> None:
+    """Raises InputError for what is neither a file nor a folder that can be read."""
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:      # too long, or with a NUL in it
+        raise InputError(f"{path}: cannot be a name here") from error
+    if there and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: is a device, a pipe or a socket; give a file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: no such file or folder, or no permission to read it")
 
 
 @contextlib.contextmanager
@@ -176,6 +189,18 @@ def is_our_json(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(record, dict) and MADE_BY in record
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, or of the names and the files of a folder."""
+    if path.is_file():
+        with open(path, "rb") as binary:
+            return hashlib.file_digest(binary, "sha256").hexdigest()
+    held = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            held.update(f"{file.relative_to(path)}\0{digest(file)}\n".encode(errors="replace"))
+    return held.hexdigest()
 
 
 def save_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor],

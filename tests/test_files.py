@@ -80,7 +80,7 @@ def test_jobs_do_not_write_over_one_another(mine, capsys):
         Path("jobs").write_text("\n".join(json.dumps({"out": out}) for out in (first, second)))
         before = everything(mine)
         assert run("--jobs", "jobs", "--ref", "clip.mp4") == 2 and everything(mine) == before
-        assert "job 2" in capsys.readouterr().err
+        assert "of jobs, line 2 another name" in capsys.readouterr().err
     Path("jobs").write_text("\n".join(json.dumps({"out": out, "save_motion": "m"})
                                       for out in ("n.mp4", "o.mp4")))
     assert run("--jobs", "jobs", "--ref", "clip.mp4") == 2

@@ -319,37 +319,6 @@ def test_loading_does_not_wait_for_torch_s_compiler():
     assert done.stdout == "False\n", done.stderr
 
 
-def test_many_jobs_run_with_one_model_and_write_what_each_alone_would(tmp_path, monkeypatch):
-    alone = clone(tmp_path / "alone.mp4", "--seed", 5)
-    jobs = tmp_path / "jobs.jsonl"
-    jobs.write_text("\n".join(json.dumps(job) for job in (
-        {"out": str(tmp_path / "a.mp4"), "seed": 5}, {"out": str(tmp_path / "b.mp4"), "top_k": 2,
-                                                      "compare": True})) + "\n\n")
-    loaded = []
-    read = command.load_model
-    monkeypatch.setattr(command, "load_model", lambda *a: loaded.append(a) or read(*a))
-    assert run("--jobs", jobs, "--ref", REF, "--prompt", PROMPT, *QUICK) == 0
-    assert len(loaded) == 1
-    assert (tmp_path / "a.mp4").read_bytes() == alone.read_bytes()
-    assert (tmp_path / "b-compare.mp4").exists()
-
-
-@pytest.mark.parametrize("lines, message", [
-    (['{"out": "a.mp4"}', '{"out": "a.mp4"}'], "a.mp4: is written by --out of job 1 as well"),
-    (['{"steps": "many"}'], "line 1: argument --steps: invalid int value: 'many'"),
-    (['{"colour": 3}'], "line 1: unrecognized arguments: --colour 3"),
-    (["[1]"], "line 1: not an object of options"), (["{"], "line 1: Expecting"),
-    ([""], "holds no job"), (['{"out": "a.mp4"}', '{"out": "b.mp4", "steps": 0}'], "--steps 0 is")])
-def test_jobs_that_cannot_be_are_refused_before_any_is_begun(lines, message, tmp_path, monkeypatch,
-                                                             capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("jobs.jsonl").write_text("\n".join(lines))
-    assert run("--jobs", "jobs.jsonl", "--ref", REF, "--prompt", "") == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith(("error: ", "no --weights"))
-    assert [p.name for p in tmp_path.iterdir()] == ["jobs.jsonl"]
-
-
 def test_maps_show_the_motion_the_masks_and_the_frames(tmp_path):
     words = ["--ref-prompt", "a circle", "--subject", "circle", "star"]
     (tmp_path / "maps").mkdir()

@@ -13,7 +13,7 @@ import torch
 from ..config import SampleConfig
 from ..errors import InputError, NumericalError
 
-FORESEEN = (InputError, NumericalError, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
+FAILURES = (InputError, NumericalError, torch.OutOfMemoryError, MemoryError)
 
 
 class Terminated(KeyboardInterrupt):
@@ -83,21 +83,28 @@ def answer(action: Callable[[], int | None]) -> int:
     """The exit code of an action, 0 where it has none; what is foreseen to fail is one line."""
     try:
         return action() or 0
-    except FORESEEN as error:
+    except (*FAILURES, KeyboardInterrupt) as error:
         code, line = explain(error)
-        print(line, file=sys.stderr)
-        return code
+    print(line, file=sys.stderr)        # when the frames are gone, and with them the bars in them
+    return code
 
 
 class Parser(argparse.ArgumentParser):
     """Wrong usage is one line, like every other wrong input."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it, which would lose a value that is -- alone; a space before it says
+        the same."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([re.sub("^(--[a-z-]+=)--$", r"\1 --", one)
+                                         for one in given], namespace)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (python {self.prog} --help lists the options)")
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """The exit code and the line for one of FORESEEN.
+    """The exit code and the line for one of FAILURES, or an interruption.
 
     1 failed, 2 bad usage or input, 130 interrupted, 143 terminated.
     """

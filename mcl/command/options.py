@@ -1,7 +1,6 @@
 """The options of sample.py: what they say, and everything that can be wrong with them."""
 import argparse
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ..config import SPACINGS, SampleConfig
 from ..convert.formats import LORAS
 from ..convert.lora import IGNORE_ALPHA, parse_scaled
 from ..errors import InputError
-from ..files import check_target
+from ..files import check_readable, check_target
 from ..machine import DTYPES, MEMORY
 from ..motion import Motion
 from ..sampler import check_settings
@@ -21,7 +20,7 @@ from ..temporal import Wanted
 from ..unet import UNet3D
 from ..video import FITS, check_writable
 from . import Parser
-from .paths import outputs, reads
+from .paths import clips_of, reads
 
 DESCRIPTION = "Clones the motion of a reference video into a new video of a prompt."
 # The published settings (arXiv 2406.05338), of its later versions and of the first three.
@@ -82,9 +81,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--motion-scale", type=float, help="weight of the motion guidance; 0 turns it off")
     add("--top-k", type=top_k, metavar="K", help="values kept of each row of an attention map, "
         "or all")
-    add("--blocks", type=lambda text: tuple(text.split(",")),
+    add("--blocks", type=names,
         help="UNet blocks whose temporal attention is cloned, with commas between")
-    add("--block-weights", type=lambda text: tuple(map(float, text.split(","))),
+    add("--block-weights", type=numbers,
         help="of each of the blocks in the loss, with commas between")
     add("--method", choices=METHODS, help="how the reference is read: noised once, or inverted by "
         "DDIM (default: single-step, but for the presets of the other)")
@@ -92,8 +91,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--inversion-dir", type=Path, metavar="DIR", help="keep the inverted latents here, go on "
         "with those of an interrupted run, use those of a finished one")
     add("--ref-prompt", default="", help="what the reference shows, for inversion and --subject")
-    add("--subject", nargs=2, metavar=("REF_WORD", "NEW_WORD"),
-        help="semantic guidance where these words of the two prompts show")
+    add("--subject", nargs="+", action="extend", default=[], metavar="WORD",
+        help="semantic guidance where two words show: the first in the reference, as its prompt "
+             "has it, the second in the new clip")
     add("--semantic-scale", type=float, help="weight of semantic guidance; without --subject it "
         "compares whole frames")
     add("--mask-threshold", type=float, metavar="X", help="of the attention to the subject's word, "
@@ -128,6 +128,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--memory", default="auto", choices=MEMORY, help="low computes activations a second time "
         "for the gradient rather than keep them, high never does, auto if they would not fit")
     args = p.parse_args(argv)
+    args.where = ""                     # the line of a file of jobs
+    args.device = own_device(args.device)
     inverted = "inversion_steps" in PRESETS.get(args.preset, {})
     args.method = args.method or ("inversion" if inverted else "single-step")
     if inverted and args.method != "inversion":
@@ -135,72 +137,48 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
-    """One set of options, or with --jobs one for each line of its file.
-
-    Raises InputError, with the file and line, for what no job can be made of, and where two jobs
-    would write one file.
-    """
-    first = Parser(prog="sample.py", add_help=False, allow_abbrev=False)
-    first.add_argument("--jobs", type=Path)
-    known, common = first.parse_known_args(argv)
-    if known.jobs is None:
-        return [parse(argv)]
-    try:
-        lines = known.jobs.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{known.jobs}: cannot be read ({error}); give a file with one JSON "
-                         "object in each line") from error
-    jobs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{known.jobs}, line {number}"
-        try:
-            options = json.loads(line)
-            if not isinstance(options, dict) or "jobs" in options:
-                raise ValueError("not an object of options")
-            job = parse([*common, *words(options)])
-        except (ValueError, InputError) as error:
-            raise InputError(f"{where}: {error}") from error
-        job.jobs = known.jobs
-        jobs.append(job)
-    if not jobs:
-        raise InputError(f"{known.jobs}: holds no job; give one JSON object in each line")
-    return jobs
-
-
-def words(options: dict[str, Any]) -> list[str]:
-    """{"top_k": 3, "compare": true, "subject": ["a", "b"]} as a command line would have it."""
-    result: list[str] = []
-    for name, value in options.items():
-        if value is False or value is None:
-            continue
-        result.append("--" + name.replace("_", "-"))
-        if value is not True:
-            result += map(str, value if isinstance(value, list) else [value])
-    return result
-
-
 def parse_size(text: str) -> tuple[int, int]:
     """"512x320" -> (width, height)."""
     width, x, height = text.partition("x")
-    if not (x and width.isdigit() and height.isdigit()):
+    if not (x and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 512x512")
     return int(width), int(height)
 
 
+def names(text: str) -> tuple[str, ...]:
+    """"a,b" -> ("a", "b")."""
+    return tuple(text.split(","))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """"1,0.5" -> (1.0, 0.5)."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas between, like "
+                                         "1,0.5") from error
+
+
 def top_k(text: str) -> int | str:
     """The number, or "all"."""
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
     return text if text == "all" else int(text)
 
 
 def parse_image(text: str) -> tuple[Path, int]:
     """"a.png@15" -> (a.png, 15); frame 0 where none is given."""
     path, at, frame = text.rpartition("@")
-    if at and frame.removeprefix("-").isdigit():
+    if at and frame.removeprefix("-").isdecimal():
         return Path(path), int(frame)
     return Path(text), 0
+
+
+def own_device(wanted: str) -> str:
+    """"auto" is a GPU of its own for each process that torchrun started, where there are any."""
+    if wanted == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return wanted
 
 
 def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
@@ -235,6 +213,9 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     """Everything that can be wrong and can be known before weights are read."""
     if (args.ref is None) == (args.motion is None):
         raise InputError("give the reference with --ref, or its kept motion with --motion")
+    for option, path in reads(args):
+        if option != "--weights":       # of which `read_header` says more
+            check_readable(path)
     if not 0 <= args.seed < REFERENCE_SEED:
         raise InputError(f"--seed {args.seed} is not possible: 0 to {REFERENCE_SEED - 1}")
     if args.num_samples < 1:
@@ -244,6 +225,9 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
                          "--ref, and leave out --motion and --save-motion")
     if args.image and (args.method == "inversion" or args.subject or args.semantic_scale):
         raise InputError("--image goes with --method single-step, without semantic guidance")
+    if len(args.subject) not in (0, 2):
+        raise InputError(f"--subject is {len(args.subject)} words: give two, the reference's and "
+                         "the new clip's")
     if args.subject and args.ref is None:
         raise InputError("--subject looks for its word in the reference: give it with --ref")
     for name in ("compare", "report"):
@@ -273,14 +257,11 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
         if not -config.frames <= frame < config.frames:
             raise InputError(f"--image {image}@{frame}: the clip has frames 0 to "
                              f"{config.frames - 1}")
-    for path in outputs(args):
-        check_writable(path)
+    for out in (args.out, *(clip.out for clip in clips_of(args))):
+        check_writable(out)
     kept = args.inversion_dir           # which is gone on with, if it is there
     if kept is not None and not kept.exists():
         check_target(kept, folder=True)
     elif kept is not None and not (kept.is_dir() and os.access(kept, os.W_OK | os.X_OK)):
         raise InputError(f"{kept}: is not a folder that can be written to; choose another")
-    for _, path in reads(args):
-        if not os.access(path, os.R_OK):
-            raise InputError(f"{path}: no such file or folder, or no permission to read it")
     return config, fps

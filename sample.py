@@ -6,10 +6,19 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import os
+import signal
 import sys
 import time
 import warnings
 from typing import Any, Sequence
+
+if __name__ == "__main__":              # before torch is imported, which takes seconds
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:      # nohup's
+            signal.signal(number, lambda number, _: (
+                os.write(2, b"interrupted; nothing was begun\n"),
+                os._exit(130 if number == signal.SIGINT else 143)))
 
 import torch
 from einops import rearrange
@@ -18,7 +27,7 @@ from tqdm import tqdm
 from mcl import (Guide, Model, Motion, SampleConfig, extract_motion, load_model, read_picture,
                  read_video, sample, sparse_condition, write_video)
 from mcl.checkpoint import EMBEDDED, read_shapes
-from mcl.command import FAILURES, answer, carry_out, explain
+from mcl.command import answer, carry_out, explain, foreseen
 from mcl.command.jobs import assembled, check_all, digests, is_made, parse_jobs
 from mcl.command.options import REFERENCE_SEED
 from mcl.command.paths import Clip, clips_of, reads
@@ -277,8 +286,8 @@ def run_each(work: Sequence[tuple[Clip, SampleConfig, float]]) -> list[str]:
         clips, configs, rates = zip(*part)
         try:
             run(clips, models, configs[0], rates[0])
-        except FAILURES as error:
-            if not where:
+        except Exception as error:
+            if not where or not foreseen(error):
                 raise
             failed.append(f"{where}: {explain(error)[1]}")
             tqdm.write(failed[-1], file=sys.stderr)

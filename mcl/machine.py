@@ -9,7 +9,7 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from .config import SampleConfig
+from .config import ModelConfig, SampleConfig
 from .errors import InputError
 from .model import Model
 
@@ -19,6 +19,7 @@ MEMORY = ("auto", "low", "high")
 # Of the size of the top resolution, the features that a guided step of Stable Diffusion 1.5 keeps
 # for its gradient (215, as BENCHMARKS.md has it measured), and those that it needs besides.
 FEATURES_OF_A_GUIDED_STEP = 215 + 60
+LEAST_FEATURES_OF_A_STEP = 30           # a third of what a step takes that keeps nothing
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4   # of glibc's malloc.h
 
 
@@ -32,10 +33,11 @@ def pick_device(wanted: str | torch.device) -> torch.device:
         device = torch.device(wanted)
     except RuntimeError as error:
         raise InputError(f"device {wanted!r} is not known: auto, {', '.join(there)}") from error
-    if not there.get(device.type, False):
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not there.get(device.type, False) or (device.index or 0) >= count:
         raise InputError(f"device {str(wanted)!r} is not there: this machine has "
                          f"{', '.join(d for d, is_there in there.items() if is_there)}")
-    return device
+    return device if device.type == "cuda" else torch.device(device.type)
 
 
 def pick_dtype(wanted: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -68,6 +70,22 @@ def guided_bytes(model: Model, config: SampleConfig) -> int:
     positions = config.frames * (config.height // s) * (config.width // s)
     width = model.config.unet.block_out_channels[0]
     return FEATURES_OF_A_GUIDED_STEP * positions * width * model.dtype.itemsize
+
+
+def check_memory(model: ModelConfig, config: SampleConfig, device: torch.device,
+                 dtype: torch.dtype) -> None:
+    """Raises MemoryError for a clip that cannot fit, by the least that its pixels, the VAE at one
+    of its frames and the UNet at all of them take; what needs more is only seen while it runs."""
+    pixels = config.height * config.width
+    clip = 3 * 4 * config.frames * pixels
+    decoded = 2 * model.vae.block_out_channels[0] * pixels * dtype.itemsize
+    seen = (LEAST_FEATURES_OF_A_STEP * model.unet.block_out_channels[0] * dtype.itemsize
+            * config.frames * pixels // model.vae.downsampling ** 2)
+    for place, needed in ((torch.device("cpu"), clip), (device, max(decoded, seen))):
+        free = free_memory(place)
+        if free is not None and needed > free:
+            raise MemoryError(f"{config.frames} frames of {config.width}x{config.height} take more "
+                              f"than {needed / 1e9:.0f} GB of memory; {free / 1e9:.0f} are free")
 
 
 def free_memory(device: torch.device) -> int | None:

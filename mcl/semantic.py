@@ -33,8 +33,9 @@ class Masks(NamedTuple):
 def subject_tokens(model: Model, prompt: str, word: str) -> list[int]:
     """Positions in the encoded prompt of a word's tokens, wherever it stands.
 
-    Raises InputError, with the prompt's words, for a word that is not in it.
+    Raises InputError, with the prompt's words, for a word that is not in what is read of it.
     """
+    length = model.config.text.max_length
     pieces, wanted = model.tokenizer.split(prompt), model.tokenizer.split(word)
     positions: list[int] = []
     at = 1
@@ -42,11 +43,13 @@ def subject_tokens(model: Model, prompt: str, word: str) -> list[int]:
         if wanted and pieces[i:i + len(wanted)] == wanted:
             positions += range(at, at + sum(len(ids) for _, ids in wanted))
         at += len(ids)
-    positions = [p for p in positions if p < model.config.text.max_length - 1]
     if not positions:
         words = ", ".join(text for text, _ in pieces if text.isalnum())
         raise InputError(f"the word {word!r} is not in the prompt {prompt!r}: it has {words}")
-    return positions
+    if min(positions) >= length - 1:
+        raise InputError(f"the word {word!r} stands behind the {length - 2} tokens of the prompt "
+                         "that are read: name it sooner")
+    return [p for p in positions if p < length - 1]
 
 
 def subject_mask(maps: Sequence[Tensor], tokens: Sequence[int], grid: tuple[int, int],

@@ -84,7 +84,7 @@ def test_jobs_do_not_write_over_one_another(mine, capsys):
     Path("jobs").write_text("\n".join(json.dumps({"out": out, "save_motion": "m"})
                                       for out in ("n.mp4", "o.mp4")))
     assert run("--jobs", "jobs", "--ref", "clip.mp4") == 2
-    assert "m: is written by --save-motion of job 1 as well" in capsys.readouterr().err
+    assert "m: is written by --save-motion of jobs, line 1 as well" in capsys.readouterr().err
 
 
 def test_what_this_program_wrote_is_replaced(mine):

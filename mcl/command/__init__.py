@@ -13,7 +13,8 @@ import torch
 from ..config import SampleConfig
 from ..errors import InputError, NumericalError
 
-FAILURES = (InputError, NumericalError, torch.OutOfMemoryError, MemoryError)
+FORESEEN = (InputError, NumericalError, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"       # torch has no class for it
 
 
 class Terminated(KeyboardInterrupt):
@@ -22,10 +23,10 @@ class Terminated(KeyboardInterrupt):
 
 def heed_signals() -> None:
     """Has this process end in order when it is told to, or when its terminal goes away."""
-    def end(*_: Any) -> NoReturn:
-        raise Terminated
+    def end(number: int, _: Any) -> NoReturn:
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)        # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:     # nohup's
             signal.signal(number, end)
@@ -83,10 +84,17 @@ def answer(action: Callable[[], int | None]) -> int:
     """The exit code of an action, 0 where it has none; what is foreseen to fail is one line."""
     try:
         return action() or 0
-    except (*FAILURES, KeyboardInterrupt) as error:
+    except BaseException as error:
+        if not foreseen(error):
+            raise
         code, line = explain(error)
     print(line, file=sys.stderr)        # when the frames are gone, and with them the bars in them
     return code
+
+
+def foreseen(error: BaseException) -> bool:
+    """Whether an error is one that the best of programs may end in."""
+    return isinstance(error, FORESEEN) or NO_MEMORY in str(error)
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,7 +112,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """The exit code and the line for one of FAILURES, or an interruption.
+    """The exit code and the line for what is foreseen.
 
     1 failed, 2 bad usage or input, 130 interrupted, 143 terminated.
     """
@@ -114,7 +122,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 143, "terminated; no file is left unfinished"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; no file is left unfinished"
-    return 1, f"failed: {in_options((str(error) or 'out of memory').splitlines()[0])}"
+    said = str(error).rpartition("] err == 0. ")[2] or "out of memory"     # torch's own lines first
+    return 1, f"failed: {in_options(said.splitlines()[0])}"
 
 
 def in_options(message: str) -> str:

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import EMBEDDED, read_header
+from ..checkpoint import EMBEDDED, meta_model, read_header
 from ..config import SPACINGS, SampleConfig
 from ..convert.formats import LORAS
 from ..convert.lora import IGNORE_ALPHA, parse_scaled
 from ..errors import InputError
 from ..files import check_readable, check_target
-from ..machine import DTYPES, MEMORY
+from ..machine import DTYPES, MEMORY, check_memory, pick_device, pick_dtype
 from ..motion import Motion
 from ..sampler import check_settings
+from ..semantic import subject_tokens
 from ..temporal import Wanted
-from ..unet import UNet3D
 from ..video import FITS, check_writable
 from . import Parser
 from .paths import clips_of, reads
@@ -223,6 +223,9 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     if args.method == "inversion" and (args.ref is None or args.save_motion):
         raise InputError("--method inversion reads the reference at every step: give it with "
                          "--ref, and leave out --motion and --save-motion")
+    if args.maps and args.method == "inversion" and args.guidance_steps == 0:
+        raise InputError("--maps shows what was read at the guided steps: there are none with "
+                         "--guidance-steps 0")
     if args.image and (args.method == "inversion" or args.subject or args.semantic_scale):
         raise InputError("--image goes with --method single-step, without semantic guidance")
     if len(args.subject) not in (0, 2):
@@ -242,8 +245,12 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     if config.frames > model_config.unet.max_frames:
         raise InputError(f"--frames {config.frames}: this model's motion modules know up to "
                          f"{model_config.unet.max_frames}")
-    with torch.device("meta"):
-        UNet3D(model_config.unet).resolve(Wanted(config.blocks, config.semantic_blocks))
+    device = pick_device(args.device)
+    check_memory(model_config, config, device, pick_dtype(args.dtype, device))
+    model = meta_model(model_config)
+    model.unet.resolve(Wanted(config.blocks, config.semantic_blocks))
+    for text, word in zip((args.ref_prompt, args.prompt), args.subject):
+        subject_tokens(model, text, word)
     if args.motion is not None:
         check_settings(Motion.load(args.motion), config,
                        (config.frames, config.height // step, config.width // step))

@@ -38,11 +38,13 @@ class Patient(io.TextIOBase):
 
     def __init__(self, stream: TextIO | None, fd: int):
         self.stream, self.fd, self.lost = stream, fd, stream is None
+        self.inside = False                         # a line
         if isinstance(stream, io.TextIOWrapper):    # a name that it has no letters for is spelt out
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         self.attempt("write", text)
+        self.inside = not text.endswith("\n") if text else self.inside
         return len(text)
 
     def flush(self) -> None:
@@ -88,7 +90,9 @@ def answer(action: Callable[[], int | None]) -> int:
         if not foreseen(error):
             raise
         code, line = explain(error)
-    print(line, file=sys.stderr)        # when the frames are gone, and with them the bars in them
+    if getattr(sys.stderr, "inside", False):        # behind a bar that was cut off
+        line = "\n" + line
+    print(line, file=sys.stderr)
     return code
 
 

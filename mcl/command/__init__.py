@@ -43,8 +43,8 @@ class Patient(io.TextIOBase):
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        self.attempt("write", text)
         self.inside = not text.endswith("\n") if text else self.inside
+        self.attempt("write", text)
         return len(text)
 
     def flush(self) -> None:

@@ -92,12 +92,12 @@ def check_target(path: Path, folder: bool = False) -> None:
 def check_readable(path: Path) -> None:
     """Raises InputError for what is neither a file nor a folder that can be read."""
     try:
-        there = path.exists()
+        there, readable = path.exists(), os.access(path, os.R_OK)
     except (OSError, ValueError) as error:      # too long, or with a NUL in it
         raise InputError(f"{path}: cannot be a name here") from error
     if there and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path}: is a device, a pipe or a socket; give a file")
-    if not os.access(path, os.R_OK):
+    if not readable:
         raise InputError(f"{path}: no such file or folder, or no permission to read it")
 
 

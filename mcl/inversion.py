@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import SampleConfig
-from .errors import InputError
+from .errors import InputError, NumericalError
 from .files import save_safetensors
 from .model import Model
 from .motion import Guide, Motion, motion_loss, strongest
@@ -31,13 +31,16 @@ def invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[int],
 
     `latents` (1, c, f, h, w) are those of `t_before`: -1 for a clean clip. One step leads from
     the timestep before to t, with the noise that the model sees at t: the steps that sampling
-    takes, without classifier-free guidance.
+    takes, without classifier-free guidance. Raises NumericalError in one that is not finite.
     """
     text = model.encode_text([prompt])
     z = latents.to(model.device, torch.float32)
     for t_before, t in zip([t_before, *timesteps], timesteps):
         eps, _ = predict(model, z, t, text)
         z = ddim_step(z, eps, eps, model.schedule.abar(t_before), model.schedule.abar(t))
+        if not torch.isfinite(z).all():
+            raise NumericalError(f"the inversion is not finite at timestep {t}: dtype float32 may "
+                                 "mend it")
         yield t, z
 
 

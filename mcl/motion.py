@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import LEVELS, SampleConfig
-from .errors import InputError
+from .errors import InputError, NumericalError
 from .files import save_safetensors
 from .model import Model
 from .temporal import Attended, Wanted
@@ -103,7 +103,7 @@ def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = 
 
     The null prompt, conditional branch only; the pass ends after the last block that is read.
     Raises InputError for latents of another shape, a block without temporal attention, and a top_k
-    of more than the number of frames.
+    of more than the number of frames; NumericalError where the attention is not finite.
     """
     config = config or model.config.sample
     if latents.ndim != 5 or latents.shape[:2] != (1, model.config.unet.in_channels):
@@ -126,6 +126,8 @@ def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = 
 
 def strongest(maps: dict[str, Tensor], k: int, info: dict[str, Any]) -> Motion:
     """The k largest values of each row of the maps, and where they are (eqs. 4, 5)."""
+    if not all(torch.isfinite(probs).all() for probs in maps.values()):
+        raise NumericalError("the reference's attention is not finite: dtype float32 may mend it")
     top = {name: probs.topk(k, dim=-1) for name, probs in maps.items()}
     return Motion({name: found.values for name, found in top.items()},
                   {name: found.indices for name, found in top.items()}, info)

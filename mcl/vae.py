@@ -3,13 +3,17 @@
 It sees every frame by itself. Pixels in [-1, 1] and scaled latents meet the scale factor only in
 `AutoencoderKL.encode` and `AutoencoderKL.decode`.
 """
+import copy
+import warnings
+from typing import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from .config import VAEConfig
-from .errors import InputError
+from .errors import InputError, NumericalError
 from .layers import Downsample, Linear, ResnetBlock, Upsample, attention
 
 EPS = 1e-6
@@ -124,25 +128,47 @@ class AutoencoderKL(nn.Module):
 
         They are the posterior's mean, or, given standard normal noise (f, c, h, w), a sample of
         it. `slice_size` frames are encoded at a time. Raises InputError where H or W is not a
-        multiple of the downsampling factor: padding in silence would shift the picture.
+        multiple of the downsampling factor: padding in silence would shift the picture;
+        NumericalError where the latents are not finite, in float32 as well.
         """
         s = self.config.downsampling
         if frames.shape[-2] % s or frames.shape[-1] % s:
             raise InputError(f"pictures of {frames.shape[-2]}x{frames.shape[-1]} cannot be encoded:"
                              f" height and width must be multiples of {s}")
-        weight, latents = self.quant_conv.weight, []
-        for i in range(0, frames.shape[0], slice_size):
-            mean, logvar = self.moments(frames[i:i + slice_size].to(weight))
-            if noise is not None:
-                mean = mean + (logvar / 2).exp() * noise[i:i + slice_size].to(mean)
-            latents.append(mean)
-        z = torch.cat(latents) * self.config.scaling_factor
+        given = (frames,) if noise is None else (frames, noise)
+        z = self.in_slices(AutoencoderKL.latents_of, given, slice_size) * self.config.scaling_factor
         return rearrange(z, "f c h w -> 1 c f h w")
 
     def decode(self, latents: Tensor, slice_size: int = 4) -> Tensor:
         """Frames (b*f, 3, H, W), clamped to [-1, 1], of scaled latents (b, c, f, h, w) of any float
-        type and device."""
-        z = rearrange(latents.to(self.quant_conv.weight), "b c f h w -> (b f) c h w")
-        z = z / self.config.scaling_factor
-        return torch.cat([self.decoder(self.post_quant_conv(part)).clamp(-1, 1)
-                          for part in z.split(slice_size)])
+        type and device. Raises NumericalError as `encode` does."""
+        z = rearrange(latents, "b c f h w -> (b f) c h w")
+        return self.in_slices(AutoencoderKL.frames_of, (z,), slice_size).clamp_(-1, 1)
+
+    def latents_of(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
+        mean, logvar = self.moments(frames)
+        return mean if noise is None else mean + (logvar / 2).exp() * noise
+
+    def frames_of(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+
+    def in_slices(self, action: Callable[..., Tensor], given: tuple[Tensor, ...], slice_size: int
+                  ) -> Tensor:
+        """What an action of this network, or of a float32 copy, makes of the given, (f, ...) each.
+
+        Many community VAEs overflow in float16. They are tried in it first, as most do not; the
+        copy is made of one that does, and takes one frame at a time, which needs less memory.
+        """
+        dtype = self.quant_conv.weight.dtype
+        done = []
+        for parts in zip(*(tensor.split(slice_size) for tensor in given)):
+            done.append(action(self, *(part.to(self.quant_conv.weight) for part in parts)))
+            if torch.isfinite(done[-1]).all():
+                continue
+            if dtype in (torch.float32, torch.float64):
+                raise NumericalError("the VAE's result is not finite, not even in float32: its "
+                                     "weights, or what it was given, are damaged")
+            warnings.warn(f"the VAE overflows in {str(dtype).removeprefix('torch.')}: this is done "
+                          "again in float32", stacklevel=3)
+            return copy.deepcopy(self).float().in_slices(action, given, slice_size=1)
+        return torch.cat(done)

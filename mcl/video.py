@@ -23,7 +23,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from einops import rearrange
 from PIL import Image, ImageSequence
 
-from .errors import InputError
+from .errors import InputError, NumericalError
 from .files import atomic, check_target
 
 FITS = ("crop", "pad", "stretch")
@@ -106,7 +106,8 @@ def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> No
     By the extension of `path`: .mp4 (H.264), .gif, .webp (lossless), or none for a folder of
     00000.png, 00001.png, ... (which carries no time). The same frames give the same bytes. The
     whole is written beside the target and renamed, so that a failure leaves what was there.
-    fps: frames per second, 0.1 to 100. Raises InputError where `path` cannot be written.
+    fps: frames per second, 0.1 to 100. Raises InputError where `path` cannot be written, and
+    NumericalError for frames that are not finite, which would be black.
     """
     target = Path(path)
     check_writable(target)
@@ -115,6 +116,8 @@ def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> No
     if target.suffix.lower() == ".mp4" and any(side % 2 for side in frames.shape[-2:]):
         raise InputError(f"{target}: mp4 needs an even height and width; change the size from "
                          f"{frames.shape[-2]}x{frames.shape[-1]}, or write .gif or .webp")
+    if not torch.isfinite(frames).all():
+        raise NumericalError(f"{target}: not written: its frames are not finite")
     levels = (frames.cpu().float().clamp(-1, 1) + 1) * 127.5
     pixels = rearrange(levels.round().to(torch.uint8), "f c H W -> f H W c").numpy()
     with atomic(target, folder=not target.suffix) as temporary:

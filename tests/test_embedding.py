@@ -3,12 +3,14 @@ import copy
 import dataclasses
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
-from mcl import (Guide, InputError, Model, SampleConfig, Wanted, extract_motion, invert_motion,
-                 load_model, motion_guide, sample, semantic_guide, sparse_condition, subject_of)
+from mcl import (Guide, InputError, Model, NumericalError, SampleConfig, Wanted, extract_motion,
+                 invert_motion, load_model, motion_guide, sample, semantic_guide, sparse_condition,
+                 subject_of)
 from mcl.config import SparseCtrlConfig
 from mcl.inversion import inversion_guide
 from mcl.semantic import noised
@@ -46,6 +48,26 @@ def test_each_network_brings_what_it_is_given_to_its_own_type(small):
     assert found.dtype == torch.float32 and model.vae.decode(found).shape == (4, 3, 32, 32)
     expected = last(sample(small, "a star", dataclasses.replace(motion, info={}), latents=clip(2)))
     assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_vae_that_overflows_in_half_precision_is_run_again_in_float32(small):
+    """By a residual branch of 1e5, which float16 does not have: alike where it had."""
+    model = copy.deepcopy(small)
+    for mid in (model.vae.encoder.mid_block, model.vae.decoder.mid_block):
+        mid.resnets[0].conv2.bias.fill_(6e4)
+        mid.resnets[1].conv2.bias.fill_(6e4)
+    half = copy.deepcopy(model.vae).half()
+    for name, given in (("encode", randn(5, 3, 32, 32)), ("decode", clip())):
+        with pytest.warns(UserWarning, match="the VAE overflows in float16") as said:
+            found = getattr(half, name)(given)
+        assert len(said) == 1 and {p.dtype for p in half.parameters()} == {torch.float16}
+        expected = getattr(half.float(), name)(given)
+        assert torch.allclose(found, expected, atol=1e-5) and expected.std() > 0.01
+        half.half()
+        for vae in (half, model.vae):
+            with pytest.raises(NumericalError, match="not finite, not even in float32"):
+                with warnings.catch_warnings(action="ignore"):
+                    getattr(vae, name)(given * float("nan"))
 
 
 def test_embeddings_are_as_good_as_the_text(small):
@@ -112,8 +134,9 @@ def test_motions_of_models_in_memory_are_told_apart(small):
 
 
 @pytest.mark.parametrize("kind", ["", "rgb"])
-def test_the_whole_pipeline_runs_on_another_device(kind):
+def test_the_whole_pipeline_runs_on_another_device(kind, monkeypatch):
     """The meta device has shapes and no values: what was left on the CPU would be found."""
+    monkeypatch.setattr(torch, "isfinite", lambda values: torch.ones(1))
     config = dataclasses.replace(SMALL, sparsectrl=SparseCtrlConfig(kind=kind, motion_heads=2),
                                  sample=dataclasses.replace(
                                      SMALL.sample, semantic_scale=1.0, mask_threshold=0.5))

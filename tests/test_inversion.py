@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcl import InputError, Wanted, invert_motion, sample
+from mcl import InputError, NumericalError, Wanted, invert_motion, sample
 from mcl.inversion import inversion_guide, inversion_path, invert
 
 from .conftest import randn
@@ -102,3 +102,6 @@ def test_latents_on_disk_are_those_in_memory_and_are_gone_on_from(small, config,
     (tmp_path / "a" / "0850.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match="0850.safetensors: not inverted latents"):
         into(tmp_path / "a")
+    with pytest.raises(NumericalError, match="not finite at timestep"):
+        invert_motion(small, latents(0) * float("nan"), "a ring", config, folder=tmp_path / "nan")
+    assert not any((tmp_path / "nan").iterdir())

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mcl import InputError, Motion, extract_motion, motion_loss
+from mcl import InputError, Motion, NumericalError, extract_motion, motion_loss
 from mcl.unet import UNet3D
 
 from .conftest import SMALL, randn, randomize
@@ -96,6 +96,8 @@ def test_what_cannot_be_extracted_is_refused(small):
             extract(small, wrong)
     with pytest.raises(InputError, match="no temporal attention under 'mid_block'"):
         extract(small, latents(), blocks=("mid_block",))
+    with pytest.raises(NumericalError, match="attention is not finite: dtype float32 may mend"):
+        extract_motion(small, latents() * float("nan"))
 
 
 @pytest.mark.parametrize("content", [b"", b"words, not tensors", b"\x10\0\0\0\0\0\0\0{"])

@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from PIL import Image
 
 from mcl import video
-from mcl.errors import InputError
+from mcl.errors import InputError, NumericalError
 from mcl.files import MARK
 from mcl.video import check_writable, read_video, write_video
 
@@ -181,6 +181,14 @@ def test_folder_without_permission(tmp_path, monkeypatch):
 def test_bad_fps(tmp_path, fps):
     with pytest.raises(InputError, match=f"fps is {fps}"):
         write_video(tmp_path / "a.mp4", smooth_frames(), fps)
+
+
+def test_frames_that_are_not_finite_are_not_written_as_black(tmp_path):
+    frames = smooth_frames()
+    frames[3, 1, 5, 5] = float("nan")
+    with pytest.raises(NumericalError, match="a.mp4: not written: its frames are not finite"):
+        write_video(tmp_path / "a.mp4", frames, 8)
+    assert not any(tmp_path.iterdir())
 
 
 def test_odd_size_in_mp4(tmp_path):

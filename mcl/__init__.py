@@ -10,7 +10,8 @@ from .sampler import State, sample
 from .semantic import semantic_guide, subject_of
 from .sparsectrl import sparse_condition
 from .temporal import Attended, Wanted
-from .video import read_picture, read_video, write_video
+from .video import read_picture, read_video
+from .writers import write_video
 
 __version__ = "0.1.0"
 __all__ = ["Attended", "Guide", "InputError", "Inversion", "Model", "ModelConfig", "Motion",

@@ -1,4 +1,4 @@
-"""Clips on disk to frames in [-1, 1], and back; (h, w) as stored, (H, W) as asked for.
+"""Clips on disk to frames in [-1, 1]; (h, w) as stored, (H, W) as asked for.
 
 imageio's own interface does not tell when a frame is shown, so that its two back ends, PyAV for
 videos and Pillow for pictures, are used themselves.
@@ -9,7 +9,6 @@ import re
 import struct
 import warnings
 from contextlib import contextmanager
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -19,12 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.container import InputContainer
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from einops import rearrange
-from PIL import Image, ImageSequence
+from PIL import ExifTags, Image, ImageSequence
 
-from .errors import InputError, NumericalError
-from .files import atomic, check_target
+from .errors import InputError
 
 FITS = ("crop", "pad", "stretch")
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".mpg", ".mpeg")
@@ -44,6 +41,10 @@ ALLOWED = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,
 # hinder a file from opening.
 ANY_METADATA: dict[str, Any] = (
     {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {})
+
+# Where Pillow puts what tells the orientation, and the orientations that swap width and height.
+EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+LYING = (5, 6, 7, 8)
 
 # All but the first come from Pillow's parsers of broken files.
 PILLOW_ERRORS = (OSError, IndexError, SyntaxError, ValueError, struct.error,
@@ -98,43 +99,6 @@ def read_picture(path: str | os.PathLike, size: tuple[int, int], fit: str = "cro
     Raises InputError where it is not an image that can be read.
     """
     return _fit(_on_black(_image_rgba(Path(path))), size, fit)
-
-
-def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> None:
-    """Write frames (f, 3, H, W) in [-1, 1], clamped, of any float type and device.
-
-    By the extension of `path`: .mp4 (H.264), .gif, .webp (lossless), or none for a folder of
-    00000.png, 00001.png, ... (which carries no time). The same frames give the same bytes. The
-    whole is written beside the target and renamed, so that a failure leaves what was there.
-    fps: frames per second, 0.1 to 100. Raises InputError where `path` cannot be written, and
-    NumericalError for frames that are not finite, which would be black.
-    """
-    target = Path(path)
-    check_writable(target)
-    if not 0.1 <= fps <= 100:
-        raise InputError(f"fps is {fps}; it must be from 0.1 to 100")
-    if target.suffix.lower() == ".mp4" and any(side % 2 for side in frames.shape[-2:]):
-        raise InputError(f"{target}: mp4 needs an even height and width; change the size from "
-                         f"{frames.shape[-2]}x{frames.shape[-1]}, or write .gif or .webp")
-    if not torch.isfinite(frames).all():
-        raise NumericalError(f"{target}: not written: its frames are not finite")
-    levels = (frames.cpu().float().clamp(-1, 1) + 1) * 127.5
-    pixels = rearrange(levels.round().to(torch.uint8), "f c H W -> f H W c").numpy()
-    with atomic(target, folder=not target.suffix) as temporary:
-        try:
-            WRITERS[target.suffix.lower()](temporary, pixels, fps)
-        except av.FFmpegError as error:
-            raise InputError(f"{target}: cannot be written: {error.strerror}") from error
-
-
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise InputError if `write_video` could not write to `path`; touches nothing."""
-    target = Path(path)
-    suffix = target.suffix.lower()
-    if suffix not in WRITERS or target.name.lower() in WRITERS:     # ".mp4" has no extension
-        raise InputError(f"{target}: cannot write {suffix} files; end the name in .mp4, .gif or "
-                         ".webp, or in no extension for a folder of PNG frames")
-    check_target(target, folder=not suffix)
 
 
 def _timeline(path: Path, stop: float) -> tuple[list[float], float]:
@@ -209,7 +173,7 @@ def _animation_pictures(path: Path) -> Iterator[Picture]:
     end = 0.0
     with _opened(path) as image:
         for frame in ImageSequence.Iterator(image):
-            rgba = frame.convert("RGBA")  # also decodes, before which webp has no delay
+            rgba = _upright(frame)      # also decodes, before which webp has no delay
             begin = end
             end = begin + (frame.info.get("duration") or 1000 / UNTIMED_FPS) / 1000
             yield begin, end, partial(np.asarray, rgba)
@@ -225,7 +189,7 @@ def _folder_pictures(folder: Path) -> Iterator[Picture]:
     sizes = set()
     for index, name in enumerate(names):
         with _opened(folder / name) as image:
-            sizes.add(image.size)
+            sizes.add(image.size[::-1] if _orientation(image) in LYING else image.size)
         if len(sizes) > 1:
             raise InputError(f"{folder}: {name} differs in size from {names[0]}; "
                              "the images of a folder must all have one size")
@@ -236,7 +200,26 @@ def _image_rgba(path: Path) -> np.ndarray:
     with _opened(path) as image:
         if image.mode == "I;16":  # convert alone would clip 16-bit grey to white
             image = image.convert("I").point(lambda level: level / 257).convert("L")
-        return np.asarray(image.convert("RGBA"))
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> np.ndarray:
+    """(h, w, 4) uint8, turned as the camera was held."""
+    rgba = np.asarray(image.convert("RGBA"))
+    orientation = _orientation(image)
+    rgba = rgba.swapaxes(0, 1) if orientation in LYING else rgba
+    rgba = rgba[:, ::-1] if orientation in (2, 3, 6, 7) else rgba
+    return rgba[::-1] if orientation in (3, 4, 7, 8) else rgba
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF's, 1 to 8; 1 where there is none, or none that can be read."""
+    if EXIF.isdisjoint(image.info):     # else Pillow would decode a png to look for it
+        return 1
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except PILLOW_ERRORS:
+        return 1
 
 
 @contextmanager
@@ -271,38 +254,3 @@ def _fit(picture: torch.Tensor, size: tuple[int, int], fit: str) -> torch.Tensor
     top, left = (H - inner_h) // 2, (W - inner_w) // 2
     bars = (left, W - inner_w - left, top, H - inner_h - top)
     return F.pad(inner.clamp(-1, 1), bars, value=-1.0)  # the filter overshoots by rounding
-
-
-def _write_mp4(path: Path, pixels: np.ndarray, fps: float) -> None:
-    with av.open(f"file:{path}", "w", options={"movflags": "faststart"}) as container:
-        # One thread, as x264 divides the picture by threads and the bytes depend on it. Without
-        # its macroblock tree, which in small pictures (64x64) reads what nobody has written.
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
-                                      options={"crf": "14", "threads": "1", "mbtree": "0"})
-        _, stream.height, stream.width, _ = pixels.shape
-        stream.pix_fmt = "yuv420p"
-        codec = stream.codec_context  # players guess the colours of a file that does not say
-        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
-        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for picture in pixels:
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def _write_animation(path: Path, pixels: np.ndarray, fps: float) -> None:
-    tick = 10 if path.suffix.lower() == ".gif" else 1  # milliseconds, the format's unit of time
-    turns = np.rint(np.arange(len(pixels) + 1) * 1000 / fps / tick).astype(int)
-    delays = (np.diff(turns) * tick).tolist()
-    first, *rest = [Image.fromarray(picture) for picture in pixels]
-    first.save(path, save_all=True, append_images=rest, duration=delays, loop=0, lossless=True)
-
-
-def _write_folder(path: Path, pixels: np.ndarray, fps: float) -> None:
-    for index, picture in enumerate(pixels):
-        Image.fromarray(picture).save(path / f"{index:05d}.png")
-
-
-WRITERS = {".mp4": _write_mp4, ".gif": _write_animation, ".webp": _write_animation,
-           "": _write_folder}

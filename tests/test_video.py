@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange, repeat
-from PIL import Image
+from PIL import Image, ImageOps
 
-from mcl import video
+from mcl import video, writers
 from mcl.errors import InputError, NumericalError
 from mcl.files import MARK
-from mcl.video import check_writable, read_video, write_video
+from mcl.video import read_picture, read_video
+from mcl.writers import check_writable, write_video
 
 
 @pytest.fixture(autouse=True)
@@ -143,13 +144,13 @@ def test_link_to_a_folder_stays(tmp_path):
 def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, name, failure, raised):
     target = tmp_path / name
     write_video(target, counting_frames([1, 2]), fps=8)
-    write = video.WRITERS[target.suffix]
+    write = writers.WRITERS[target.suffix]
 
     def fail_at_the_end(*arguments):
         write(*arguments)
         raise failure
 
-    monkeypatch.setitem(video.WRITERS, target.suffix, fail_at_the_end)
+    monkeypatch.setitem(writers.WRITERS, target.suffix, fail_at_the_end)
     with pytest.raises(raised):
         write_video(target, counting_frames([3, 4, 5]), fps=8)
     assert os.listdir(tmp_path) == [name]
@@ -321,6 +322,35 @@ def test_shrinking_keeps_the_range(tmp_path):
 def test_kinds_of_image(tmp_path, image, level):
     folder = image_folder(tmp_path / "clip", {"a.png": image})
     assert levels(read_video(folder, 1, (4, 4))).sub(level).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_pictures_are_turned_as_the_camera_was_held(tmp_path, ending):
+    """Against Pillow's own turning; the folder's pictures are all upright, whichever way stored."""
+    stored = np.full((16, 32, 3), 128, np.uint8)
+    stored[:8, :8], stored[:8, 24:] = 255, 0
+    (tmp_path / "folder").mkdir()
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = tmp_path / f"{orientation}.{ending}"
+        Image.fromarray(stored).save(file, exif=exif, quality=100)
+        with Image.open(file) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        found = read_picture(file, expected.shape[:2])
+        assert np.abs((found[0].movedim(0, -1).numpy() + 1) * 127.5 - expected).max() < 1e-3
+        if orientation > 4:
+            file.rename(tmp_path / "folder" / file.name)
+    standing = np.zeros((32, 16, 3), np.uint8)
+    Image.fromarray(standing).save(tmp_path / "folder" / f"9.{ending}")
+    assert read_video(tmp_path / "folder", 5, (32, 16)).shape == (5, 3, 32, 16)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_a_picture_whose_exif_is_broken_is_taken_as_it_lies(tmp_path, ending):
+    file = tmp_path / f"a.{ending}"
+    Image.new("L", (32, 16), 77).save(file, exif=b"Exif\0\0no EXIF at all")
+    assert levels(read_picture(file, (16, 32))).sub(77).abs().max() < 2
 
 
 def test_rotation_of_the_camera_is_undone(tmp_path):

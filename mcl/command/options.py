@@ -18,7 +18,8 @@ from ..motion import Motion
 from ..sampler import check_settings
 from ..semantic import subject_tokens
 from ..temporal import Wanted
-from ..video import FITS, check_writable
+from ..video import FITS
+from ..writers import check_writable
 from . import Parser
 from .paths import clips_of, reads
 

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.container import InputContainer
+from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
 from einops import rearrange
 from PIL import ExifTags, Image, ImageSequence
 
+from .colour import TRANSFERS, to_sdr
 from .errors import InputError
 
 FITS = ("crop", "pad", "stretch")
@@ -65,7 +67,8 @@ def read_video(path: str | os.PathLike, frames: int, size: tuple[int, int], star
         black bars, "stretch" changes the aspect ratio. Pixels are taken to be square.
 
     The file is decoded twice, so that of a long clip only the chosen frames are held.
-    Transparent parts become black. Raises InputError where the file or a number is unusable.
+    Transparent parts become black, and HDR (HLG, PQ) what a screen of the usual range shows
+    (`colour.to_sdr`). Raises InputError where the file or a number is unusable.
     """
     if min(frames, *size) < 1:
         raise InputError(f"frames is {frames} and size {size[0]}x{size[1]}; "
@@ -130,10 +133,11 @@ def _video_pictures(path: Path) -> Iterator[Picture]:
     count, first, begin, end = 0, 0.0, -1.0, 0.0
     try:
         with av.open(f"file:{path}", options=ALLOWED, **ANY_METADATA) as container:
-            if not container.streams.video:
-                raise InputError(f"{path}: holds no video; give a clip that plays")
-            stream = container.streams.video[0]
+            stream = next(iter(container.streams.video), None)
+            if stream is None or stream.codec_context is None:
+                raise InputError(f"{path}: holds no video that is known; give a clip that plays")
             stream.thread_type = "AUTO"
+            promised = stream.codec_context.color_trc       # which decoding may take away
             step = float(1 / (stream.average_rate or UNTIMED_FPS))
             # AVI stores no presentation times; what FFmpeg makes up for it is out of order.
             timed = container.format.name != "avi"
@@ -143,7 +147,7 @@ def _video_pictures(path: Path) -> Iterator[Picture]:
                 # Joined recordings start their clock again: go on where the last frame ended.
                 begin = stamp - first if stamp - first > begin else end
                 end = begin + step
-                yield begin, end, partial(_video_rgba, frame)
+                yield begin, end, partial(_video_rgba, frame, promised)
             if 0 < count < stream.frames:
                 warnings.warn(f"{path}: promises {stream.frames} frames, but {count} could be "
                               "decoded; the file may be cut short")
@@ -165,8 +169,19 @@ def _frames(path: Path, container: InputContainer) -> Iterator[av.VideoFrame]:
                          "its end with a shorter duration")
 
 
-def _video_rgba(frame: av.VideoFrame) -> np.ndarray:
-    return np.rot90(frame.to_ndarray(format="rgba"), round(frame.rotation / 90))
+def _video_rgba(frame: av.VideoFrame, promised: int) -> np.ndarray:
+    """The transfer function is the frame's own, or, if it has none, what its container promised."""
+    transfer = promised if frame.color_trc == ColorTrc.UNSPECIFIED else frame.color_trc
+    if transfer in TRANSFERS:
+        known = frame.colorspace in (Colorspace.BT2020, Colorspace.ITU709)
+        deep = frame.to_ndarray(format="rgba64le",
+                                src_colorspace=None if known else Colorspace.BT2020)
+        wide = frame.color_primaries != ColorPrimaries.BT709
+        rgb = to_sdr(deep[..., :3], transfer, wide)
+        rgba = np.dstack([rgb, (deep[..., 3] // 256).astype(np.uint8)])
+    else:
+        rgba = frame.to_ndarray(format="rgba")
+    return np.rot90(rgba, round(frame.rotation / 90))
 
 
 def _animation_pictures(path: Path) -> Iterator[Picture]:

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from einops import rearrange, repeat
 from PIL import Image, ImageOps
 
@@ -364,6 +365,53 @@ def test_rotation_of_the_camera_is_undone(tmp_path):
         container.mux(stream.encode(None))
     turned = levels(read_video(tmp_path / "a.mp4", 1, (64, 32)))
     assert turned[52:].min() > 250 and turned[:44].max() < 5
+
+
+@pytest.mark.parametrize("depth", ["yuv420p10le", "yuv420p"])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("transfer", [ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67])
+def test_hdr_is_brought_to_the_usual_range(tmp_path, transfer, full, depth):
+    """Colours of known light, 203 cd/m2 white, by the inverse of the formulas of BT.2100."""
+    light = np.array([[1, 1, 1], [.5, .5, .5], [.02, .02, .02], [.5, 0, 0], [0, .5, 0], [0, 0, .5],
+                      [.6, .3, .2], [4, 2, 2]])
+    wide = light @ np.array([[.6274, .3293, .0433], [.0691, .9195, .0114], [.0164, .088, .8956]]).T
+    if transfer == ColorTrc.SMPTE2084:
+        y = (wide * .0203) ** (2610 / 16384)
+        signal = ((.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+    else:
+        y = wide * .203 * (wide * .203 @ [.2627, .678, .0593])[:, None] ** (-1 / 6)
+        signal = np.where(y <= 1 / 12, (3 * y) ** .5,
+                          .17883277 * np.log((12 * y - .28466892).clip(1e-9)) + .55991073)
+    bars = np.rint(signal.clip(0, 1) * 65535).astype(np.uint16).repeat(16, 0)[None].repeat(64, 0)
+    levels = ColorRange.JPEG if full else ColorRange.MPEG
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, depth
+        codec = stream.codec_context
+        codec.color_trc, codec.color_range = transfer, levels
+        if full:                        # else the file does not say, and means it all the same
+            codec.colorspace = Colorspace.BT2020
+        frame = av.VideoFrame.from_ndarray(bars.copy(), "rgb48le").reformat(
+            format=depth, dst_colorspace=Colorspace.BT2020, dst_color_range=levels)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    picture = read_video(tmp_path / "a.mkv", 1, (64, 128))[0, :, 16:48]
+    found = (rearrange(picture, "c h (n w) -> n c h w", w=16)[..., 5:11].mean((2, 3)) + 1) * 127.5
+    assert 245 <= found[0].mean() <= 255
+    expected = torch.from_numpy(255 * light ** (1 / 2.4))
+    assert (found - expected)[1:7].abs().max() < (16 if depth == "yuv420p10le" else 30)
+    highlight = (found[7] / 255) ** 2.4             # dimmed, and of the same hue
+    assert (highlight / highlight[0] - torch.tensor([1, .5, .5])).abs().max() < 0.1
+
+
+def test_the_transfer_and_the_primaries_are_what_file_or_frame_say():
+    red = np.zeros((2, 2, 3), np.uint16) + np.array([30000, 0, 0], np.uint16)
+    frame = av.VideoFrame.from_ndarray(red, "rgb48le")
+    usual, promised = (video._video_rgba(frame, trc)[0, 0] for trc in (1, ColorTrc.SMPTE2084))
+    assert usual[0] < 120 and promised[0] > 150
+    frame.color_trc, frame.color_primaries = ColorTrc.SMPTE2084, ColorPrimaries.BT709
+    narrow = video._video_rgba(frame, 1)[0, 0]
+    assert promised[0] > narrow[0] > 120 and narrow[1] == promised[1] == 0
 
 
 # What cannot be read

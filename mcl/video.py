@@ -11,6 +11,7 @@ import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 import av
@@ -26,8 +27,6 @@ from .colour import TRANSFERS, to_sdr
 from .errors import InputError
 
 FITS = ("crop", "pad", "stretch")
-VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".mpg", ".mpeg")
-ANIMATIONS = (".gif", ".webp")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 UNTIMED_FPS = 8  # for frames that carry no time: a folder, a gif without delays
@@ -35,8 +34,11 @@ UNTIMED_FPS = 8  # for frames that carry no time: a folder, a gif without delays
 # On screen from, and to, in seconds from the start of the clip; decodes it to (h, w, 4) uint8.
 Picture = tuple[float, float, Callable[[], np.ndarray]]
 
+# How pictures begin, which are Pillow's; FFmpeg knows the rest, whatever the name.
+PICTURES = re.compile(rb"GIF8|RIFF.{4}WEBP|\x89PNG|\xff\xd8\xff|BM.{4}\0\0\0\0", re.DOTALL)
 # Read is what holds video itself, and no list of other files that FFmpeg would follow.
-ALLOWED = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf",
+ALLOWED = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,"
+                               "ogg,mxf",
            "protocol_whitelist": "file"}
 
 # Before PyAV 19 it has to be asked for what 19 always does: metadata that is no UTF-8 does not
@@ -61,8 +63,9 @@ def read_video(path: str | os.PathLike, frames: int, size: tuple[int, int], star
     times) at `start + i * T / frames` seconds; T is `duration`, or the rest of the clip. So a
     window of `frames` frames is taken one to one; one of fewer repeats them, with a warning.
 
-    path: mp4, mov, avi, webm, mkv, gif, webp, or a folder of images (png, jpg, webp, bmp),
-        all of one size, taken in natural order (2 before 10) at 8 frames per second.
+    path: a video (mp4, mov, webm, mkv, avi, ts, flv, wmv, ogv, ...), gif, webp or apng, by its
+        content, whatever its name; or a folder of images (png, jpg, webp, bmp), all of one size,
+        taken in natural order (2 before 10) at 8 frames per second.
     size: (H, W). fit: "crop" takes the largest central part of that aspect ratio, "pad" adds
         black bars, "stretch" changes the aspect ratio. Pixels are taken to be square.
 
@@ -121,24 +124,27 @@ def _pictures(path: Path) -> Iterator[Picture]:
         raise InputError(f"{path}: no such file or folder, or no permission to read it")
     if path.is_dir():
         return _folder_pictures(path)
-    if path.suffix.lower() in VIDEOS:
-        return _video_pictures(path)
-    if path.suffix.lower() in ANIMATIONS:
-        return _animation_pictures(path)
-    raise InputError(f"{path}: not a clip; give a folder of images or one of "
-                     f"{', '.join(VIDEOS + ANIMATIONS)}")
+    return _animation_pictures(path) if _begins_as_picture(path) else _video_pictures(path)
+
+
+def _begins_as_picture(path: Path) -> bool:
+    if not (path.is_file() and os.access(path, os.R_OK)):       # a pipe would be waited for
+        return False
+    with open(path, "rb") as file:
+        return PICTURES.match(file.read(16)) is not None
 
 
 def _video_pictures(path: Path) -> Iterator[Picture]:
     count, first, begin, end = 0, 0.0, -1.0, 0.0
     try:
-        with av.open(f"file:{path}", options=ALLOWED, **ANY_METADATA) as container:
+        with _container(path) as container:
             stream = next(iter(container.streams.video), None)
             if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: holds no video that is known; give a clip that plays")
-            stream.thread_type = "AUTO"
+            # Theora decoded frame beside frame comes out spoiled now and then.
+            stream.thread_type = "NONE" if stream.codec_context.name == "theora" else "AUTO"
             promised = stream.codec_context.color_trc       # which decoding may take away
-            step = float(1 / (stream.average_rate or UNTIMED_FPS))
+            step = float(1 / (stream.average_rate or stream.guessed_rate or UNTIMED_FPS))
             # AVI stores no presentation times; what FFmpeg makes up for it is out of order.
             timed = container.format.name != "avi"
             for count, frame in enumerate(_frames(path, container), start=1):
@@ -152,10 +158,22 @@ def _video_pictures(path: Path) -> Iterator[Picture]:
                 warnings.warn(f"{path}: promises {stream.frames} frames, but {count} could be "
                               "decoded; the file may be cut short")
     except av.FFmpegError as error:
-        place = f"at about frame {count}, {end:.2f} s" if count else "from its start"
+        place, advice = (f"at about frame {count}, {end:.2f} s", "encode it again, or read only a "
+                         "part before that with a shorter duration") if count else (
+                         "from its start", "give a video that plays, or a folder of images")
         raise InputError(f"{path}: cannot be decoded {place} ({error.strerror}): it is damaged, "
-                         "cut short or not a video; encode it again, or read only a part before "
-                         "that with a shorter duration") from error
+                         f"cut short or not a video; {advice}") from error
+
+
+@contextmanager
+def _container(path: Path) -> Iterator[InputContainer]:
+    """An open video file, whose name FFmpeg does not see: it would guess by it what the file is."""
+    if not path.is_file():
+        raise InputError(f"{path}: is a device or a pipe; give a file, or a folder of images")
+    with open(path, "rb") as file:
+        unnamed = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+        with av.open(unnamed, options=ALLOWED, **ANY_METADATA) as container:
+            yield container
 
 
 def _frames(path: Path, container: InputContainer) -> Iterator[av.VideoFrame]:
@@ -187,6 +205,9 @@ def _video_rgba(frame: av.VideoFrame, promised: int) -> np.ndarray:
 def _animation_pictures(path: Path) -> Iterator[Picture]:
     end = 0.0
     with _opened(path) as image:
+        if image.format not in ("GIF", "WEBP") and not (
+                image.format == "PNG" and getattr(image, "is_animated", False)):
+            raise InputError(f"{path}: is a picture, not a clip; give a folder of them, or a video")
         for frame in ImageSequence.Iterator(image):
             rgba = _upright(frame)      # also decodes, before which webp has no delay
             begin = end
@@ -195,8 +216,9 @@ def _animation_pictures(path: Path) -> Iterator[Picture]:
 
 
 def _folder_pictures(folder: Path) -> Iterator[Picture]:
-    names = [name for name in sorted(os.listdir(folder))
-             if name.lower().endswith(IMAGES) and not name.startswith(".")]
+    held = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+    names = ([name for name in held if name.lower().endswith(IMAGES)] or
+             [name for name in held if _begins_as_picture(folder / name)])
     if not names:
         raise InputError(f"{folder}: holds no image; give a folder of {', '.join(IMAGES)} files")
     names.sort(key=lambda name: [int(part) if part.isdecimal() else part
@@ -242,6 +264,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
+    except InputError:
+        raise
     except PILLOW_ERRORS as error:
         raise InputError(f"{path}: cannot be decoded ({error}); it is damaged, cut short or not "
                          "what its name says; give one that opens elsewhere") from error

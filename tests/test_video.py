@@ -52,7 +52,8 @@ def encode(path, codec="libx264", numbers=range(12), rate=24, format=None, title
     """Frames like those of `counting_frames` in files that `write_video` does not write."""
     with av.open(str(path), "w", format=format) as container:
         container.metadata["title"] = title
-        stream = container.add_stream(codec, rate=rate, options={"bf": "3", "b_strategy": "0"})
+        reordered = {} if codec == "wmv2" else {"bf": "3", "b_strategy": "0"}
+        stream = container.add_stream(codec, rate=rate, options=reordered)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
         for number in numbers:
             picture = np.full((32, 64, 3), 10 * number, np.uint8)
@@ -220,10 +221,32 @@ def test_sampling_rule(tmp_path, frames, start, duration, expected):
 
 @pytest.mark.parametrize("name, codec, rate", [
     ("a.mov", "libx264", 24), ("a.mkv", "libx264", 240), ("a.webm", "libvpx-vp9", 24),
-    ("a.avi", "libx264", 24), ("A.AVI", "mpeg4", 24), ("a.mpg", "mpeg2video", 24)])
-def test_every_frame_of_every_container(tmp_path, name, codec, rate):
+    ("a.avi", "libx264", 24), ("A.AVI", "mpeg4", 24), ("a.mpg", "mpeg2video", 24),
+    ("a.ts", "libx264", 24), ("a.mts", "libx264", 24), ("a.flv", "libx264", 24),
+    ("a.wmv", "wmv2", 24), ("a.3gp", "libx264", 24), ("a.m4v", "libx264", 24),
+    ("a.ogv", "libvpx", 24), ("a.mxf", "mpeg2video", 25)])
+def test_every_frame_of_every_container_whatever_its_name(tmp_path, name, codec, rate):
     encode(tmp_path / name, codec, rate=rate)
     assert counted(read_video(tmp_path / name, 12, (16, 16))) == list(range(12))
+    for other in ("none", "x.png", "x%d.jpg", "x.gif", "x.mp3", "x.mpg"):
+        (tmp_path / other).write_bytes((tmp_path / name).read_bytes())
+        assert counted(read_video(tmp_path / other, 12, (16, 16))) == list(range(12))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animations_are_known_by_their_content(tmp_path, kind):
+    first, *rest = [Image.new("RGB", (16, 16), (10 * n,) * 3) for n in range(5)]
+    first.save(tmp_path / "a.mp4", kind, save_all=True, append_images=rest, duration=40,
+               lossless=True)
+    assert counted(read_video(tmp_path / "a.mp4", 5, (16, 16))) == list(range(5))
+
+
+def test_a_picture_or_a_pipe_is_no_clip(tmp_path):
+    for kind in ("PNG", "JPEG", "BMP"):
+        Image.new("L", (16, 16)).save(tmp_path / "a.mp4", kind)
+        assert_refused(tmp_path / "a.mp4", "a.mp4: is a picture, not a clip")
+    os.mkfifo(tmp_path / "pipe")
+    assert_refused(tmp_path / "pipe", "is a device or a pipe")
 
 
 @pytest.mark.parametrize("fps", [7.5, 30])
@@ -259,6 +282,15 @@ def test_joined_recordings(tmp_path):
 def test_stream_without_times(tmp_path):
     encode(tmp_path / "a.mp4", format="h264")
     assert counted(read_video(tmp_path / "a.mp4", 12, (16, 16))) == list(range(12))
+
+
+def test_pictures_of_a_folder_may_lack_their_ending(tmp_path):
+    folder = image_folder(tmp_path / "clip", {
+        f"{number}.png": np.full((16, 16), 10 * number, np.uint8) for number in range(3)})
+    for file in list(folder.iterdir()):
+        file.rename(file.with_suffix(""))
+    (folder / "notes").write_text("not an image")
+    assert counted(read_video(folder, 3, (16, 16))) == [0, 1, 2]
 
 
 def test_folder_is_in_natural_order_at_8_fps(tmp_path):
@@ -421,7 +453,8 @@ def test_the_transfer_and_the_primaries_are_what_file_or_frame_say():
     ("empty.mp4", b"", "cannot be decoded from its start"),
     ("text.mp4", b"not a video\n" * 99, "cannot be decoded from its start"),
     ("text.gif", b"not a picture\n" * 99, "cannot be decoded"),
-    ("notes.txt", b"a prompt\n", "not a clip"),
+    ("notes.txt", b"a prompt\n" * 99, "cannot be decoded from its start"),
+    ("photo.jpg", b"\xff\xd8\xff", "cannot be decoded"),
 ])
 def test_bad_file(tmp_path, name, content, says):
     if content is not None:

@@ -29,7 +29,7 @@ from mcl import (Guide, Model, Motion, SampleConfig, extract_motion, load_model,
 from mcl.checkpoint import EMBEDDED, read_shapes
 from mcl.command import answer, carry_out, explain, foreseen
 from mcl.command.jobs import assembled, check_all, digests, is_made, parse_jobs
-from mcl.command.options import REFERENCE_SEED
+from mcl.command.options import REFERENCE_SEED, seeded
 from mcl.command.paths import Clip, clips_of, reads
 from mcl.convert.formats import LORAS
 from mcl.convert.lora import Lora, merge, open_lora
@@ -102,7 +102,7 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
         keep_freed_memory()
     for clip in clips:
         began = clock()
-        start = starting_noise(model, config, torch.Generator().manual_seed(clip.seed))
+        start = starting_noise(model, config, seeded(clip.seed))
         guides = guides_of(args, model, read, subject, start, config)
         states = sample(model, args.prompt, read if isinstance(read, Motion) else None, config,
                         guides=guides, latents=start, condition=condition, recompute=recompute)

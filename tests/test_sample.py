@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import sample as command
 from mcl import InputError, Motion, SampleConfig, load_model, read_video
 from mcl.checkpoint import save_model
-from mcl.command.options import parse, settings
+from mcl.command.options import parse, seeded, settings
 from mcl.files import MARK
 from mcl.measure.pictures import motion_pictures
 
@@ -183,6 +183,17 @@ def test_several_samples_are_named_by_their_seeds(tmp_path, monkeypatch):
     assert kept and alone.read_bytes() == (tmp_path / "a-6.gif").read_bytes()
 
 
+def test_seeds_have_64_bits_and_short_ones_are_torch_s():
+    def noise(generator):
+        return tuple(torch.randn(3, generator=generator).tolist())
+
+    seeds = [0, 1, 2 ** 32 - 1, 2 ** 32, 2 ** 32 + 1, 2 ** 40 + 1, 2 ** 63 + 1, 2 ** 64 - 1]
+    assert len({noise(seeded(seed)) for seed in seeds}) == len(seeds)
+    for seed in seeds[:3]:
+        assert noise(seeded(seed)) == noise(torch.Generator().manual_seed(seed))
+    assert run("--ref", REF, "--prompt", "", "--seed", 2 ** 64 - 1, "--num-samples", 2) == 2
+
+
 def test_words_the_model_does_not_know_are_named(tmp_path, capsys):
     clone(tmp_path / "a.mp4", prompt="a red zebra, on navy")
     warning, = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
@@ -235,6 +246,7 @@ def bad(tmp_path_factory):
     (["--fps", "0"], "--fps 0.0 is not possible"),
     (["--num-samples", "0"], "1 or more"),
     (["--seed", "-1"], "--seed -1 is not possible"),
+    (["--seed", str(2 ** 64)], "0 to 18446744073709551615"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(bad, tmp_path, capsys, argv, message):
     argv = [a.format(bad=bad) for a in argv]

@@ -1,6 +1,7 @@
 """The options of sample.py: what they say, and everything that can be wrong with them."""
 import argparse
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ FAST = "fast"                           # two thirds of the weights' own steps, 
 # Of the weight of the semantic loss to that of the motion loss, in the inversion variant.
 PUBLISHED_SEMANTIC_SHARE = 42 / 1667
 METHODS = ("single-step", "inversion")
+SEEDS = 1 << 64
 # The reference is noised alike whatever the seed, so that a motion is the same in every sample and
-# in a file; with a number beyond all seeds, so that no clip starts from that noise.
+# in a file. As torch reads 32 bits of it, the clip of seed 0 starts from that noise, and no other.
 REFERENCE_SEED = 1 << 32
 
 
@@ -52,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out.mp4"),
         help=".mp4, .gif, .webp, or a folder of PNGs (default: %(default)s)")
     add("--compare", action="store_true", help="also write reference and result side by side")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the noise that the clip starts from, 64 bits")
     add("--num-samples", type=int, default=1, help="this many, with seeds counted up")
     add("--jobs", type=Path, metavar="FILE", help="many clips with one model: a line of JSON for "
         'each, its options as in {"ref": "a.mp4", "prompt": "a star", "out": "b.mp4"}; what stands '
@@ -182,6 +184,14 @@ def own_device(wanted: str) -> str:
     return wanted
 
 
+def seeded(seed: int) -> torch.Generator:
+    """Of a seed of up to 64 bits, each with a noise of its own: torch's generator on the CPU reads
+    the low 32 bits and no more, so that longer ones are brought to 32 by a hash."""
+    digest = hashlib.sha256(seed.to_bytes(8, "big")).digest()
+    return torch.Generator().manual_seed(seed if seed < 1 << 32 else
+                                         int.from_bytes(digest[:4], "big"))
+
+
 def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
     """The settings that suit the weights, with the preset's and then the options' over them."""
     given: dict[str, Any] = {}
@@ -217,10 +227,10 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     for option, path in reads(args):
         if option != "--weights":       # of which `read_header` says more
             check_readable(path)
-    if not 0 <= args.seed < REFERENCE_SEED:
-        raise InputError(f"--seed {args.seed} is not possible: 0 to {REFERENCE_SEED - 1}")
     if args.num_samples < 1:
         raise InputError(f"--num-samples {args.num_samples} is not possible: 1 or more")
+    if not 0 <= args.seed <= SEEDS - args.num_samples:
+        raise InputError(f"--seed {args.seed} is not possible: 0 to {SEEDS - args.num_samples}")
     if args.method == "inversion" and (args.ref is None or args.save_motion):
         raise InputError("--method inversion reads the reference at every step: give it with "
                          "--ref, and leave out --motion and --save-motion")

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from mcl import (Guide, Model, Motion, SampleConfig, extract_motion, load_model, read_picture,
                  read_video, sample, sparse_condition, write_video)
-from mcl.checkpoint import EMBEDDED, read_shapes
-from mcl.command import answer, carry_out, explain, foreseen
+from mcl.checkpoint import EMBEDDED, read_header, read_shapes
+from mcl.command import answer, carry_out, explain, foreseen, in_options
 from mcl.command.jobs import assembled, check_all, digests, is_made, parse_jobs
 from mcl.command.options import REFERENCE_SEED, seeded
 from mcl.command.paths import Clip, clips_of, reads
@@ -41,6 +41,7 @@ from mcl.measure.pictures import draw
 from mcl.measure.report import measure, table
 from mcl.sampler import starting_noise
 from mcl.semantic import Subject, noised, semantic_guide, subject_of
+from mcl.video import has_sound
 
 
 kept_digest = functools.cache(digest)   # of what is read, which one run finds as it is
@@ -78,8 +79,11 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
     began = clock()
     reference = None
     if args.ref is not None:
-        reference = read_video(args.ref, config.frames, (config.height, config.width),
-                               start=args.start, duration=args.duration, fit=args.fit)
+        reference = read_video(args.ref, config.frames, (config.height, config.width), args.start,
+                               args.duration, args.fit, stride=args.stride,
+                               known_fps=read_header(args.weights or EMBEDDED).fps)
+        if has_sound(args.ref):
+            warnings.warn(f"{args.ref}: its sound is left out")
     size = (config.height, config.width)
     pictures = [read_picture(path, size, args.fit) for path, _ in args.image]
     timing["read"] = clock() - began
@@ -148,7 +152,8 @@ def requested(clip: Clip, config: SampleConfig, fps: float) -> dict[str, Any]:
         "prompt": args.prompt, "method": args.method, "reference_prompt": args.ref_prompt,
         "subject": args.subject, "reference": str(args.ref or args.motion), "seed": clip.seed,
         "settings": dataclasses.asdict(config), "start": args.start, "duration": args.duration,
-        "fit": args.fit, "fps": fps, "weights": str(args.weights or EMBEDDED),
+        "stride": args.stride, "fit": args.fit, "fps": fps,
+        "weights": str(args.weights or EMBEDDED),
         "images": [(str(path), frame) for path, frame in args.image],
         "loras": [(str(path), scale) for option in LORAS
                   for path, scale in getattr(args, option[2:].replace("-", "_"))],
@@ -241,7 +246,8 @@ def warn_unknown(model: Model, prompt: str) -> None:
 
 
 def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    tqdm.write(f"warning: {message}", file=sys.stderr)      # on a line of its own, above any bar
+    # On a line of its own, above any bar.
+    tqdm.write(f"warning: {in_options(str(message))}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

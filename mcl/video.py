@@ -29,6 +29,7 @@ from .errors import InputError
 FITS = ("crop", "pad", "stretch")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
+LONG_STEP = 2.1  # times the step that motion modules know: what is longer is new to them
 UNTIMED_FPS = 8  # for frames that carry no time: a folder, a gif without delays
 
 # On screen from, and to, in seconds from the start of the clip; decodes it to (h, w, 4) uint8.
@@ -56,18 +57,22 @@ PILLOW_ERRORS = (OSError, IndexError, SyntaxError, ValueError, struct.error,
 
 
 def read_video(path: str | os.PathLike, frames: int, size: tuple[int, int], start: float = 0.0,
-               duration: float | None = None, fit: str = "crop") -> torch.Tensor:
+               duration: float | None = None, fit: str = "crop", *, stride: int | None = None,
+               known_fps: float | None = None) -> torch.Tensor:
     """Read `frames` frames, spread evenly in time, as (f, 3, H, W) float32 in [-1, 1].
 
     Frame i is the one on screen (or due within a quarter of a frame, as files round their
     times) at `start + i * T / frames` seconds; T is `duration`, or the rest of the clip. So a
     window of `frames` frames is taken one to one; one of fewer repeats them, with a warning.
+    With a `stride`, which goes without `duration`, they are every so manieth from `start` on.
 
     path: a video (mp4, mov, webm, mkv, avi, ts, flv, wmv, ogv, ...), gif, webp or apng, by its
         content, whatever its name; or a folder of images (png, jpg, webp, bmp), all of one size,
         taken in natural order (2 before 10) at 8 frames per second.
     size: (H, W). fit: "crop" takes the largest central part of that aspect ratio, "pad" adds
         black bars, "stretch" changes the aspect ratio. Pixels are taken to be square.
+    known_fps: the frames per second that the motion modules were trained with (`config.fps`, of
+        AnimateDiff 8), if much longer steps are to be warned of.
 
     The file is decoded twice, so that of a long clip only the chosen frames are held.
     Transparent parts become black, and HDR (HLG, PQ) what a screen of the usual range shows
@@ -79,6 +84,8 @@ def read_video(path: str | os.PathLike, frames: int, size: tuple[int, int], star
     if not start >= 0 or not (duration is None or duration > 0):
         raise InputError(f"start is {start} s and duration {duration} s; "
                          "start must be 0 or more, and duration above 0")
+    if stride is not None and (stride < 1 or duration is not None):
+        raise InputError(f"stride = {stride} is not possible: 1 or more, and without a duration")
     if fit not in FITS:
         raise InputError(f"fit is {fit!r}; it must be one of {', '.join(FITS)}")
     path = Path(path)
@@ -89,6 +96,17 @@ def read_video(path: str | os.PathLike, frames: int, size: tuple[int, int], star
     slack = np.median(np.diff([*begins, end])) / 4
     moments = start + (end - start) * np.arange(frames) / frames + slack
     chosen = (np.searchsorted(begins, moments) - 1).tolist()
+    if stride is not None:
+        chosen = [chosen[0] + stride * i for i in range(frames)]
+        if chosen[-1] >= len(begins):
+            raise InputError(f"{path}: stride = {stride} is not possible: {frames} frames would "
+                             f"span {chosen[-1] - chosen[0] + 1}, from the start on there are "
+                             f"{len(begins) - chosen[0]}; give a smaller one, or fewer frames")
+    step = (begins[chosen[-1]] - begins[chosen[0]]) / max(frames - 1, 1)
+    if known_fps is not None and step * known_fps > LONG_STEP:
+        warnings.warn(f"{path}: {frames} frames are taken of it, {step:.2f} s apart, where motion "
+                      f"modules know {1 / known_fps:.3g} s; duration = {frames / known_fps:.3g} "
+                      "reads a window that they know", stacklevel=2)
     if len(set(chosen)) < frames:
         warnings.warn(f"{path}: only {len(set(chosen))} different frames for the {frames} asked "
                       "for; some are repeated", stacklevel=2)
@@ -105,6 +123,15 @@ def read_picture(path: str | os.PathLike, size: tuple[int, int], fit: str = "cro
     Raises InputError where it is not an image that can be read.
     """
     return _fit(_on_black(_image_rgba(Path(path))), size, fit)
+
+
+def has_sound(path: str | os.PathLike) -> bool:
+    """Whether a clip that `read_video` can read has sound, which is not read."""
+    path = Path(path)
+    if path.is_dir() or _begins_as_picture(path):
+        return False
+    with _container(path) as container:
+        return bool(container.streams.audio)
 
 
 def _timeline(path: Path, stop: float) -> tuple[list[float], float]:

@@ -7,7 +7,9 @@ import sys
 import warnings
 from pathlib import Path
 
+import av
 import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -200,6 +202,26 @@ def test_words_the_model_does_not_know_are_named(tmp_path, capsys):
     assert "not trained on: zebra;" in warning and "heart" in warning
 
 
+def test_what_is_lost_of_a_phone_clip_is_said_once(tmp_path, capsys):
+    """Of its sound and, where it is long, of what happens between the frames that are taken."""
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        video, audio = container.add_stream("mpeg4", rate=4), container.add_stream("aac", rate=8000)
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        for _ in range(48):
+            grey = np.full((64, 64, 3), 99, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(grey)))
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.sample_rate = 8000
+        for stream, last in ((audio, sound), (audio, None), (video, None)):
+            container.mux(stream.encode(last))
+    clone(tmp_path / "b.mp4", "--ref", tmp_path / "a.mov", "--steps", 1, "--guidance-steps", 1,
+          "--stride", 3)
+    warned = [line for line in capsys.readouterr().err.splitlines() if "a.mov" in line]
+    assert len(warned) == 2 and warned[1].endswith("a.mov: its sound is left out")
+    assert "0.75 s apart" in warned[0] and "--duration 2 reads" in warned[0]
+    assert json.loads((tmp_path / "b.mp4.json").read_text())["stride"] == 3
+
+
 def test_an_empty_and_an_endless_prompt_are_answered(tmp_path, capsys):
     clone(tmp_path / "a.mp4", prompt="")
     clone(tmp_path / "b.mp4", prompt="a red star " * 40 + "on navy")
@@ -226,6 +248,8 @@ def bad(tmp_path_factory):
     (["--ref", "{bad}/empty.mp4"], "empty.mp4: cannot be decoded"),
     (["--ref", "{bad}/empty_folder"], "holds no image"),
     (["--start", "99"], "past the end"),
+    (["--duration", "1", "--stride", "2"], "--stride: not allowed with argument --duration"),
+    (["--stride", "9"], "--stride 9 is not possible: 16 frames would span 136"),
     (["--size", "100x128"], "multiples of 8"),
     (["--size", "big"], "like 512x512"),
     (["--frames", "17"], "--frames 17: this model's motion modules know up to 16"),

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from mcl import video, writers
 from mcl.errors import InputError, NumericalError
 from mcl.files import MARK
-from mcl.video import read_picture, read_video
+from mcl.video import has_sound, read_picture, read_video
 from mcl.writers import check_writable, write_video
 
 
@@ -217,6 +217,25 @@ def test_sampling_rule(tmp_path, frames, start, duration, expected):
     encode(tmp_path / "a.mp4")
     taken = read_video(tmp_path / "a.mp4", frames, (16, 16), start, duration)
     assert counted(taken) == expected
+
+
+@pytest.mark.parametrize("frames, start, stride, expected", [
+    (12, 0, 1, list(range(12))), (4, 0, 3, [0, 3, 6, 9]), (2, 0.25, 5, [6, 11])])
+def test_every_so_manieth_frame(tmp_path, frames, start, stride, expected):
+    encode(tmp_path / "a.mp4")
+    taken = read_video(tmp_path / "a.mp4", frames, (16, 16), start, stride=stride)
+    assert counted(taken) == expected
+
+
+def test_steps_longer_than_motion_modules_know_are_warned_of(tmp_path):
+    write_video(tmp_path / "a.mp4", counting_frames(list(range(24))), fps=4)
+    for how in ({}, {"stride": 6}):
+        with pytest.warns(UserWarning, match=r"4 frames .* 1.50 s apart, .* 0.125 s; duration = 0.5"
+                          " reads a window that they know"):
+            taken = read_video(tmp_path / "a.mp4", 4, (16, 16), known_fps=8, **how)
+            assert counted(taken) == [0, 6, 12, 18]
+    read_video(tmp_path / "a.mp4", 4, (16, 16), duration=1, known_fps=8)
+    read_video(tmp_path / "a.mp4", 4, (16, 16), known_fps=1)
 
 
 @pytest.mark.parametrize("name, codec, rate", [
@@ -499,6 +518,8 @@ def test_no_frame_and_no_video(tmp_path):
         container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
     assert_refused(tmp_path / "sound.mp4", "holds no video")
+    assert has_sound(tmp_path / "sound.mp4") and not has_sound(tmp_path / "none.avi")
+    assert not has_sound(image_folder(tmp_path / "clip", {}))
 
 
 def test_bad_folder(tmp_path):
@@ -549,6 +570,9 @@ def test_cut_short_but_playable(tmp_path):
     ({"fit": "zoom"}, "'zoom'; it must be one of crop, pad, stretch"),
     ({"start": 0.5}, "a.mp4: start 0.5 s is past the end; the clip is 0.50 s long"),
     ({"start": 9.0, "duration": 1.0}, "the clip is 0.50 s long"),
+    ({"stride": 0}, "stride = 0 is not possible: 1 or more"),
+    ({"stride": 2, "duration": 1.0}, "without a duration"),
+    ({"stride": 4, "start": 0.1}, "4 frames would span 13, from the start on there are 10; give a"),
 ])
 def test_bad_number(tmp_path, wrong, says):
     encode(tmp_path / "a.mp4")

@@ -132,7 +132,8 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 def in_options(message: str) -> str:
     """A message of the library, whose arguments are given here as options."""
-    settings = "|".join(field.name for field in dataclasses.fields(SampleConfig))
+    settings = "|".join((*(field.name for field in dataclasses.fields(SampleConfig)),
+                         "duration", "stride"))
     message = re.sub(rf"\b({settings}) = ", lambda m: f"--{m[1].replace('_', '-')} ", message)
     for said, here in (("motion_scale", "--motion-scale"), ("dtype float32", "--dtype float32"),
                        ("shorter duration", "shorter --duration")):

@@ -107,7 +107,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--frames", type=int)
     add("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="in pixels")
     add("--start", type=float, default=0.0, help="seconds into the reference")
-    add("--duration", type=float, help="seconds of the reference; all the rest without it")
+    window = group.add_mutually_exclusive_group()
+    window.add_argument("--duration", type=float, help="seconds of the reference, over which its "
+                        "frames are spread; all the rest without it")
+    window.add_argument("--stride", type=int, metavar="N", help="take every N-th of its frames")
     add("--fit", choices=FITS, default="crop", help="how the reference is brought to size")
     add("--fps", type=float, help="of the video written")
     add("--image", type=parse_image, nargs="+", action="extend", default=[], metavar="F[@FRAME]",

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.container import InputContainer
+from av.video import VideoStream
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
 from einops import rearrange
 from PIL import ExifTags, Image, ImageSequence
@@ -41,6 +42,9 @@ PICTURES = re.compile(rb"GIF8|RIFF.{4}WEBP|\x89PNG|\xff\xd8\xff|BM.{4}\0\0\0\0",
 ALLOWED = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,"
                                "ogg,mxf",
            "protocol_whitelist": "file"}
+
+# FFmpeg's own decoders leave the transparency of these out.
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 # Before PyAV 19 it has to be asked for what 19 always does: metadata that is no UTF-8 does not
 # hinder a file from opening.
@@ -174,7 +178,7 @@ def _video_pictures(path: Path) -> Iterator[Picture]:
             step = float(1 / (stream.average_rate or stream.guessed_rate or UNTIMED_FPS))
             # AVI stores no presentation times; what FFmpeg makes up for it is out of order.
             timed = container.format.name != "avi"
-            for count, frame in enumerate(_frames(path, container), start=1):
+            for count, frame in enumerate(_frames(path, container, stream), start=1):
                 stamp = frame.time if timed and frame.pts is not None else first + end
                 first = stamp if count == 1 else first
                 # Joined recordings start their clock again: go on where the last frame ended.
@@ -203,12 +207,17 @@ def _container(path: Path) -> Iterator[InputContainer]:
             yield container
 
 
-def _frames(path: Path, container: InputContainer) -> Iterator[av.VideoFrame]:
-    """Those of the first video stream; at their end InputError, if the file ends within one."""
+def _frames(path: Path, container: InputContainer, stream: VideoStream
+            ) -> Iterator[av.VideoFrame]:
+    """Those of a stream; at their end InputError, if the file ends within one."""
     cut_short = False
-    for packet in container.demux(video=0):
+    decoder: Any = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1" and (
+            WITH_ALPHA.get(decoder.name) in av.codecs_available):
+        decoder = av.CodecContext.create(WITH_ALPHA[decoder.name], "r")
+    for packet in container.demux(stream):
         cut_short = cut_short or packet.is_corrupt
-        yield from packet.decode()
+        yield from decoder.decode(packet)
     if cut_short:
         raise InputError(f"{path}: is cut short; give the whole file, or read only a part before "
                          "its end with a shorter duration")

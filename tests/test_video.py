@@ -405,6 +405,24 @@ def test_a_picture_whose_exif_is_broken_is_taken_as_it_lies(tmp_path, ending):
     assert levels(read_picture(file, (16, 32))).sub(77).abs().max() < 2
 
 
+@pytest.mark.parametrize("name, codec, format", [
+    ("a.webm", "libvpx-vp9", "yuva420p"), ("a.mkv", "libvpx", "yuva420p"),
+    ("a.mov", "prores_ks", "yuva444p10le"), ("a.mov", "png", "rgba"), ("a.mov", "qtrle", "argb")])
+def test_transparent_parts_of_videos_are_black(tmp_path, name, codec, format):
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=8, options={"auto-alt-ref": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, format
+        for level in (250, 150):
+            picture = np.full((64, 64, 4), level, np.uint8)
+            picture[:, :32, 3], picture[:, 32:, 3] = 0, 255
+            frame = av.VideoFrame.from_ndarray(picture, "rgba").reformat(format=format)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    for frame, level in zip(read_video(tmp_path / name, 2, (64, 64)), (250, 150)):
+        seen = (frame + 1) * 127.5
+        assert seen[..., :28].max() < 3 and (seen[..., 36:] - level).abs().max() < 6
+
+
 def test_rotation_of_the_camera_is_undone(tmp_path):
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=8)

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mcl.files import finite
 from mcl.measure.metrics import (camera_curves, curve_correlation, fidelity, flicker,
                                  motion_fidelity, top1_agreement, trajectory_distance)
+from mcl.measure.report import measure, table
 from mcl.measure.tracking import tracklets
 from mcl.motion import Motion
 from mcl.tiny.evaluate import held_out_path
@@ -74,6 +76,18 @@ def test_a_still_clip_gives_numbers():
     assert motion_fidelity(blank, blank) == (0, 0)
     assert trajectory_distance(blank, blank) == math.inf
     assert fidelity(torch.zeros(0, 4, 2), torch.zeros(2, 4, 2)) == (0, 0)
+
+
+def test_what_could_not_be_measured_is_a_dash_with_its_reason():
+    moving = clip(path("zigzag"), 64)[:3]
+    rows = {name: measure(moving, frames, None, None)
+            for name, frames in (("result", moving), ("unguided", torch.zeros_like(moving)))}
+    _, result, unguided = table(rows).splitlines()
+    assert result.split()[:3] == ["result", "1.000", "1.000"]
+    cells, _, why = unguided.partition("  (-: ")
+    assert cells.split() == ["unguided", "-", "-", "-", "-", "0.000"]
+    assert why.count("no point of it") == why.count("does not move at all") == 1
+    assert finite(rows)["unguided"]["trajectory distance"] is None
 
 
 def test_chance_is_a_quarter_turn_to_either_side():

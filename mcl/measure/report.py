@@ -1,4 +1,7 @@
 """How well a clip follows its reference, beside an unguided one of the same noise."""
+import math
+
+import torch
 from torch import Tensor
 
 from .metrics import (camera_curves, curve_correlation, distance, fidelity, flicker,
@@ -9,16 +12,22 @@ from .tracking import tracklets
 COLUMNS = ("motion fidelity", "corrected", "trajectory distance", "camera curves", "flicker",
            "top-1 agreement")
 
+UNMEASURED = {**dict.fromkeys(COLUMNS[:3], "no point of it, or of the reference, was followed"),
+              "camera curves": "its picture, or the reference's, does not move at all"}
+
 
 def measure(reference: Tensor, clip: Tensor, motion: Motion | None, own: Motion | None
             ) -> dict[str, float]:
-    """Figures of a clip (f, 3, H, W), as metrics.py defines them, by the names of COLUMNS.
+    """Figures of a clip (f, 3, H, W), as metrics.py defines them, by the names of COLUMNS; nan for
+    what could not be measured.
 
     motion, own   of the reference and of the clip, read alike; None leaves their agreement out
     """
     a, b = tracklets(reference), tracklets(clip)
-    values = (*fidelity(a, b), distance(a, b),
-              curve_correlation(camera_curves(clip), camera_curves(reference)), flicker(clip))
+    followed = (*fidelity(a, b), distance(a, b)) if len(a) and len(b) else (math.nan,) * 3
+    cameras = camera_curves(clip), camera_curves(reference)
+    alike = curve_correlation(*cameras) if all(map(torch.any, cameras)) else math.nan
+    values = (*followed, alike, flicker(clip))
     figures = dict(zip(COLUMNS, values))
     if motion is not None and own is not None:
         figures[COLUMNS[-1]] = top1_agreement(motion, own)
@@ -26,11 +35,15 @@ def measure(reference: Tensor, clip: Tensor, motion: Motion | None, own: Motion 
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Measured clips by their names, as lines of text."""
+    """Measured clips by their names, as lines of text; - and the reason for what is nan."""
     names = [name for name in COLUMNS if any(name in row for row in rows.values())]
     first = max(map(len, rows))
     lines = ["  ".join([" " * first, *names])]
     for title, row in rows.items():
-        cells = [f"{row[n]:.3f}".rjust(len(n)) if n in row else " " * len(n) for n in names]
-        lines.append("  ".join([title.ljust(first), *cells]))
+        lost = [name for name in names if math.isnan(row.get(name, 0.0))]
+        cells = ["-" if n in lost else f"{row[n]:.3f}" if n in row else "" for n in names]
+        aligned = [cell.rjust(len(name)) for cell, name in zip(cells, names)]
+        why = "; ".join(dict.fromkeys(UNMEASURED[name] for name in lost))
+        note = [f"(-: {why})"] if why else []
+        lines.append("  ".join([title.ljust(first), *aligned, *note]))
     return "\n".join(lines)

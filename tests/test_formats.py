@@ -173,6 +173,7 @@ OTHERS = {
     "textual inversion": {"emb_params": (2, 768)},
     "textual inversion .*<cat>": {"<cat>": (768,)},
     "textual inversion .*a cat": {"a cat": (3, 768)},
+    "textual inversion .*a dog": {"a dog": (768,), "a ring": (768,)},
     r"a v-prediction model \(v_pred\)": {UNET + "out.2.bias": (4,), "v_pred": (0,)},
     r"a v-prediction model \(ztsnr\)": {UNET + "out.2.bias": (4,), "ztsnr": (0,)},
     "IP-Adapter": {"image_proj.proj.weight": (2, 768)},

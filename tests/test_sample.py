@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sample as command
 from mcl import InputError, Motion, SampleConfig, load_model, read_video
 from mcl.checkpoint import save_model
-from mcl.command.options import parse, seeded, settings
+from mcl.command.options import check, parse, seeded, settings
 from mcl.files import MARK
 from mcl.measure.pictures import motion_pictures
 
@@ -200,6 +200,22 @@ def test_words_the_model_does_not_know_are_named(tmp_path, capsys):
     clone(tmp_path / "a.mp4", prompt="a red zebra, on navy")
     warning, = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert "not trained on: zebra;" in warning and "heart" in warning
+
+
+@pytest.mark.parametrize("prompt, found", [
+    ("a (red:1.2) star", "(red:1.2)"), ("a (red star: 2)", "(red star: 2)"),
+    ("an (mp4:.5)", "(mp4:.5)"), ("((red)) star", "((red))"), ("[red] star", "[red]"),
+    ("ink <lora:ink_v2:0.8>, star", "<lora:ink_v2:0.8>"), ("a star BREAK navy", "BREAK"),
+    ("bad, embedding:easynegative", "embedding:easynegative"),
+    ("a star (red), on (or near) navy", ""), ("the ratio (16:9) of John (3:16), at 10:30", ""),
+    ("a break: embedding <3 > 2, 1:2.5", "")])
+def test_syntax_of_other_programs_is_said_to_be_plain_text(prompt, found):
+    for option in ("--prompt", "--negative-prompt"):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            check(parse(["--ref", REF, "--prompt", "", option, prompt]))
+        assert [str(w.message).partition(" goes to the model as plain")[0] for w in said] == (
+            [found] if found else [])
 
 
 def test_what_is_lost_of_a_phone_clip_is_said_once(tmp_path, capsys):

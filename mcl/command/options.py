@@ -3,6 +3,8 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,11 @@ FAST = "fast"                           # two thirds of the weights' own steps, 
 PUBLISHED_SEMANTIC_SHARE = 42 / 1667
 METHODS = ("single-step", "inversion")
 SEEDS = 1 << 64
+# What other programs take for commands in a prompt, and not for words.
+SYNTAX = re.compile("|".join((
+    r"\([^()]*(?:[^()\d]:\s*[\d.]+|:\s*\d*\.\d+)\s*\)",     # (word:1.2), but not (16:9)
+    r"\({2,}[^()]+\){2,}|\[[^\[\]]+\]",                     # ((word)) and [word]
+    r"<\w+:[^<>]+>|\bBREAK\b|\bembedding:\S+")))            # <lora:name:0.8>
 # The reference is noised alike whatever the seed, so that a motion is the same in every sample and
 # in a file. As torch reads 32 bits of it, the clip of seed 0 starts from that noise, and no other.
 REFERENCE_SEED = 1 << 32
@@ -223,8 +230,19 @@ def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
     return dataclasses.replace(default, **given)
 
 
+def warn_syntax(args: argparse.Namespace) -> None:
+    """Of prompts for programs that take parts of them for commands."""
+    found = [m[0] for prompt in (args.prompt, args.negative_prompt, args.ref_prompt)
+             for m in SYNTAX.finditer(prompt or "")]
+    if found:
+        warnings.warn(f"{' '.join(found)} goes to the model as plain text: prompts have no weights "
+                      "and commands here; --lora FILE:SCALE merges a LoRA, and an embedding cannot "
+                      "be used")
+
+
 def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     """Everything that can be wrong and can be known before weights are read."""
+    warn_syntax(args)
     if (args.ref is None) == (args.motion is None):
         raise InputError("give the reference with --ref, or its kept motion with --motion")
     for option, path in reads(args):

@@ -215,8 +215,9 @@ def networks(path: Path, checkpoint: Checkpoint) -> Source:
                                   None)
     if alone is None:
         some = ", ".join(sorted(tensors)[:2])
-        if len(tensors) == 1 and all(t.shape[-1:] in ((768,), (1024,), (1280,)) and
-                                     len(t.shape) < 3 for t in tensors.values()):
+        words = len(tensors) == 1 or not any("." in name for name in tensors)
+        if words and all(t.shape[-1:] in ((768,), (1024,), (1280,)) and len(t.shape) < 3
+                         for t in tensors.values()):
             raise InputError(f"{path}: a textual inversion embedding ({some}), which cannot be "
                              "used here")
         raise InputError(f"{path}: {len(tensors)} tensors ({some}, ...) of a kind that is not "

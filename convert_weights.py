@@ -40,7 +40,7 @@ CHUNK = 1 << 24
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(prog="convert_weights.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = Parser(prog="convert_weights.py", description=__doc__.splitlines()[0])
     add = p.add_argument
     add("--base", type=Path, metavar="B",
         help="Stable Diffusion 1.5: .safetensors, .ckpt, or a folder of diffusers")

@@ -101,8 +101,24 @@ def foreseen(error: BaseException) -> bool:
     return isinstance(error, FORESEEN) or NO_MEMORY in str(error)
 
 
+class Once(argparse.Action):
+    """Keeps the value of an option; of a second one argparse would forget the first."""
+    given = False
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option: str | None = None) -> None:
+        if self.given:
+            parser.error(f"{option} is given twice, and takes one value")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line, like every other wrong input."""
+    """Wrong usage is one line, like every other wrong input. For one use: options are counted."""
+
+    def __init__(self, prog: str, description: str | None = None, add_help: bool = True):
+        super().__init__(prog, description=description, add_help=add_help, allow_abbrev=False)
+        self.register("action", None, Once)     # of options that do not say how they are kept
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does it, which would lose a value that is -- alone; a space before it says

@@ -30,7 +30,7 @@ def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
 
     Raises InputError, with the file and line, for what no job can be made of.
     """
-    first = Parser(prog="sample.py", add_help=False, allow_abbrev=False)
+    first = Parser(prog="sample.py", add_help=False)
     first.add_argument("--jobs", type=Path)
     known, common = first.parse_known_args(argv)
     if known.jobs is None:
@@ -51,7 +51,7 @@ def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
             options = json.loads(line)
             if not isinstance(options, dict):
                 raise ValueError("not an object of options")
-            job = parse([*common, *words(options)])
+            job = parse(words(options), common)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: {error}") from error
         job.jobs, job.where = known.jobs, where

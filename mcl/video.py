@@ -99,7 +99,7 @@ def read_video(path: str | os.PathLike, frames: int, size: tuple[int, int], star
 
     slack = np.median(np.diff([*begins, end])) / 4
     moments = start + (end - start) * np.arange(frames) / frames + slack
-    chosen = (np.searchsorted(begins, moments) - 1).tolist()
+    chosen = (np.searchsorted(begins, moments) - 1).clip(min=0).tolist()
     if stride is not None:
         chosen = [chosen[0] + stride * i for i in range(frames)]
         if chosen[-1] >= len(begins):
@@ -185,9 +185,6 @@ def _video_pictures(path: Path) -> Iterator[Picture]:
                 begin = stamp - first if stamp - first > begin else end
                 end = begin + step
                 yield begin, end, partial(_video_rgba, frame, promised)
-            if 0 < count < stream.frames:
-                warnings.warn(f"{path}: promises {stream.frames} frames, but {count} could be "
-                              "decoded; the file may be cut short")
     except av.FFmpegError as error:
         place, advice = (f"at about frame {count}, {end:.2f} s", "encode it again, or read only a "
                          "part before that with a shorter duration") if count else (
@@ -209,18 +206,42 @@ def _container(path: Path) -> Iterator[InputContainer]:
 
 def _frames(path: Path, container: InputContainer, stream: VideoStream
             ) -> Iterator[av.VideoFrame]:
-    """Those of a stream; at their end InputError, if the file ends within one."""
-    cut_short = False
+    """Those of a stream; at their end InputError, if the file ends within one, and a warning, if
+    it says that there are more."""
+    cut_short, count, hidden, end = False, 0, 0, 0.0
     decoder: Any = stream.codec_context
     if stream.metadata.get("alpha_mode") == "1" and (
             WITH_ALPHA.get(decoder.name) in av.codecs_available):
         decoder = av.CodecContext.create(WITH_ALPHA[decoder.name], "r")
     for packet in container.demux(stream):
         cut_short = cut_short or packet.is_corrupt
-        yield from decoder.decode(packet)
+        hidden += packet.is_discard         # by an edit list
+        for frame in decoder.decode(packet):
+            if frame.time is not None and frame.time_base is not None:
+                end = max(end, frame.time + float(frame.duration * frame.time_base))
+            count += 1
+            yield frame
     if cut_short:
         raise InputError(f"{path}: is cut short; give the whole file, or read only a part before "
                          "its end with a shorter duration")
+    lasts = _promised(container, stream)
+    if 0 < count < stream.frames - hidden:
+        warnings.warn(f"{path}: promises {stream.frames} frames, but {count} could be decoded; the "
+                      "file may be cut short")
+    elif not stream.frames and end and lasts - end > 1.5 / (stream.average_rate or UNTIMED_FPS):
+        warnings.warn(f"{path}: promises {lasts:.2f} s, but ends at {end:.2f} s; the file may be "
+                      "cut short")
+
+
+def _promised(container: InputContainer, stream: VideoStream) -> float:
+    """The end of a stream in seconds, as its file says; 0 where it does not."""
+    if "DURATION" in stream.metadata:       # Matroska's, 00:00:02.000000000
+        parts = stream.metadata["DURATION"].split(":")
+        if len(parts) == 3 and all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
+            hours, minutes, seconds = map(float, parts)
+            return 3600 * hours + 60 * minutes + seconds
+    alone = len(container.streams) == 1     # another may be longer
+    return (container.duration or 0) / av.time_base if alone else 0.0
 
 
 def _video_rgba(frame: av.VideoFrame, promised: int) -> np.ndarray:

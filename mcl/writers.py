@@ -46,8 +46,8 @@ def check_writable(path: str | os.PathLike) -> None:
     target = Path(path)
     suffix = target.suffix.lower()
     if suffix not in WRITERS or target.name.lower() in WRITERS:     # ".mp4" has no extension
-        raise InputError(f"{target}: cannot write {suffix} files; end the name in .mp4, .gif or "
-                         ".webp, or in no extension for a folder of PNG frames")
+        raise InputError(f"{target}: its name must end in .mp4, .gif or .webp, or "
+                         "have no extension for a folder of PNG frames")
     check_target(target, folder=not suffix)
 
 

@@ -290,7 +290,7 @@ def bad(tmp_path_factory):
     (["--top-k", "17"], "number of frames, 16"),
     (["--blocks", "up_blocks.9"], "up_blocks.2"),
     (["--out", "{bad}/none/a.mp4"], "there is no folder"),
-    (["--out", "{bad}/a.mpeg4"], "cannot write .mpeg4"),
+    (["--out", "{bad}/a.mpeg4"], "a.mpeg4: its name must end in .mp4"),
     (["--weights", "{bad}/none.safetensors"], "no such weights file"),
     (["--weights", "{bad}/page.safetensors"], "not a safetensors file"),
     (["--motion", "{bad}/page.safetensors"], "with --ref, or its kept motion"),

@@ -582,6 +582,40 @@ def test_cut_short_but_playable(tmp_path):
         assert read_video(path, 4, (64, 64)).shape == (4, 3, 64, 64)
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm"])
+def test_a_file_that_promises_seconds_and_ends_before(tmp_path, name, recwarn):
+    encode(tmp_path / name, "libvpx-vp9" if name == "a.webm" else "libx264")
+    read_video(tmp_path / name, 4, (16, 16))
+    assert not recwarn.list
+    with av.open(str(tmp_path / name)) as container:
+        last = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[-3]
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:last])
+    with pytest.warns(UserWarning, match=f"{name}: promises 0.50 s, but ends at"):
+        read_video(tmp_path / name, 4, (16, 16))
+
+
+def test_frames_that_an_edit_list_hides_are_not_missed(tmp_path, recwarn):
+    encode(tmp_path / "a.mp4")
+    with av.open(str(tmp_path / "a.mp4")) as whole, av.open(
+            str(tmp_path / "b.mp4"), "w", options={"avoid_negative_ts": "disabled"}) as trimmed:
+        source = whole.streams.video[0]
+        stream = trimmed.add_stream_from_template(source)
+        for packet in whole.demux(source):
+            if packet.dts is not None:
+                packet.pts -= 4 * packet.duration
+                packet.dts -= 4 * packet.duration
+                packet.stream = stream
+                trimmed.mux(packet)
+    assert counted(read_video(tmp_path / "b.mp4", 8, (16, 16))) == list(range(4, 12))
+    assert not recwarn.list
+
+
+def test_no_window_is_too_short(tmp_path):
+    encode(tmp_path / "a.mp4")
+    with pytest.warns(UserWarning, match="only 1 different frames"):
+        assert counted(read_video(tmp_path / "a.mp4", 2, (16, 16), duration=5e-324)) == [0, 0]
+
+
 @pytest.mark.parametrize("wrong, says", [
     ({"frames": 0}, "frames is 0"), ({"size": (0, 16)}, "size 0x16"),
     ({"start": -1.0}, "start is -1.0"), ({"duration": 0.0}, "duration 0.0"),

@@ -3,24 +3,25 @@
     python convert_weights.py --base v1-5-pruned-emaonly.safetensors --motion-module v3_sd15_mm.ckpt
                               --out weights/sd15-v3.safetensors
 """
-import argparse
-import functools
-import hashlib
 import os
-import shlex
 import signal
-import sys
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Iterable
 
-if __name__ == "__main__":              # before torch is imported, which takes seconds
+if __name__ == "__main__":              # before all that takes time to import
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:      # nohup's
             signal.signal(number, lambda number, _: (
                 os.write(2, b"interrupted; nothing was begun\n"),
                 os._exit(130 if number == signal.SIGINT else 143)))
+
+import argparse
+import functools
+import hashlib
+import shlex
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterable
 
 from tqdm import tqdm
 

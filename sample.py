@@ -2,23 +2,24 @@
 
     python sample.py --ref examples/figure_eight.mp4 --prompt "a red star on a navy background"
 """
-import argparse
-import dataclasses
-import functools
-import itertools
 import os
 import signal
-import sys
-import time
-import warnings
-from typing import Any, Sequence
 
-if __name__ == "__main__":              # before torch is imported, which takes seconds
+if __name__ == "__main__":              # before all that takes time to import
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:      # nohup's
             signal.signal(number, lambda number, _: (
                 os.write(2, b"interrupted; nothing was begun\n"),
                 os._exit(130 if number == signal.SIGINT else 143)))
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import sys
+import time
+import warnings
+from typing import Any, Sequence
 
 import torch
 from einops import rearrange

@@ -158,6 +158,22 @@ def test_a_signal_is_answered_in_one_line_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="of POSIX")
+@pytest.mark.parametrize("command, number, code", [
+    ("sample.py", signal.SIGINT, 130), ("sample.py", signal.SIGHUP, 143),
+    ("convert_weights.py", signal.SIGTERM, 143)])
+def test_a_signal_while_torch_is_imported(tmp_path, command, number, code):
+    """In place of torch stands what takes long and says so."""
+    (tmp_path / "torch.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / command], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(number)
+    assert process.communicate() == ("", "interrupted; nothing was begun\n")
+    assert process.returncode == code
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
 @pytest.mark.parametrize("streams", ["| head -c0", "2>/dev/full"])
 def test_what_cannot_be_said_is_done_all_the_same(tmp_path, streams):

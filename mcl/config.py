@@ -195,6 +195,9 @@ class SampleConfig(Checked):
     mask_threshold: float = within(0.3, 0, 1)   # of the attention to the subject's word
 
     frames: int = within(16, 1)
+    window: int = within(0, 0)          # that the UNet sees at once; 0: all that it can
+    overlap: float = within(0.25, 0, 0.9)   # the share of a window that its neighbour sees too
+    loop: bool = False                  # the last window runs into the first
     height: int = within(512, 1)        # of the picture, in pixels
     width: int = within(512, 1)
     negative_prompt: str = ""

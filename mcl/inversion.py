@@ -22,21 +22,25 @@ from .motion import Guide, Motion, motion_loss, strongest
 from .sampler import clip_shape, predict
 from .schedule import Schedule, ddim_step
 from .temporal import Attended, Wanted
+from .windows import Windows, blend, windows_of
 
 
 @torch.no_grad()
 def invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[int],
-           t_before: int = -1) -> Iterator[tuple[int, Tensor]]:
+           t_before: int = -1, windows: Windows | None = None) -> Iterator[tuple[int, Tensor]]:
     """DDIM run backwards (arXiv 2010.02502): yields (t, z_t) of a clip for ascending timesteps.
 
     `latents` (1, c, f, h, w) are those of `t_before`: -1 for a clean clip. One step leads from
     the timestep before to t, with the noise that the model sees at t: the steps that sampling
-    takes, without classifier-free guidance. Raises NumericalError in one that is not finite.
+    takes, without classifier-free guidance. A clip of more frames than the model knows takes
+    `windows`. Raises NumericalError in a step that is not finite.
     """
+    windows = windows or Windows(latents.shape[2], latents.shape[2], (0,))
     text = model.encode_text([prompt])
     z = latents.to(model.device, torch.float32)
     for t_before, t in zip([t_before, *timesteps], timesteps):
-        eps, _ = predict(model, z, t, text)
+        eps = blend([predict(model, z[:, :, windows.at(start)], t, text)[0]
+                     for start in windows.starts], windows)
         z = ddim_step(z, eps, eps, model.schedule.abar(t_before), model.schedule.abar(t))
         if not torch.isfinite(z).all():
             raise NumericalError(f"the inversion is not finite at timestep {t}: dtype float32 may "
@@ -52,19 +56,24 @@ class Inversion:
     latents: Mapping[int, Tensor]       # timestep -> (1, c, f, h, w), read as they are needed
 
     @torch.no_grad()
-    def attend(self, t: int, wanted: Wanted) -> Attended:
-        """The reference's attention at timestep t. Raises InputError for one that was not kept."""
+    def attend(self, t: int, wanted: Wanted, frames: Tensor | slice = slice(None)) -> Attended:
+        """The reference's attention at timestep t, in all frames or those of one window. Raises
+        InputError for a timestep that was not kept."""
         if t not in self.latents:
             raise InputError(f"the reference was not inverted to timestep {t}: invert it with the "
                              "settings that are sampled with")
-        z = self.latents[t].to(self.model.device, self.model.dtype)
+        z = self.latents[t][:, :, frames].to(self.model.device, self.model.dtype)
         return self.model.unet.attend(z, t, self.text, wanted)
 
-    def motion(self, t: int, config: SampleConfig) -> Motion:
-        """The motion at timestep t, of the blocks and values that the settings name."""
+    def motion(self, t: int, config: SampleConfig, start: int | None = None) -> Motion:
+        """The motion at timestep t, of the blocks and values that the settings name, in all windows
+        or the one from a frame on."""
+        windows = windows_of(config.frames, config, self.model.config.unet.max_frames)
+        starts = windows.starts if start is None else (start,)
         h, w = self.latents[t].shape[-2:]
-        return strongest(self.attend(t, Wanted(temporal_maps=config.blocks)).temporal_maps,
-                         config.top_k, {"frames": config.frames, "height": h, "width": w})
+        return strongest([self.attend(t, Wanted(config.blocks), windows.at(each)).temporal_maps
+                          for each in starts],
+                         config.top_k, windows, {"frames": config.frames, "height": h, "width": w})
 
 
 def inversion_guide(inversion: Inversion, config: SampleConfig) -> Guide:
@@ -78,7 +87,7 @@ def inversion_guide(inversion: Inversion, config: SampleConfig) -> Guide:
             raise InputError(f"the reference was not inverted to latents of {shape} at timestep "
                              f"{t}: invert it with the settings that are sampled with")
     return Guide(Wanted(temporal_maps=config.blocks), lambda seen, t: motion_loss(
-        seen.temporal_maps, inversion.motion(t, config), config.weights_of_blocks))
+        seen.temporal_maps, inversion.motion(t, config, seen.start), config.weights_of_blocks))
 
 
 class KeptLatents(Mapping[int, Tensor]):
@@ -143,24 +152,27 @@ def invert_motion(model: Model, latents: Tensor, prompt: str, config: SampleConf
     """
     path = inversion_path(model.schedule, config)
     guided = set(guided_timesteps(model.schedule, config))
+    windows = windows_of(latents.shape[2], config, model.config.unet.max_frames)
     if folder is None:
-        steps = progress(invert(model, latents, prompt, path))
+        steps = progress(invert(model, latents, prompt, path, windows=windows))
         kept: Mapping[int, Tensor] = {t: z for t, z in steps if t in guided}
     else:
-        kept = invert_into(folder, model, latents, prompt, path, guided, progress)
+        kept = invert_into(folder, model, latents, prompt, path, guided, windows, progress)
     return Inversion(model, model.encode_text([prompt]), kept)
 
 
 def invert_into(folder: Path, model: Model, latents: Tensor, prompt: str, path: list[int],
-                guided: set[int], progress: Callable[[Iterator], Iterable]) -> KeptLatents:
+                guided: set[int], windows: Windows, progress: Callable[[Iterator], Iterable]
+                ) -> KeptLatents:
     """Inverts along a path, and keeps the latents of guided timesteps, and the last, on disk."""
     pixels = latents.detach().float().cpu().contiguous().numpy().tobytes()
     said = f"{model.sha256} {model.dtype} {prompt!r} {path} {tuple(latents.shape)}"
+    said += f" {windows}" if len(windows.starts) > 1 else ""
     kept = KeptLatents(folder, hashlib.sha256(said.encode() + pixels).hexdigest())
     before = max(kept, default=-1)
     start = latents if before < 0 else kept[before]
     ahead = [t for t in path if t > before]
-    for t, z in progress(invert(model, start, prompt, ahead, before)):
+    for t, z in progress(invert(model, start, prompt, ahead, before, windows)):
         kept.keep(t, z)
         if before >= 0 and before not in guided:
             kept.drop(before)

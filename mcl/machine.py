@@ -12,6 +12,7 @@ from torch import nn
 from .config import ModelConfig, SampleConfig
 from .errors import InputError
 from .model import Model
+from .windows import windows_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -67,7 +68,8 @@ def pick_recompute(memory: str, model: Model, config: SampleConfig) -> bool:
 def guided_bytes(model: Model, config: SampleConfig) -> int:
     """About what a guided step needs beside the weights, if it keeps its activations."""
     s = model.config.vae.downsampling
-    positions = config.frames * (config.height // s) * (config.width // s)
+    frames = windows_of(config.frames, config, model.config.unet.max_frames).length
+    positions = frames * (config.height // s) * (config.width // s)
     width = model.config.unet.block_out_channels[0]
     return FEATURES_OF_A_GUIDED_STEP * positions * width * model.dtype.itemsize
 
@@ -75,12 +77,13 @@ def guided_bytes(model: Model, config: SampleConfig) -> int:
 def check_memory(model: ModelConfig, config: SampleConfig, device: torch.device,
                  dtype: torch.dtype) -> None:
     """Raises MemoryError for a clip that cannot fit, by the least that its pixels, the VAE at one
-    of its frames and the UNet at all of them take; what needs more is only seen while it runs."""
+    of its frames and the UNet at a window take; what needs more is only seen while it runs."""
     pixels = config.height * config.width
     clip = 3 * 4 * config.frames * pixels
     decoded = 2 * model.vae.block_out_channels[0] * pixels * dtype.itemsize
+    length = windows_of(config.frames, config, model.unet.max_frames).length
     seen = (LEAST_FEATURES_OF_A_STEP * model.unet.block_out_channels[0] * dtype.itemsize
-            * config.frames * pixels // model.vae.downsampling ** 2)
+            * length * pixels // model.vae.downsampling ** 2)
     for place, needed in ((torch.device("cpu"), clip), (device, max(decoded, seen))):
         free = free_memory(place)
         if free is not None and needed > free:

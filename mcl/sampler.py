@@ -12,6 +12,7 @@ from .model import Model
 from .motion import Guide, Motion, motion_guide
 from .schedule import ddim_step
 from .temporal import Attended, Wanted
+from .windows import Windows, blend, windows_of
 
 # The size at which the published weights were tuned: 16 frames of 512x512, in latent elements.
 PUBLISHED_SIZE = 16 * 64 * 64
@@ -43,9 +44,10 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
     condition  of a model with SparseCtrl, from `sparse_condition`: frames that are given
     recompute  in guided steps, as `UNet3D` does it: less memory, more time, the same numbers
 
-    Raises, when called, InputError for a size that the model cannot have, for a motion of another
-    model, size or settings, and for attention that it has not; and, in the step in which they cease
-    to be finite, NumericalError.
+    A clip of more frames than the model knows is sampled in windows, of which guides see one at a
+    time (`windows_of`). Raises, when called, InputError for a size that the model cannot have, for
+    a motion of another model, size or settings, and for attention that it has not; and, in the step
+    in which they cease to be finite, NumericalError.
     """
     config = config or model.config.sample
     z = starting_noise(model, config, generator) if latents is None else latents
@@ -68,14 +70,15 @@ def guided(trajectory: "Trajectory", z: Tensor, guides: Sequence[Guide], recompu
            ) -> Iterator[State]:
     """The loop. z is z_t, eps the noise that the model sees in it, g the loss of its attention."""
     config, grad = trajectory.config, torch.zeros_like(z)
+    seen_at_once = z[:, :, :trajectory.windows.length]
     for i, (t, _) in enumerate(trajectory.steps):
-        g, lambda_t = None, guidance_weight(i, config, z) if guides else 0.0
+        g, lambda_t = None, guidance_weight(i, config, seen_at_once) if guides else 0.0
 
         # 1. The noise under the prompt and, in the first steps, the gradient of g (eq. 3).
         if lambda_t and i % config.guidance_every == 0:
             eps, g, grad = noise_and_gradient(trajectory, z, t, guides, recompute)
         else:
-            eps, _ = trajectory.noise(z, t)
+            eps = trajectory.noise(z, t, trajectory.text)
 
         # 2. Classifier-free guidance. 3. DDIM, whose direction alone is guided (eq. 1).
         slope = lambda_t * grad if lambda_t else None
@@ -90,18 +93,24 @@ def guided(trajectory: "Trajectory", z: Tensor, guides: Sequence[Guide], recompu
 
 def noise_and_gradient(trajectory: "Trajectory", z: Tensor, t: int, guides: Sequence[Guide],
                        recompute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """eps, g, and the gradient of g with respect to z.
+    """eps, g, and the gradient of g with respect to z; of several windows, their blend, g's mean.
 
     On its way down it is LOSS_SCALE times as large: half precision would round it to nothing.
     """
     wanted = Wanted(*(tuple(dict.fromkeys(name for guide in guides for name in guide.wanted[kind]))
                       for kind in range(len(Wanted._fields))))
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        eps, seen = trajectory.noise(z, t, wanted, recompute)
-        g = torch.stack([guide.loss(seen.only(guide.wanted), t) for guide in guides]).sum()
-        grad, = torch.autograd.grad(g, z, torch.full_like(g, LOSS_SCALE))
-    return eps.detach(), g.detach(), grad / LOSS_SCALE
+    noises, losses, grads = [], [], []
+    for start in trajectory.windows.starts:
+        with torch.enable_grad():
+            part = z[:, :, trajectory.windows.at(start)].detach().requires_grad_()
+            eps, seen = trajectory.predict(part, t, trajectory.text, start, wanted, recompute)
+            g = torch.stack([guide.loss(seen.only(guide.wanted), t) for guide in guides]).sum()
+            grad, = torch.autograd.grad(g, part, torch.full_like(g, LOSS_SCALE))
+        noises.append(eps.detach())
+        losses.append(g.detach())
+        grads.append(grad / LOSS_SCALE)
+    return (blend(noises, trajectory.windows), torch.stack(losses).mean(),
+            blend(grads, trajectory.windows))
 
 
 @dataclass(frozen=True)
@@ -121,10 +130,21 @@ class Trajectory:
             self.config.guidance_span)
         return list(zip(timesteps, [*timesteps[1:], -1]))
 
-    def noise(self, z: Tensor, t: int, wanted: Wanted = Wanted(), recompute: bool = False
-              ) -> tuple[Tensor, Attended]:
-        """The noise that the model sees in z under the prompt, and the attention wanted."""
-        return predict(self.model, z, t, self.text, wanted, self.condition, recompute)
+    @cached_property
+    def windows(self) -> Windows:
+        return windows_of(self.config.frames, self.config, self.model.config.unet.max_frames)
+
+    def noise(self, z: Tensor, t: int, text: Tensor) -> Tensor:
+        """The noise that the model sees in z under a text, blended of all windows."""
+        return blend([self.predict(z[:, :, self.windows.at(start)], t, text, start)[0]
+                      for start in self.windows.starts], self.windows)
+
+    def predict(self, part: Tensor, t: int, text: Tensor, start: int, wanted: Wanted = Wanted(),
+                recompute: bool = False) -> tuple[Tensor, Attended]:
+        """The noise in the part of z that one window sees, and the attention wanted."""
+        given = None if self.condition is None else self.condition[:, :, self.windows.at(start)]
+        eps, seen = predict(self.model, part, t, text, wanted, given, recompute)
+        return eps, replace(seen, start=start)
 
     @torch.no_grad()
     def step(self, i: int, z: Tensor, eps: Tensor, slope: Tensor | None = None) -> Tensor:
@@ -137,7 +157,7 @@ class Trajectory:
         abar, abar_prev = self.model.schedule.abar(t), self.model.schedule.abar(t_prev)
         scale = cfg_scale(i, self.config)
         if scale != 1:
-            eps_null, _ = predict(self.model, z, t, self.null, condition=self.condition)
+            eps_null = self.noise(z, t, self.null)
             eps = eps_null + scale * (eps - eps_null)
         direction = eps if slope is None else eps - (1 - abar).sqrt() * slope
         return ddim_step(z, eps, direction, abar, abar_prev)
@@ -172,14 +192,12 @@ def cfg_scale(step: int, config: SampleConfig) -> float:
 
 def clip_shape(model: Model, config: SampleConfig) -> tuple[int, int, int, int, int]:
     """Of the latents of a clip. Raises InputError for a size or length that cannot be."""
-    s, longest = model.config.vae.downsampling, model.config.unet.max_frames
-    if config.frames > longest:
-        raise InputError(f"{config.frames} frames: this model's motion modules know up to "
-                         f"{longest}")
+    s = model.config.vae.downsampling
     if config.height % s or config.width % s:
         raise InputError(f"{config.width}x{config.height} is not possible: width and height must "
                          f"be multiples of {s}")
-    return (1, model.config.unet.in_channels, config.frames, config.height // s, config.width // s)
+    frames = windows_of(config.frames, config, model.config.unet.max_frames).frames
+    return (1, model.config.unet.in_channels, frames, config.height // s, config.width // s)
 
 
 def starting_noise(model: Model, config: SampleConfig, generator: torch.Generator | None = None
@@ -221,16 +239,24 @@ def check_fit(motion: Motion, model: Model, config: SampleConfig) -> None:
     settings than are sampled with."""
     if motion.info.get("model", model.sha256) != model.sha256:
         raise InputError("this motion was read from another model: extract it again with this one")
-    check_settings(motion, config, clip_shape(model, config)[2:])
+    check_settings(motion, config, clip_shape(model, config)[2:], model.config.unet.max_frames)
 
 
-def check_settings(motion: Motion, config: SampleConfig, shape: tuple[int, int, int]) -> None:
-    """Raises InputError where a motion was read at another size than (f, h, w) or otherwise."""
+def check_settings(motion: Motion, config: SampleConfig, shape: tuple[int, int, int], longest: int
+                   ) -> None:
+    """Raises InputError where a motion was read at another size than (f, h, w) or otherwise.
+
+    longest  frames that the UNet can see at once
+    """
     known: Mapping[str, Any] = motion.info
     size = tuple(known.get(name, n) for name, n in zip(("frames", "height", "width"), shape))
     if size != shape:
         raise InputError("this motion was read from {} frames of {}x{} latents, not {} of {}x{}"
                          .format(*size, *shape))
+    if motion.windows != windows_of(config.frames, config, longest):
+        raise InputError(f"this motion was read in windows of {motion.windows.length} frames from "
+                         f"{motion.windows.starts} on, the settings have others (window, overlap, "
+                         "loop): extract it again with these settings")
     for name, wanted in (("t", config.extract_t), ("k", config.top_k),
                          ("blocks", list(config.blocks))):
         if known.get(name, wanted) != wanted:

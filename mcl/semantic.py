@@ -19,6 +19,7 @@ from .model import Model
 from .motion import Guide
 from .sampler import Trajectory, embeddings
 from .temporal import Attended, Wanted
+from .windows import Windows
 
 SUBJECT = "up_blocks.1"                 # whose attention to the text tells where the subject is
 SIGMA = 5 / 16                          # of the Gaussian around its centre, in sides of the grid
@@ -183,6 +184,13 @@ def mask_of(seen: Attended, tokens: Sequence[int], config: SampleConfig) -> Tens
     return subject_mask(maps, tokens, grid, config.mask_threshold)
 
 
+def check_whole(windows: Windows) -> None:
+    """Raises InputError for a clip in several windows: what is compared is of the whole."""
+    if len(windows.starts) > 1:
+        raise InputError("semantic guidance is not possible here: it compares whole clips of up to "
+                         f"{windows.length} frames, without loop")
+
+
 @torch.no_grad()
 def semantic_guide(model: Model, prompt: str, latents: Tensor, config: SampleConfig,
                    subject: Subject | None = None, condition: Tensor | None = None,
@@ -195,16 +203,17 @@ def semantic_guide(model: Model, prompt: str, latents: Tensor, config: SampleCon
     condition  as `sample` is given it
     progress   wraps the steps, of which there are config.guidance_steps, for a bar
 
-    Raises InputError where its weight is 0.
+    Raises InputError where its weight is 0, and for a clip that is sampled in windows.
     """
     if not config.semantic_scale * config.motion_scale:
         raise InputError("semantic_scale and motion_scale must both be above 0 for this guide")
     trajectory = Trajectory(model, *embeddings(model, prompt, config), config, condition)
+    check_whole(trajectory.windows)
     wanted = Wanted(temporal_keys=config.semantic_blocks)
     z, unguided = latents.to(model.device, torch.float32), {}
     for i, (t, _) in progress(list(enumerate(trajectory.steps[:config.guidance_steps]))):
-        eps, seen = trajectory.noise(z, t, wanted if subject is None else
-                                     wanted._replace(text_maps=(SUBJECT,)))
+        eps, seen = trajectory.predict(z, t, trajectory.text, 0, wanted if subject is None else
+                                       wanted._replace(text_maps=(SUBJECT,)))
         unguided[t] = appearance(seen.temporal_keys, None if subject is None else
                                  plain(mask_of(seen, subject.tokens, config)))
         z = trajectory.step(i, z, eps)

@@ -28,15 +28,18 @@ class Attended:
     temporal_maps  (b*h*w, heads, f, f) float32: how much each frame looks at each other one
     temporal_keys  (b*h*w, f, c), before they are divided among the heads
     text_maps      (b*f, heads, h*w, m) float32: how much each place looks at each token
+    start          the frame of the clip that their first frame is, in a window of a long one
     """
     temporal_maps: dict[str, Tensor] = field(default_factory=dict)
     temporal_keys: dict[str, Tensor] = field(default_factory=dict)
     text_maps: dict[str, Tensor] = field(default_factory=dict)
+    start: int = 0
 
     def only(self, wanted: Wanted) -> "Attended":
         """What was wanted of it, by the layers' full names."""
-        return Attended(*({name: tensors[name] for name in names} for tensors, names in zip(
-            (self.temporal_maps, self.temporal_keys, self.text_maps), wanted)))
+        maps, keys, text_maps = ({name: tensors[name] for name in names} for tensors, names in zip(
+            (self.temporal_maps, self.temporal_keys, self.text_maps), wanted))
+        return Attended(maps, keys, text_maps, self.start)
 
     def __or__(self, other: "Attended") -> "Attended":
         return Attended(self.temporal_maps | other.temporal_maps,

@@ -284,7 +284,8 @@ def bad(tmp_path_factory):
     (["--stride", "9"], "--stride 9 is not possible: 16 frames would span 136"),
     (["--size", "100x128"], "multiples of 8"),
     (["--size", "big"], "like 512x512"),
-    (["--frames", "17"], "--frames 17: this model's motion modules know up to 16"),
+    (["--window", "17"], "--window 17 is not possible: this model's motion modules know up to 16"),
+    (["--frames", "17", "--semantic-scale", "1"], "semantic guidance is not possible here: it"),
     (["--frames", "0"], "--frames 0 is not possible: 1 or more"),
     (["--steps", "5", "--guidance-steps", "6"], "0 to the number of steps, 5"),
     (["--top-k", "17"], "number of frames, 16"),
@@ -425,3 +426,17 @@ def test_report_measures_the_clip_and_an_unguided_one(tmp_path, capsys):
         "motion", "result", "unguided"]
     report = json.loads((tmp_path / "a.mp4.json").read_text())["report"]
     assert report["result"]["top-1 agreement"] > report["unguided"]["top-1 agreement"]
+
+
+def test_a_long_clip_has_all_that_a_short_one_has(tmp_path, capsys):
+    kept, few = tmp_path / "m.safetensors", ["--steps", 2, "--guidance-steps", 1, "--frames", 20]
+    long = ["--overlap", 0.25, "--loop"]
+    out = clone(tmp_path / "a.mp4", *few, *long, "--save-motion", kept, "--maps", tmp_path / "maps",
+                "--report")
+    assert imageio.imread(out).shape == (20, 64, 64, 3) and "top-1" in capsys.readouterr().out
+    assert imageio.imread(tmp_path / "maps" / "motion.png").shape == (2 * 64, 20 * 64, 3)
+    argv = ["--motion", kept, "--prompt", PROMPT, "--out", tmp_path / "b.mp4", *QUICK, *few]
+    assert run(*argv, *long) == 0
+    assert (tmp_path / "b.mp4").read_bytes() == out.read_bytes()
+    assert run(*argv) == 2
+    assert "in windows of 16 frames from (0, 10) on" in capsys.readouterr().err

@@ -19,9 +19,10 @@ from ..files import check_readable, check_target
 from ..machine import DTYPES, MEMORY, check_memory, pick_device, pick_dtype
 from ..motion import Motion
 from ..sampler import check_settings
-from ..semantic import subject_tokens
+from ..semantic import check_whole, subject_tokens
 from ..temporal import Wanted
 from ..video import FITS
+from ..windows import windows_of
 from ..writers import check_writable
 from . import Parser
 from .paths import clips_of, reads
@@ -125,7 +126,12 @@ def parser() -> Parser:
 
     group = p.add_argument_group("reference and video")
     add = group.add_argument
-    add("--frames", type=int)
+    add("--frames", type=int, help="of the clip; more than the weights' motion modules know are "
+        "sampled in windows that overlap, each at the cost of a clip of its own")
+    add("--window", type=int, metavar="N", help="frames of a window (default: all that they know)")
+    add("--overlap", type=float, metavar="X", help="share of a window that the next one sees too")
+    add("--loop", action="store_true", default=None, help="the last window runs into the first: of "
+        "a reference that ends where it begins, a clip that can be played round and round")
     add("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="in pixels")
     add("--start", type=float, default=0.0, help="seconds into the reference")
     window = group.add_mutually_exclusive_group()
@@ -281,9 +287,12 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     if config.height % step or config.width % step:
         raise InputError(f"--size {config.width}x{config.height} is not possible: "
                          f"width and height must be multiples of {step}")
-    if config.frames > model_config.unet.max_frames:
-        raise InputError(f"--frames {config.frames}: this model's motion modules know up to "
-                         f"{model_config.unet.max_frames}")
+    longest = model_config.unet.max_frames
+    windows = windows_of(config.frames, config, longest)
+    if args.top_k == "all":
+        config = dataclasses.replace(config, top_k=windows.length)
+    if config.semantic_scale:
+        check_whole(windows)
     device = pick_device(args.device)
     check_memory(model_config, config, device, pick_dtype(args.dtype, device))
     model = meta_model(model_config)
@@ -292,7 +301,7 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
         subject_tokens(model, text, word)
     if args.motion is not None:
         check_settings(Motion.load(args.motion), config,
-                       (config.frames, config.height // step, config.width // step))
+                       (config.frames, config.height // step, config.width // step), longest)
     fps = model_config.fps if args.fps is None else args.fps
     if not 0.1 <= fps <= 100:
         raise InputError(f"--fps {fps} is not possible: 0.1 to 100")

@@ -60,8 +60,8 @@ def steps_of(model: Model, config: SampleConfig, recompute: bool
     with torch.no_grad():
         seen = model.unet.attend(torch.randn_like(z).to(model.dtype), T, null,
                                  Wanted(temporal_maps=config.blocks))
-    guides = [motion_guide(strongest(seen.temporal_maps, config.top_k, {}))]
     trajectory = Trajectory(model, text, null, config)
+    guides = [motion_guide(strongest([seen.temporal_maps], config.top_k, trajectory.windows, {}))]
 
     def unguided() -> None:
         predict(model, z, T, text)

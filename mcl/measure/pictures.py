@@ -12,6 +12,7 @@ from torch import Tensor
 from ..files import atomic
 from ..motion import Motion
 from ..semantic import Masks
+from ..windows import blend
 
 SHADE = 0.25                            # what is left of the reference where nothing is shown
 
@@ -45,17 +46,19 @@ def draw(folder: Path, reference: Tensor | None, frames: Tensor, motion: Motion,
 def motion_pictures(motion: Motion, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(f, H, W) in [0, 1] each: the top value, and the distance of the frame it is at, as means
     over heads and layers."""
-    known = (motion.info["height"], motion.info["width"])
-    frames = motion.info["frames"]
-    here = torch.arange(frames)[:, None]
+    known, windows = (motion.info["height"], motion.info["width"]), motion.windows
+    here = torch.arange(windows.length)[:, None]
     strengths: list[Tensor] = []
     distances: list[Tensor] = []
     for name, values in motion.values.items():
-        far = (motion.indices[name].cpu() - here).abs().float() / max(frames - 1, 1)
-        rows = round((values.shape[0] * known[0] / known[1]) ** 0.5)
+        far = (motion.indices[name].cpu() - here).abs().float() / max(windows.length - 1, 1)
+        places = values.shape[0] // len(windows.starts)
+        rows = round((places * known[0] / known[1]) ** 0.5)
         for each, found in ((strengths, values.cpu().float()), (distances, far)):
-            mean = reduce(found[..., :1], "(h w) heads f 1 -> f h w", "mean", h=rows)
-            each.append(enlarge(mean, size))
+            parts = found.chunk(len(windows.starts))
+            means = [reduce(part[..., :1], "(h w) heads f 1 -> 1 1 f h w", "mean", h=rows)
+                     for part in parts]
+            each.append(enlarge(blend(means, windows)[0, 0], size))
     return stretched(torch.stack(strengths).mean(dim=0)), torch.stack(distances).mean(dim=0)
 
 

@@ -107,10 +107,12 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
         keep_freed_memory()
     for clip in clips:
         began = clock()
-        start = starting_noise(model, config, seeded(clip.seed))
+        generator = seeded(clip.seed)
+        start = starting_noise(model, config, generator)
         guides = guides_of(args, model, read, subject, start, config)
         states = sample(model, args.prompt, read if isinstance(read, Motion) else None, config,
-                        guides=guides, latents=start, condition=condition, recompute=recompute)
+                        guides=guides, latents=start, generator=generator, condition=condition,
+                        recompute=recompute)
         losses, grads = [], []
         with off_the_accelerator(model.vae, model.text_encoder):
             bar = progress(f"seed {clip.seed}", config.steps)(states)
@@ -130,7 +132,8 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
             print(clip.compared)
         figures = {}
         if args.report and reference is not None:
-            figures = measured(args, model, config, start, condition, reference, state.latents)
+            figures = measured(args, model, config, clip.seed, condition, reference,
+                               state.latents)
             print(table(figures))
         if clip.maps is not None:
             t = max(read.latents) if isinstance(read, Inversion) else config.extract_t
@@ -210,12 +213,13 @@ def guides_of(args: argparse.Namespace, model: Model, read: Motion | Inversion,
     return guides
 
 
-def measured(args: argparse.Namespace, model: Model, config: SampleConfig, start: torch.Tensor,
+def measured(args: argparse.Namespace, model: Model, config: SampleConfig, seed: int,
              condition: torch.Tensor | None, reference: torch.Tensor, result: torch.Tensor
              ) -> dict[str, dict[str, float]]:
     """Figures of the result's latents, and of an unguided sample from the same noise."""
     *_, unguided = progress("unguided", config.steps)(
-        sample(model, args.prompt, None, config, latents=start, condition=condition))
+        sample(model, args.prompt, None, config, condition=condition,
+               generator=seeded(seed)))
     strongest = dataclasses.replace(config, top_k=1)
 
     def motion(latents: torch.Tensor) -> Motion:

@@ -16,7 +16,9 @@ WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "
                          bool: "true or false"}
 LAYERS, LEVELS, CHANNELS, FRAMES = 16, 8, 16384, 4096       # more is no network but an attack
 VOCABULARY = 49408                          # of CLIP's tokenizer
-SPACINGS = ("uneven", "linspace", "leading")
+SPACINGS = ("uneven", "linspace", "leading", "trailing", "lcm")
+SOLVERS = ("ddim", "lcm")
+LCM_STEPS = 50                              # that consistency models are distilled on
 
 
 def within(default: Any, least: float, most: float = math.inf) -> Any:
@@ -175,7 +177,8 @@ class SampleConfig(Checked):
     steps: int = within(100, 1, 1000)
     guidance_steps: int = within(50, 0)     # the first steps, which the motion guides
     guidance_span: float = 0.3          # the share of the noise range that they cover
-    spacing: str = "uneven"             # or "linspace", "leading": of the timesteps
+    spacing: str = "uneven"             # or another of SPACINGS: of the timesteps
+    solver: str = "ddim"                # or "lcm", which puts back fresh noise at each step
     cfg_scale: float = within(8.5, 0)   # uncond + s * (cond - uncond)
     cfg_share: float = within(1.0, 0, 1)    # of the steps, the first, that s applies to
 
@@ -207,6 +210,11 @@ class SampleConfig(Checked):
                                    f"0 to the number of steps, {self.steps}"),
                 "guidance_span": (0 < self.guidance_span <= 1, "above 0, up to 1"),
                 "spacing": (self.spacing in SPACINGS, "one of " + ", ".join(SPACINGS)),
+                "solver": (self.solver in SOLVERS, "one of " + ", ".join(SOLVERS)),
+                "steps": (self.spacing != "lcm" or self.steps <= LCM_STEPS,
+                          f"1 to {LCM_STEPS} with spacing lcm"),
+                "semantic_scale": (not self.semantic_scale or self.solver == "ddim",
+                                   "0 with solver lcm, whose clips are not of one noise"),
                 "top_k": (self.top_k <= self.frames,
                           f"1 to the number of frames, {self.frames}"),
                 "blocks": (len(self.blocks) > 0, "at least one block"),
@@ -218,6 +226,16 @@ class SampleConfig(Checked):
     def weights_of_blocks(self) -> dict[str, float]:
         """In the motion loss, by the blocks' names; empty where all are 1."""
         return dict(zip(self.blocks, self.block_weights))
+
+
+# What distilled motion modules are published with: AnimateDiff-Lightning (arXiv 2403.12706) and
+# AnimateLCM (arXiv 2402.00769). Guided are the steps from t = 700 up, the method's own span.
+FEW_STEPS: dict[str, dict[str, Any]] = {
+    **{f"lightning-{steps}": {"steps": steps, "guidance_steps": guided, "spacing": "trailing",
+                              "cfg_scale": 1.0, "warmup": 0, "cooldown": 0}
+       for steps, guided in ((2, 1), (4, 2), (8, 3))},
+    "animatelcm": {"steps": 6, "guidance_steps": 2, "spacing": "lcm", "solver": "lcm",
+                   "cfg_scale": 2.0, "warmup": 0, "cooldown": 0}}
 
 
 @dataclass(frozen=True)

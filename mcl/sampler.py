@@ -40,7 +40,8 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
     config     the settings; the model's own where not given
     guides     others beside the motion, or in its place (`Guide`)
     latents    the starting noise (1, c, f, h, w), standard normal; drawn from the CPU
-               `generator` where not given, so that a seed means the same on every device
+               `generator` where not given, so that a seed means the same on every device; what
+               the solver "lcm" draws at each step is drawn from it too
     condition  of a model with SparseCtrl, from `sparse_condition`: frames that are given
     recompute  in guided steps, as `UNet3D` does it: less memory, more time, the same numbers
 
@@ -62,7 +63,8 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
         check_fit(motion, model, config)
         guides = (motion_guide(motion.to(model.device), config.weights_of_blocks), *guides)
     guides = [replace(guide, wanted=model.unet.resolve(guide.wanted)) for guide in guides]
-    trajectory = Trajectory(model, *embeddings(model, prompt, config), config, condition)
+    trajectory = Trajectory(model, *embeddings(model, prompt, config), config, condition,
+                            generator)
     return guided(trajectory, z.to(model.device, torch.float32), guides, recompute)
 
 
@@ -121,6 +123,7 @@ class Trajectory:
     null: Tensor                        # of the negative prompt
     config: SampleConfig
     condition: Tensor | None = None
+    generator: torch.Generator | None = None
 
     @cached_property
     def steps(self) -> list[tuple[int, int]]:
@@ -148,7 +151,7 @@ class Trajectory:
 
     @torch.no_grad()
     def step(self, i: int, z: Tensor, eps: Tensor, slope: Tensor | None = None) -> Tensor:
-        """z_t -> z_{t-1} of step i: classifier-free guidance, then DDIM.
+        """z_t -> z_{t-1} of step i: classifier-free guidance, then DDIM, or a consistency model's.
 
         slope  of lambda * g, like z. It moves the direction of DDIM and not the clean clip that it
                predicts, which would cancel most of the guidance and turn the rest around.
@@ -159,7 +162,11 @@ class Trajectory:
         if scale != 1:
             eps_null = self.noise(z, t, self.null)
             eps = eps_null + scale * (eps - eps_null)
-        direction = eps if slope is None else eps - (1 - abar).sqrt() * slope
+        direction = eps
+        if self.config.solver == "lcm":
+            direction = torch.randn(z.shape, generator=self.generator).to(z.device)
+        if slope is not None:
+            direction = direction - (1 - abar).sqrt() * slope
         return ddim_step(z, eps, direction, abar, abar_prev)
 
 

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 import sample as command
 from mcl import load_model, read_video
-from mcl.config import SD15, SD15_V1, SD15_V2, from_dict
+from mcl.config import FEW_STEPS, SD15, SD15_V1, SD15_V2, from_dict
 from mcl.config import ModelConfig
+from mcl.convert.formats import distilled
+from mcl.sampler import guidance_weight
 
 from .foreign import (MINI, convert, diffusers_folder, ldm, mini_weights, motion, motion_adapter,
                       old_attention, part, save, sinusoid, sparsectrl)
@@ -196,6 +198,27 @@ def test_motion_modules(name, folder, tmp_path):
     assert unet.norm_per_frame == (version != "v1")
     assert unet.motion_mid_block == (version == "v2")
     assert unet.max_frames == (24 if version == "v1" else 32)
+
+
+@pytest.mark.parametrize("name, preset", [
+    ("animatediff_lightning_4step_comfyui.safetensors", "lightning-4"),
+    ("animatediff_lightning_1step_comfyui.safetensors", ""),
+    ("AnimateDiff-Lightning/animatediff_lightning_8step_diffusers.safetensors", "lightning-8"),
+    ("AnimateLCM/diffusion_pytorch_model.safetensors", "animatelcm"),
+    ("AnimateLCM_sd15_t2v.ckpt", "animatelcm"), ("mm_sd_v15_v2.ckpt", "")])
+def test_distilled_motion_modules_are_known_by_their_names(name, preset):
+    assert distilled(Path("/models", name)) == preset
+    assert preset in ("", *FEW_STEPS)
+
+
+def test_a_distilled_motion_module_brings_its_settings(folder, tmp_path, capsys):
+    out, name = tmp_path / "out.safetensors", "animatediff_lightning_4step_comfyui.safetensors"
+    assert convert("--base", folder / "base.safetensors", "--out", out,
+                   "--motion-module", save(tmp_path / name, motion("v2"))) == 0
+    assert "an AnimateDiff motion module, v2, lightning-4: " in capsys.readouterr().err
+    found = from_dict(ModelConfig, json.loads(header(out)["config"])).sample
+    assert (found.steps, found.spacing, found.cfg_scale, found.frames) == (4, "trailing", 1, 16)
+    assert guidance_weight(0, found, torch.empty(1, 4, 16, 64, 64)) == 2000
 
 
 def test_a_motion_module_of_diffusers_keeps_its_number_of_heads(folder, tmp_path):

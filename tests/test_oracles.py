@@ -10,10 +10,11 @@ from einops import rearrange, repeat
 from torch import nn
 
 from mcl import InputError, Model, extract_motion, sample, sparse_condition
-from mcl.config import ScheduleConfig, SparseCtrlConfig, TextConfig, UNetConfig
+from mcl.config import SampleConfig, ScheduleConfig, SparseCtrlConfig, TextConfig, UNetConfig
 from mcl.inversion import invert
 from mcl.measure.against_diffusers import diffusers_name, diffusers_unet, oracle_noise
 from mcl.motion import Motion, motion_loss
+from mcl.sampler import Trajectory
 from mcl.schedule import Schedule, ddim_step
 from mcl.sparsectrl import SparseCtrl
 from mcl.text_encoder import TextEncoder
@@ -353,6 +354,45 @@ def test_ddim_steps(spacing, steps):
             oracle.num_inference_steps = Fraction(1000, t - t_prev)
         expected = oracle.step(eps, t, z).prev_sample
         z = ddim_step(z, eps, eps, ours.abar(t), ours.abar(t_prev))
+        assert error(z, expected) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 25, 999])
+def test_trailing_steps_are_euler_s_and_ddim_s(steps):
+    ours = Schedule(ScheduleConfig())
+    timesteps = ours.timesteps(steps, "trailing", 0, 0.3)
+    euler = diffusers.EulerDiscreteScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing")
+    ddim = scheduler("trailing")
+    for oracle in (euler, ddim):
+        oracle.set_timesteps(steps)
+        assert oracle.timesteps.tolist() == timesteps
+    z, weight = randn(3, 40), randn(40, 40, seed=1) / 40 ** 0.5
+    x = z * (1 + euler.sigmas[0] ** 2).sqrt()           # its latents are larger by that
+    for i, (t, t_prev) in enumerate(zip(timesteps[:8], timesteps[1:] + [-1])):
+        assert error(euler.scale_model_input(x, euler.timesteps[i]), z) < 1e-5
+        eps = torch.tanh(z @ weight + t / 1000)
+        x = euler.step(eps, euler.timesteps[i], x).prev_sample
+        before, z = z, ddim_step(z, eps, eps, ours.abar(t), ours.abar(t_prev))
+        assert error(x / (1 + euler.sigmas[i + 1] ** 2).sqrt(), z) < 1e-5
+        if t - t_prev == 1000 // steps:                 # as far as diffusers' DDIM goes
+            assert error(z, ddim.step(eps, t, before).prev_sample) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 6, 7, 8, 33, 50])
+def test_lcm_steps(steps):
+    """Through the loop's own step, with the same draws of noise."""
+    oracle = diffusers.LCMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012)
+    oracle.set_timesteps(steps)
+    config = SampleConfig(steps=steps, guidance_steps=0, spacing="lcm", solver="lcm", cfg_scale=1.0)
+    none, (ours, theirs) = torch.zeros(1), (torch.Generator().manual_seed(5) for _ in range(2))
+    trajectory = Trajectory(Dummy(None), none, none, config, None, ours)
+    assert [t for t, _ in trajectory.steps] == oracle.timesteps.tolist()
+    z, weight = randn(3, 40), randn(40, 40, seed=1) / 40 ** 0.5
+    for i, (t, _) in enumerate(trajectory.steps):
+        eps = torch.tanh(z @ weight + t / 1000)
+        expected = oracle.step(eps, t, z, generator=theirs).prev_sample
+        z = trajectory.step(i, z, eps)
         assert error(z, expected) < 1e-5
 
 

@@ -62,6 +62,20 @@ def test_guidance_is_one_gradient_step_on_the_direction(small, motion):
     assert moved.abs().max() > 1e-3
 
 
+def test_consistency_steps_draw_their_noise_from_the_generator_and_are_guided_alike(small, motion):
+    def run(motion, seed, **changes):
+        config = dataclasses.replace(small.config.sample, solver="lcm", motion_scale=3e5, **changes)
+        return [state.latents for state in sample(
+            small, "a star", motion, config, generator=torch.Generator().manual_seed(seed))]
+    guided, again, plain, other = run(motion, 1), run(motion, 1), run(None, 1), run(None, 2)
+    assert torch.equal(guided[-1], again[-1]) and not torch.equal(plain[-1], other[-1])
+    by_ddim, unguided = (list(sample(
+        small, "a star", m, dataclasses.replace(small.config.sample, motion_scale=3e5),
+        generator=torch.Generator().manual_seed(1)))[0].latents for m in (motion, None))
+    moved = by_ddim - unguided
+    assert moved.norm() > 1e-3 and (guided[0] - plain[0] - moved).norm() < 1e-3 * moved.norm()
+
+
 def test_guidance_lowers_the_loss(small, motion):
     weak = states(small, motion, motion_scale=1e-6, guidance_steps=5)
     strong = states(small, motion, motion_scale=3e5, guidance_steps=5)
@@ -142,6 +156,10 @@ def test_a_motion_of_another_size_model_or_setting_is_refused_when_called(small,
     ({"top_k": 17}, "top_k = 17 .* 1 to the number of frames, 16"),
     ({"steps": 0}, "steps = 0 .* 1 to 1000"), ({"spacing": "odd"}, "uneven, linspace, leading"),
     ({"motion_scale": float("nan")}, "motion_scale = nan"), ({"blocks": ()}, "at least one"),
+    ({"solver": "euler"}, "solver = 'euler' .* one of ddim, lcm"),
+    ({"spacing": "lcm"}, "steps = 100 .* 1 to 50 with spacing lcm"),
+    ({"solver": "lcm", "semantic_scale": 1.0}, "semantic_scale = 1.0 .* 0 with solver lcm"),
+    ({"overlap": 1.0}, "overlap = 1.0 .* 0 to 0.9"),
     ({"guidence_steps": 3}, "unknown setting 'guidence_steps'")])
 def test_settings_that_cannot_be_are_refused_with_the_legal_range(change, message):
     with pytest.raises(InputError, match=message):

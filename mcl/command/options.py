@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import EMBEDDED, meta_model, read_header
-from ..config import SPACINGS, SampleConfig
+from ..config import FEW_STEPS, SOLVERS, SPACINGS, SampleConfig
 from ..convert.formats import LORAS
 from ..convert.lora import IGNORE_ALPHA, parse_scaled
 from ..errors import InputError
@@ -36,7 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "camera": {"steps": 100, "guidance_steps": 50, "guidance_span": 0.3},
     "object": {"steps": 300, "guidance_steps": 180, "guidance_span": 0.4},
     "inversion-300": {"steps": 300, "guidance_steps": 200, **INVERSION},
-    "inversion-500": {"steps": 500, "guidance_steps": 300, **INVERSION}}
+    "inversion-500": {"steps": 500, "guidance_steps": 300, **INVERSION},
+    **FEW_STEPS}
 FAST = "fast"                           # two thirds of the weights' own steps, in all that counts
 # Of the weight of the semantic loss to that of the motion loss, in the inversion variant.
 PUBLISHED_SEMANTIC_SHARE = 42 / 1667
@@ -89,15 +90,17 @@ def parser() -> Parser:
     group = p.add_argument_group("method; the defaults are kept with the weights")
     add = group.add_argument
     add("--preset", choices=(*PRESETS, FAST), help="published steps for camera or object motion; "
-        "published settings of --method inversion, in 300 or 500 steps; fast: two thirds of the "
-        "weights' own steps, 1.5 times the speed; cameras suffer")
-    add("--steps", type=int, help="of DDIM")
+        "published settings of --method inversion, in 300 or 500 steps; those of distilled motion "
+        "modules; fast: two thirds of the weights' own steps, 1.5 times the speed; cameras suffer")
+    add("--steps", type=int, help="from noise to the clip")
     add("--guidance-steps", type=int, help="how many of them, the first, are guided")
     add("--guidance-every", type=int, metavar="N", help="take the gradient in every N-th guided "
         "step only, and use it in the others too")
     add("--guidance-span", type=float, help="share of the noise range that these cover")
     add("--spacing", choices=SPACINGS, help="of the timesteps: uneven has the guided ones in their "
-        "span, linspace all evenly, leading as AnimateDiff")
+        "span, linspace all evenly, leading as AnimateDiff, trailing and lcm if distilled")
+    add("--solver", choices=SOLVERS, help="of the steps: DDIM, or LCM of consistency models, which "
+        "puts back fresh noise")
     add("--warmup", type=int, metavar="N", help="guided steps over which the guidance rises")
     add("--cooldown", type=int, metavar="N", help="guided steps over which it falls at the end")
     add("--cfg-scale", type=float, help="classifier-free guidance, uncond + s (cond - uncond)")

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import check_finite, meta_model, metadata
-from ..config import ModelConfig, SampleConfig, SparseCtrlConfig
+from ..config import FEW_STEPS, ModelConfig, SampleConfig, SparseCtrlConfig
 from ..errors import InputError
 from ..files import stream_safetensors
 from ..temporal import position_encoding
 from . import names as rename
 from .changes import Delta, bare
-from .formats import BASE, MOTION, SPARSECTRL, TEXT, VAE, Source
+from .formats import BASE, MOTION, SPARSECTRL, TEXT, VAE, Source, distilled
 from .lazy import LazyTensor
 from .lora import Lora, all_deltas, merged
 from .sizes import made, sparsectrl_config, text_config, unet_config, vae_config
@@ -151,7 +151,8 @@ def infer_config(name: str, parts: Mapping[str, Source]) -> ModelConfig:
         sparsectrl=SparseCtrlConfig() if control is None else sparsectrl_config(
             control.path, control.shapes("sparsectrl"), control.config("sparsectrl"),
             control.max_frames),
-        sample=SampleConfig(frames=min(16, motion.max_frames)))
+        sample=SampleConfig(frames=min(16, motion.max_frames),
+                            **FEW_STEPS.get(distilled(motion.path), {})))
 
 
 def check(paths: Mapping[str, Path], weights: Mapping[str, LazyTensor],

@@ -177,12 +177,21 @@ def motion_module(path: Path, checkpoint: Checkpoint) -> Source:
                          "here")
     converted = not any(".temporal_transformer." in name for name in tensors)
     version = motion_version(path, modules, length, converted)
-    return Source(path, MOTION, f"an AnimateDiff motion module, {version}", checkpoint,
+    kind = f", {distilled(path)}" if distilled(path) else ""
+    return Source(path, MOTION, f"an AnimateDiff motion module, {version}{kind}", checkpoint,
                   {"motion": modules}, dropped, version,
                   24 if version == "v1" else length or 32)
 
 
 FOREIGN_PART = "another method's part, without which the motion may differ"
+
+
+def distilled(path: Path) -> str:
+    """The settings, of FEW_STEPS, that a motion module is distilled for, or "". Its tensors are as
+    others are: nothing but the name of the file, or of its folder, tells."""
+    said = "/".join(path.absolute().parts[-2:]).lower()
+    steps = re.search(r"lightning.*?([248])step", said)
+    return f"lightning-{steps[1]}" if steps else "animatelcm" if "animatelcm" in said else ""
 
 
 def motion_version(path: Path, modules: dict[str, str], length: int, converted: bool) -> str:

@@ -218,8 +218,7 @@ def measured(args: argparse.Namespace, model: Model, config: SampleConfig, seed:
              ) -> dict[str, dict[str, float]]:
     """Figures of the result's latents, and of an unguided sample from the same noise."""
     *_, unguided = progress("unguided", config.steps)(
-        sample(model, args.prompt, None, config, condition=condition,
-               generator=seeded(seed)))
+        sample(model, args.prompt, None, config, condition=condition, generator=seeded(seed)))
     strongest = dataclasses.replace(config, top_k=1)
 
     def motion(latents: torch.Tensor) -> Motion:

@@ -186,6 +186,7 @@ class SampleConfig(Checked):
     warmup: int = within(10, 0)         # guided steps over which lambda rises at the start
     cooldown: int = within(10, 0)       # and falls at the end
     guidance_every: int = within(1, 1)  # guided steps to one gradient, which they all use
+    guidance_repeats: int = within(1, 1)    # times that a step is taken which takes a gradient
 
     extract_t: int = within(400, 0, 999)    # t_alpha: the noise under which the reference is read
     top_k: int = within(1, 1)           # values kept of each row of a map
@@ -229,13 +230,15 @@ class SampleConfig(Checked):
 
 
 # What distilled motion modules are published with: AnimateDiff-Lightning (arXiv 2403.12706) and
-# AnimateLCM (arXiv 2402.00769). Guided are the steps from t = 700 up, the method's own span.
+# AnimateLCM (arXiv 2402.00769). Guided are the steps from t = 700 up, the method's own span, each
+# three times: what so few lose of the motion once, BENCHMARKS.md tells.
+GUIDED_THRICE = {"guidance_repeats": 3, "warmup": 0, "cooldown": 0}
 FEW_STEPS: dict[str, dict[str, Any]] = {
     **{f"lightning-{steps}": {"steps": steps, "guidance_steps": guided, "spacing": "trailing",
-                              "cfg_scale": 1.0, "warmup": 0, "cooldown": 0}
+                              "cfg_scale": 1.0, **GUIDED_THRICE}
        for steps, guided in ((2, 1), (4, 2), (8, 3))},
     "animatelcm": {"steps": 6, "guidance_steps": 2, "spacing": "lcm", "solver": "lcm",
-                   "cfg_scale": 2.0, "warmup": 0, "cooldown": 0}}
+                   "cfg_scale": 2.0, **GUIDED_THRICE}}
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
     guides     others beside the motion, or in its place (`Guide`)
     latents    the starting noise (1, c, f, h, w), standard normal; drawn from the CPU
                `generator` where not given, so that a seed means the same on every device; what
-               the solver "lcm" draws at each step is drawn from it too
+               the solver "lcm" and guidance_repeats draw on the way is drawn from it too
     condition  of a model with SparseCtrl, from `sparse_condition`: frames that are given
     recompute  in guided steps, as `UNet3D` does it: less memory, more time, the same numbers
 
@@ -75,16 +75,22 @@ def guided(trajectory: "Trajectory", z: Tensor, guides: Sequence[Guide], recompu
     seen_at_once = z[:, :, :trajectory.windows.length]
     for i, (t, _) in enumerate(trajectory.steps):
         g, lambda_t = None, guidance_weight(i, config, seen_at_once) if guides else 0.0
+        descends = lambda_t > 0 and i % config.guidance_every == 0
 
-        # 1. The noise under the prompt and, in the first steps, the gradient of g (eq. 3).
-        if lambda_t and i % config.guidance_every == 0:
-            eps, g, grad = noise_and_gradient(trajectory, z, t, guides, recompute)
-        else:
-            eps = trajectory.noise(z, t, trajectory.text)
+        for again in reversed(range(config.guidance_repeats if descends else 1)):
+            # 1. The noise under the prompt and, in the first steps, the gradient of g (eq. 3).
+            if descends:
+                eps, g, grad = noise_and_gradient(trajectory, z, t, guides, recompute)
+            else:
+                eps = trajectory.noise(z, t, trajectory.text)
 
-        # 2. Classifier-free guidance. 3. DDIM, whose direction alone is guided (eq. 1).
-        slope = lambda_t * grad if lambda_t else None
-        z = trajectory.step(i, z, eps, slope)
+            # 2. Classifier-free guidance. 3. DDIM, whose direction alone is guided (eq. 1).
+            slope = lambda_t * grad if lambda_t else None
+            z = trajectory.step(i, z, eps, slope)
+
+            # 4. Where the step is repeated, the noise that it took away is put back, drawn anew.
+            if again:
+                z = trajectory.back(i, z)
 
         if not torch.isfinite(z).all() or (g is not None and not torch.isfinite(g)):
             raise NumericalError(f"not finite at step {i + 1} of {config.steps} (timestep {t}): "
@@ -162,12 +168,21 @@ class Trajectory:
         if scale != 1:
             eps_null = self.noise(z, t, self.null)
             eps = eps_null + scale * (eps - eps_null)
-        direction = eps
-        if self.config.solver == "lcm":
-            direction = torch.randn(z.shape, generator=self.generator).to(z.device)
+        direction = self.drawn(z) if self.config.solver == "lcm" else eps
         if slope is not None:
             direction = direction - (1 - abar).sqrt() * slope
         return ddim_step(z, eps, direction, abar, abar_prev)
+
+    def back(self, i: int, z: Tensor) -> Tensor:
+        """z_{t-1} -> z_t of step i, by fresh noise: universal guidance's recurrence (arXiv
+        2302.07121, section 3.3)."""
+        t, t_prev = self.steps[i]
+        kept = self.model.schedule.abar(t) / self.model.schedule.abar(t_prev)
+        return kept.sqrt() * z + (1 - kept).sqrt() * self.drawn(z)
+
+    def drawn(self, z: Tensor) -> Tensor:
+        """Fresh noise like z, from the CPU generator."""
+        return torch.randn(z.shape, generator=self.generator).to(z.device)
 
 
 def predict(model: Model, z: Tensor, t: int, text: Tensor, wanted: Wanted = Wanted(),

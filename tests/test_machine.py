@@ -23,6 +23,7 @@ def test_activations_are_recomputed_when_they_would_not_fit(small, monkeypatch):
         assert pick_recompute(memory, small, config) == expected
     long = dataclasses.replace(config, frames=2 * config.frames)
     assert guided_bytes(small, long) == 2 * needed
+    assert guided_bytes(small, dataclasses.replace(long, window=config.frames)) == needed
     with pytest.raises(InputError, match="memory 'some' is not known: auto, low, high"):
         pick_recompute("some", small, config)
 

@@ -440,3 +440,5 @@ def test_a_long_clip_has_all_that_a_short_one_has(tmp_path, capsys):
     assert (tmp_path / "b.mp4").read_bytes() == out.read_bytes()
     assert run(*argv) == 2
     assert "in windows of 16 frames from (0, 10) on" in capsys.readouterr().err
+    every = parse(["--ref", REF, "--prompt", "", "--frames", "20", "--top-k", "all"])
+    assert check(every)[0].top_k == 16

@@ -62,6 +62,24 @@ def test_guidance_is_one_gradient_step_on_the_direction(small, motion):
     assert moved.abs().max() > 1e-3
 
 
+def test_repeated_steps_start_from_their_noise_again(small, motion):
+    """Twice the first step, written out: there, back by fresh noise, there again."""
+    config = dataclasses.replace(small.config.sample, motion_scale=3e5)
+    twice = next(sample(small, "a star", motion, dataclasses.replace(config, guidance_repeats=2),
+                        latents=clip(3), generator=torch.Generator().manual_seed(1)))
+    z = next(sample(small, "a star", motion, config, latents=clip(3))).latents
+    kept = small.schedule.abar(999) / small.schedule.abar(850)
+    z = kept.sqrt() * z + (1 - kept).sqrt() * randn(*z.shape, seed=1)
+    again = next(sample(small, "a star", motion, config, latents=z))
+    assert torch.allclose(twice.latents, again.latents, atol=1e-5)
+    assert twice.loss == pytest.approx(again.loss, rel=1e-4)
+    config = dataclasses.replace(config, guidance_repeats=2, guidance_every=2)
+    seeds = [list(sample(small, "a star", motion, config, latents=clip(3),
+                         generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)]
+    shared = [torch.equal(a.latents, b.latents) for a, b in zip(*seeds)]
+    assert not any(shared) and [s.loss is None for s in seeds[0]] == [0, 1, 0, 1, 1, 1]
+
+
 def test_consistency_steps_draw_their_noise_from_the_generator_and_are_guided_alike(small, motion):
     def run(motion, seed, **changes):
         config = dataclasses.replace(small.config.sample, solver="lcm", motion_scale=3e5, **changes)

@@ -96,6 +96,8 @@ def parser() -> Parser:
     add("--guidance-steps", type=int, help="how many of them, the first, are guided")
     add("--guidance-every", type=int, metavar="N", help="take the gradient in every N-th guided "
         "step only, and use it in the others too")
+    add("--guidance-repeats", type=int, metavar="N", help="take each guided step N times, from its "
+        "noise on: of few steps (8, of them 4 guided) 3 times keep the motion")
     add("--guidance-span", type=float, help="share of the noise range that these cover")
     add("--spacing", choices=SPACINGS, help="of the timesteps: uneven has the guided ones in their "
         "span, linspace all evenly, leading as AnimateDiff, trailing and lcm if distilled")

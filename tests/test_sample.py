@@ -129,7 +129,7 @@ def test_semantic_guidance_changes_the_clip(tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--subject", "ball", "star"], "the word 'star' is not in the prompt ''"),
+    (["--subject", "ball", "star"], "the word 'ball' is not in the prompt ''"),
     (["--method", "inversion", "--save-motion", "m"], "leave out --motion and --save-motion"),
     (["--ref-prompt", "a cat"], "belongs to --method inversion or --subject"),
     (["--inversion-steps", "9"], "belong to --method inversion"),
@@ -229,7 +229,7 @@ def test_syntax_of_other_programs_is_said_to_be_plain_text(prompt, found):
     for option in ("--prompt", "--negative-prompt"):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            check(parse(["--ref", REF, "--prompt", "", option, prompt]))
+            check(parse(overriding("--ref", REF, "--prompt", "", option, prompt)))
         assert [str(w.message).partition(" goes to the model as plain")[0] for w in said] == (
             [found] if found else [])
 

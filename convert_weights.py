@@ -26,7 +26,7 @@ from typing import Iterable
 from tqdm import tqdm
 
 from mcl import InputError
-from mcl.command import Parser, answer, carry_out
+from mcl.command import Once, Parser, answer, carry_out
 from mcl.convert import assemble
 from mcl.convert.formats import (BASE, FOREIGN_PART, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS,
                                  Source, read_source)
@@ -41,16 +41,16 @@ CHUNK = 1 << 24
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(prog="convert_weights.py", description=__doc__.splitlines()[0])
+    p = Parser(prog="convert_weights.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = p.add_argument
-    add("--base", type=Path, metavar="B",
+    add("--base", type=Path, action=Once, metavar="B",
         help="Stable Diffusion 1.5: .safetensors, .ckpt, or a folder of diffusers")
-    add("--motion-module", type=Path, metavar="M",
+    add("--motion-module", type=Path, action=Once, metavar="M",
         help="of AnimateDiff, v1, v2 or v3, or a MotionAdapter of diffusers")
-    add("--sparsectrl", type=Path, metavar="S",
+    add("--sparsectrl", type=Path, action=Once, metavar="S",
         help="of AnimateDiff, rgb or scribble: then sample.py takes pictures or sketches")
-    add("--vae", type=Path, metavar="V", help="in place of the base's")
-    add("--text-encoder", type=Path, metavar="T", help="in place of the base's")
+    add("--vae", type=Path, action=Once, metavar="V", help="in place of the base's")
+    add("--text-encoder", type=Path, action=Once, metavar="T", help="in place of the base's")
     for option, what in zip(LORAS, ("AnimateDiff's domain adapter", "of kohya, A1111, diffusers "
                                     "or PEFT", "of AnimateDiff, for its motion modules")):
         add(option, type=parse_scaled, nargs="+", action="extend", default=[],
@@ -60,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="F", help="the file to write, a .safetensors")
     add("--dtype", choices=SHORT, default="fp16", help="of what is written (default: %(default)s)")
     add("--name", help="of the model (default: the name of the file)")
-    add("--check", type=Path, nargs="+", metavar="FILE", help="say what each file is, and stop")
+    add("--check", type=Path, nargs="+", action="extend", metavar="FILE", help="say what each file is, and stop")
     return p.parse_args(argv)
 
 

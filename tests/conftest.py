@@ -18,17 +18,6 @@ SMALL = ModelConfig(
                         cooldown=2))
 
 
-def overriding(*argv):
-    """A command line on which later options take the place of earlier ones of their name."""
-    groups = {}
-    for word in map(str, argv):
-        if word.startswith("--"):
-            name = word
-            groups.pop(name, None)
-        groups.setdefault(name, []).append(word)
-    return [word for group in groups.values() for word in group]
-
-
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import convert_weights
 import sample as command
 from mcl import load_model, read_video
 from mcl.config import FEW_STEPS, SD15, SD15_V1, SD15_V2, from_dict
@@ -408,3 +409,10 @@ def test_what_stops_it_leaves_no_file(error, code, line, folder, tmp_path, monke
 def test_without_a_file_to_write_it_says_so(capsys):
     assert convert("--base", "x") == 2
     assert "with --out" in capsys.readouterr().err
+
+
+def test_a_second_file_for_one_place_is_refused(capsys):
+    """Which argparse would take in silence, and forget the first."""
+    for option in ("--sparsectrl", "--base", "--motion-module", "--vae", "--text-encoder"):
+        assert convert_weights.main([option, "a", option, "b", "--out", "c.safetensors"]) == 2
+        assert f"error: {option} is given twice, and takes one file" in capsys.readouterr().err

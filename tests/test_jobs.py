@@ -66,6 +66,7 @@ def test_many_jobs_run_with_one_model_and_write_what_each_alone_would(loaded):
     (["{}", '{"out": "b.mp4", "steps": 0}'], "line 2: --steps 0 is not possible"),
     (["{}", '{"out": "b.mp4", "ref": "none.mp4"}'], "line 2: none.mp4: no such file"),
     (["{}", '{"out": "b.mp4", "ref": "text.mp4"}'], "line 2: text.mp4: cannot be decoded"),
+    (["{}", '{"out": "b.mp4", "stride": 9}'], "line 2: ref.mp4: --stride 9 is not possible"),
     (["{}", '{"out": "b.mp4", "start": 99}'], "line 2: ref.mp4: start 99 s is past the end")])
 def test_jobs_that_cannot_be_are_refused_before_any_is_begun(lines, message, capsys, loaded):
     Path("text.mp4").write_text("no film")

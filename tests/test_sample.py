@@ -15,15 +15,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import convert_weights
 import sample as command
 from mcl import InputError, Motion, SampleConfig, load_model, read_video
 from mcl.checkpoint import save_model
 from mcl.command.options import check, parse, seeded, settings
 from mcl.files import MARK
 from mcl.measure.pictures import motion_pictures
-
-from .conftest import overriding
 
 ROOT = Path(__file__).parent.parent
 REF = str(ROOT / "examples" / "figure_eight.mp4")
@@ -39,7 +36,7 @@ def keep_warnings():
 
 
 def run(*argv):
-    return command.main(overriding(*argv))
+    return command.main([str(a) for a in argv])
 
 
 def clone(out, *argv, prompt=PROMPT):
@@ -205,19 +202,6 @@ def test_words_the_model_does_not_know_are_named(tmp_path, capsys):
     assert "not trained on: zebra;" in warning and "heart" in warning
 
 
-@pytest.mark.parametrize("main, option, values", [
-    (command.main, "--seed", [["1"], ["2"]]),
-    (convert_weights.main, "--sparsectrl", [["a"], ["b"]]),
-    (convert_weights.main, "--check", [["a"], ["b"]])])
-def test_an_option_of_one_value_is_not_given_twice(main, option, values, capsys):
-    assert main([option, *values[0], option, *values[1]]) == 2
-    assert f"error: {option} is given twice" in capsys.readouterr().err
-
-
-def test_a_jobs_own_options_go_before_those_of_all_jobs():
-    assert parse(["--seed", "2"], ["--prompt", "", "--seed", "1"]).seed == 2
-
-
 @pytest.mark.parametrize("prompt, found", [
     ("a (red:1.2) star", "(red:1.2)"), ("a (red star: 2)", "(red star: 2)"),
     ("an (mp4:.5)", "(mp4:.5)"), ("((red)) star", "((red))"), ("[red] star", "[red]"),
@@ -229,7 +213,7 @@ def test_syntax_of_other_programs_is_said_to_be_plain_text(prompt, found):
     for option in ("--prompt", "--negative-prompt"):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            check(parse(overriding("--ref", REF, "--prompt", "", option, prompt)))
+            check(parse(["--ref", REF, "--prompt", "", option, prompt]))
         assert [str(w.message).partition(" goes to the model as plain")[0] for w in said] == (
             [found] if found else [])
 

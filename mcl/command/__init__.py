@@ -102,23 +102,17 @@ def foreseen(error: BaseException) -> bool:
 
 
 class Once(argparse.Action):
-    """Keeps the value of an option; of a second one argparse would forget the first."""
-    given = False
+    """Keeps a file that an option names; of a second one argparse would forget the first."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option: str | None = None) -> None:
-        if self.given:
-            parser.error(f"{option} is given twice, and takes one value")
-        self.given = True
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} is given twice, and takes one file")
         setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line, like every other wrong input. For one use: options are counted."""
-
-    def __init__(self, prog: str, description: str | None = None, add_help: bool = True):
-        super().__init__(prog, description=description, add_help=add_help, allow_abbrev=False)
-        self.register("action", None, Once)     # of options that do not say how they are kept
+    """Wrong usage is one line, like every other wrong input."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does it, which would lose a value that is -- alone; a space before it says

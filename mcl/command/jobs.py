@@ -30,7 +30,7 @@ def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
 
     Raises InputError, with the file and line, for what no job can be made of.
     """
-    first = Parser(prog="sample.py", add_help=False)
+    first = Parser(prog="sample.py", add_help=False, allow_abbrev=False)
     first.add_argument("--jobs", type=Path)
     known, common = first.parse_known_args(argv)
     if known.jobs is None:
@@ -51,7 +51,7 @@ def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
             options = json.loads(line)
             if not isinstance(options, dict):
                 raise ValueError("not an object of options")
-            job = parse(words(options), common)
+            job = parse([*common, *words(options)])
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: {error}") from error
         job.jobs, job.where = known.jobs, where
@@ -91,19 +91,19 @@ def check_all(jobs: list[argparse.Namespace]) -> list[tuple[SampleConfig, float]
         try:
             checked.append(check(args))
             if args.jobs is not None:   # else it is read at once
-                try_reading(args)
+                try_reading(args, checked[-1][0].frames)
         except InputError as error:
             raise InputError(f"{args.where}: {error}" if args.where else str(error)) from error
     check_files(jobs)
     return checked
 
 
-def try_reading(args: argparse.Namespace) -> None:
+def try_reading(args: argparse.Namespace, frames: int) -> None:
     """Raises InputError for a reference or a picture that cannot be read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # which is said when it is read in earnest
         if args.ref is not None:
-            read_video(args.ref, 1, (8, 8), args.start, args.duration)
+            read_video(args.ref, frames, (8, 8), args.start, args.duration, stride=args.stride)
         for path, _ in args.image:
             read_picture(path, (8, 8))
 

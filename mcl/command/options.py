@@ -53,25 +53,11 @@ SYNTAX = re.compile("|".join((
 REFERENCE_SEED = 1 << 32
 
 
-def parse(argv: list[str] | None = None, common: list[str] | None = None) -> argparse.Namespace:
-    """The options, over those that are common to all jobs."""
-    args = parser().parse_args(argv, parser().parse_args(common or []))
-    if args.prompt is None:
-        raise InputError("give the prompt with --prompt; it may be empty")
-    args.where = ""                     # the line of a file of jobs
-    args.device = own_device(args.device)
-    inverted = "inversion_steps" in PRESETS.get(args.preset, {})
-    args.method = args.method or ("inversion" if inverted else "single-step")
-    if inverted and args.method != "inversion":
-        raise InputError(f"--preset {args.preset} belongs to --method inversion")
-    return args
-
-
-def parser() -> Parser:
-    p = Parser(prog="sample.py", description=DESCRIPTION)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = Parser(prog="sample.py", description=DESCRIPTION, allow_abbrev=False)
     add = p.add_argument
     add("--ref", type=Path, help="reference video, gif or folder of images")
-    add("--prompt", help="what the new video shows; may be empty")
+    add("--prompt", required=True, help="what the new video shows; may be empty")
     add("--negative-prompt", help="what it should not show")
     add("--weights", type=Path, help="model file; the embedded one without it")
     add("--out", type=Path, default=Path("out.mp4"),
@@ -165,7 +151,14 @@ def parser() -> Parser:
     add("--dtype", default="auto", choices=("auto", *DTYPES))
     add("--memory", default="auto", choices=MEMORY, help="low computes activations a second time "
         "for the gradient rather than keep them, high never does, auto if they would not fit")
-    return p
+    args = p.parse_args(argv)
+    args.where = ""                     # the line of a file of jobs
+    args.device = own_device(args.device)
+    inverted = "inversion_steps" in PRESETS.get(args.preset, {})
+    args.method = args.method or ("inversion" if inverted else "single-step")
+    if inverted and args.method != "inversion":
+        raise InputError(f"--preset {args.preset} belongs to --method inversion")
+    return args
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -60,7 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="F", help="the file to write, a .safetensors")
     add("--dtype", choices=SHORT, default="fp16", help="of what is written (default: %(default)s)")
     add("--name", help="of the model (default: the name of the file)")
-    add("--check", type=Path, nargs="+", action="extend", metavar="FILE", help="say what each file is, and stop")
+    add("--check", type=Path, nargs="+", action="extend", metavar="FILE",
+        help="say what each file is, and stop")
     return p.parse_args(argv)
 
 

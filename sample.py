@@ -42,7 +42,7 @@ from mcl.measure.pictures import draw
 from mcl.measure.report import measure, table
 from mcl.sampler import starting_noise
 from mcl.semantic import Subject, noised, semantic_guide, subject_of
-from mcl.video import has_sound
+from mcl.decode import has_sound
 
 
 kept_digest = functools.cache(digest)   # of what is read, which one run finds as it is

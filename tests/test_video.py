@@ -14,10 +14,11 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from einops import rearrange, repeat
 from PIL import Image, ImageOps
 
-from mcl import video, writers
+from mcl import decode, writers
+from mcl.decode import has_sound
 from mcl.errors import InputError, NumericalError
 from mcl.files import MARK
-from mcl.video import has_sound, read_picture, read_video
+from mcl.video import FITS, read_picture, read_video
 from mcl.writers import check_writable, write_video
 
 
@@ -348,7 +349,7 @@ def test_fit(tmp_path, turned):
     assert (stretched[:, 1:3] - (picture[:, 2:6:2] + picture[:, 3:6:2]) / 2).abs().max() <= 1
 
 
-@pytest.mark.parametrize("fit", video.FITS)
+@pytest.mark.parametrize("fit", FITS)
 def test_extreme_shapes(tmp_path, fit):
     thread = image_folder(tmp_path / "clip", {"a.png": np.full((1, 64), 200, np.uint8)})
     for size in ((16, 16), (64, 1)):
@@ -476,10 +477,10 @@ def test_hdr_is_brought_to_the_usual_range(tmp_path, transfer, full, depth):
 def test_the_transfer_and_the_primaries_are_what_file_or_frame_say():
     red = np.zeros((2, 2, 3), np.uint16) + np.array([30000, 0, 0], np.uint16)
     frame = av.VideoFrame.from_ndarray(red, "rgb48le")
-    usual, promised = (video._video_rgba(frame, trc)[0, 0] for trc in (1, ColorTrc.SMPTE2084))
+    usual, promised = (decode._video_rgba(frame, trc)[0, 0] for trc in (1, ColorTrc.SMPTE2084))
     assert usual[0] < 120 and promised[0] > 150
     frame.color_trc, frame.color_primaries = ColorTrc.SMPTE2084, ColorPrimaries.BT709
-    narrow = video._video_rgba(frame, 1)[0, 0]
+    narrow = decode._video_rgba(frame, 1)[0, 0]
     assert promised[0] > narrow[0] > 120 and narrow[1] == promised[1] == 0
 
 

@@ -14,7 +14,9 @@ from diffusers import UNetMotionModel
 from einops import repeat
 from torch import Tensor
 
-from ..config import SD15, UNetConfig
+from ..command import Parser, answer, carry_out
+from ..config import SD15, SampleConfig, UNetConfig
+from ..errors import InputError
 from ..unet import UNet3D
 from .bench import random_model
 
@@ -48,12 +50,20 @@ def oracle_noise(oracle: Any, z: Tensor, t: int, text: Tensor) -> Tensor:
     return noise
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    p = Parser(prog="-m mcl.measure.against_diffusers", description=__doc__.splitlines()[0])
     p.add_argument("--size", type=int, default=256)
     p.add_argument("--frames", type=int, default=16)
     p.add_argument("--repeat", type=int, default=3)
-    args = p.parse_args()
+    return answer(lambda: run(p.parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> None:
+    SampleConfig(frames=args.frames, height=args.size)      # refuses what is below 1
+    if args.repeat < 1 or args.size % SD15.vae.downsampling or (
+            args.frames > SD15.unet.max_frames):
+        raise InputError(f"--size is a multiple of {SD15.vae.downsampling}, --frames at most "
+                         f"{SD15.unet.max_frames}, --repeat 1 or more")
     ours = random_model(SD15, torch.device("cpu"), torch.float32).unet
     theirs = diffusers_unet(ours, SD15.unet)
     side = args.size // SD15.vae.downsampling
@@ -76,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(main)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import meta_model
+from ..command import Parser, answer, carry_out
 from ..config import SD15
-from ..files import stream_safetensors
+from ..files import atomic, check_target, stream_safetensors
 
 ROOT = Path(__file__).parent.parent.parent
 LOAD = "from mcl import load_model; load_model({!r}, device='cpu', dtype='float16')"
@@ -41,13 +42,20 @@ def measured(what: str, argv: Sequence[str]) -> None:
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, what
+    if status:
+        raise MemoryError(f"to {what} failed with status {status}")
     print(f"{what}: {time.perf_counter() - began:.0f} s, {usage.ru_maxrss * 1024 / 1e9:.2f} GB "
           "of memory at most")
 
 
-def main() -> None:
-    folder = Path(sys.argv[1]).resolve()
+def main(argv: list[str] | None = None) -> int:
+    p = Parser(prog="-m mcl.measure.full_size", description=__doc__.splitlines()[0])
+    p.add_argument("folder", type=Path, help="empty or new, for 9 GB of files")
+    return answer(lambda: run(p.parse_args(argv).folder.resolve()))
+
+
+def run(folder: Path) -> None:
+    check_target(folder, folder=True)
     base, module, out = (folder / name for name in ("sd15", "v3_sd15_mm.ckpt", "out.safetensors"))
     model = meta_model(SD15)
     motion = {name: t.shape for name, t in model.unet.state_dict().items() if "motion_mod" in name}
@@ -56,7 +64,8 @@ def main() -> None:
                   if name not in motion}
         (base / file).parent.mkdir(parents=True, exist_ok=True)
         stream_safetensors(base / file, shapes, torch.float32, numbers(shapes), {})
-    torch.save(dict(zip(motion, numbers(motion))), module)
+    with atomic(module) as temporary:
+        torch.save(dict(zip(motion, numbers(motion))), temporary)
     sizes = [sum((base / file).stat().st_size for file in FILES.values()), module.stat().st_size]
     print(" + ".join(f"{size / 1e9:.2f}" for size in sizes) + " GB")
     measured("convert to fp16", ["convert_weights.py", "--base", str(base), "--motion-module",
@@ -66,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(main)

@@ -18,7 +18,7 @@ from .config import SampleConfig
 from .errors import InputError, NumericalError
 from .files import save_safetensors
 from .model import Model
-from .motion import Guide, Motion, motion_loss, strongest
+from .motion import Guide, Motion, finite, motion_loss, strongest
 from .sampler import clip_shape, predict
 from .schedule import Schedule, ddim_step
 from .temporal import Attended, Wanted
@@ -71,9 +71,10 @@ class Inversion:
         windows = windows_of(config.frames, config, self.model.config.unet.max_frames)
         starts = windows.starts if start is None else (start,)
         h, w = self.latents[t].shape[-2:]
-        return strongest([self.attend(t, Wanted(config.blocks), windows.at(each)).temporal_maps
-                          for each in starts],
-                         config.top_k, windows, {"frames": config.frames, "height": h, "width": w})
+        return finite(strongest(
+            [self.attend(t, Wanted(config.blocks), windows.at(each)).temporal_maps
+             for each in starts],
+            config.top_k, windows, {"frames": config.frames, "height": h, "width": w}))
 
 
 def inversion_guide(inversion: Inversion, config: SampleConfig) -> Guide:

@@ -148,9 +148,9 @@ def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = 
         return model.unet.attend(z[:, :, here].to(model.dtype), t, null, Wanted(config.blocks),
                                  model.residuals(given, t, null)).temporal_maps
 
-    return strongest(map(maps, windows.starts), k, windows, {
+    return finite(strongest(map(maps, windows.starts), k, windows, {
         "model": model.sha256, "t": t, "k": k, "blocks": list(config.blocks), "frames": frames,
-        "height": latents.shape[3], "width": latents.shape[4]})
+        "height": latents.shape[3], "width": latents.shape[4]}))
 
 
 def strongest(maps: Iterable[Mapping[str, Tensor]], k: int, windows: Windows, info: dict[str, Any]
@@ -158,12 +158,17 @@ def strongest(maps: Iterable[Mapping[str, Tensor]], k: int, windows: Windows, in
     """The k largest values of each row of the maps, one set of them for each window, and where they
     are (eqs. 4, 5)."""
     top = [{name: probs.topk(k, dim=-1) for name, probs in seen.items()} for seen in maps]
-    if not all(torch.isfinite(found.values).all() for each in top for found in each.values()):
-        raise NumericalError("the reference's attention is not finite: dtype float32 may mend it")
     several = {"window": windows.length, "starts": list(windows.starts)} if len(top) > 1 else {}
     return Motion({name: torch.cat([found[name].values for found in top]) for name in top[0]},
                   {name: torch.cat([found[name].indices for found in top]) for name in top[0]},
                   info | several)
+
+
+def finite(motion: Motion) -> Motion:
+    """The same. Raises NumericalError where it is not finite."""
+    if not all(torch.isfinite(values).all() for values in motion.values.values()):
+        raise NumericalError("the reference's attention is not finite: dtype float32 may mend it")
+    return motion
 
 
 def motion_loss(maps: Mapping[str, Tensor], motion: Motion,

@@ -257,7 +257,7 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     if (args.ref is None) == (args.motion is None):
         raise InputError("give the reference with --ref, or its kept motion with --motion")
     for option, path in reads(args):
-        if option != "--weights":       # of which `read_header` says more
+        if option not in ("--weights", "--image"):      # of which more is said below
             check_readable(path)
     if args.num_samples < 1:
         raise InputError(f"--num-samples {args.num_samples} is not possible: 1 or more")
@@ -310,6 +310,7 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
         if not -config.frames <= frame < config.frames:
             raise InputError(f"--image {image}@{frame}: the clip has frames 0 to "
                              f"{config.frames - 1}")
+        check_readable(image)
     for out in (args.out, *(clip.out for clip in clips_of(args))):
         check_writable(out)
     kept = args.inversion_dir           # which is gone on with, if it is there

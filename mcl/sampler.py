@@ -94,7 +94,8 @@ def guided(trajectory: "Trajectory", z: Tensor, guides: Sequence[Guide], recompu
 
         if not torch.isfinite(z).all() or (g is not None and not torch.isfinite(g)):
             raise NumericalError(f"not finite at step {i + 1} of {config.steps} (timestep {t}): "
-                                 "a smaller motion_scale or dtype float32 may mend it")
+                                 "a smaller motion_scale or cfg_scale, or dtype float32, may mend "
+                                 "it")
         yield State(i, t, z, None if g is None else float(g),
                     None if slope is None else float(slope.norm()))
 

@@ -54,7 +54,8 @@ class Schedule:
             ascending = np.concatenate([
                 np.linspace(0, border - 1, steps - guidance_steps).round(),
                 np.linspace(border, total - 1, guidance_steps).round()])
-        return [int(t) for t in ascending[::-1]]
+        # Leaves the range only in extreme settings, as 1000 leading steps.
+        return [int(t) for t in ascending[::-1].clip(0, total - 1)]
 
 
 def ddim_step(z: Tensor, eps: Tensor, direction: Tensor, abar: Tensor, abar_prev: Tensor

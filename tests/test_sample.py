@@ -305,7 +305,7 @@ def test_a_run_that_is_not_finite_fails_and_leaves_nothing(tmp_path, capsys):
                "--motion-scale", "1e38") == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "failed: not finite at step" in last
-    assert last.endswith("a smaller --motion-scale or --dtype float32 may mend it")
+    assert last.endswith("a smaller --motion-scale or --cfg-scale, or --dtype float32, may mend it")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,6 +38,12 @@ def test_other_spacings(schedule):
     assert t == [999, 749, 500, 250, 0]
 
 
+def test_timesteps_stay_in_the_range(schedule):
+    for arguments in ((3, "uneven", 1, 1e-300), (5, "uneven", 2, 1.0), (1000, "leading", 0, 0.3)):
+        found = schedule.timesteps(*arguments)
+        assert len(found) == arguments[0] and 0 <= min(found) <= max(found) <= 999
+
+
 @pytest.mark.parametrize("steps, guided", [(1, 0), (1, 1), (7, 7), (7, 0), (1000, 500)])
 def test_timesteps_descend_whatever_the_numbers(schedule, steps, guided):
     t = schedule.timesteps(steps, "uneven", guided, 0.4)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcl import InputError, Model
+from mcl import InputError, Model, Motion
 from mcl.checkpoint import meta_model, save_model
 from mcl.convert.assemble import check_positions, plan
 from mcl.convert.formats import recognise
@@ -368,3 +368,8 @@ def test_check_says_what_each_file_is(tmp_path, capsys):
     assert convert("--check", page, tmp_path / "m.safetensors") == 2
     assert "an HTML page" in (out := capsys.readouterr().out)
     assert "a converted model of this project" in out and "--weights" in out
+    x = {"up_blocks.1.motion_modules.0": torch.zeros(64, 1, 4, 1)}
+    info = {"model": "", "t": 400, "k": 1, "blocks": [], "frames": 4, "height": 8, "width": 8}
+    Motion(x, {name: v.long() for name, v in x.items()}, info).save(tmp_path / "kept")
+    assert convert("--check", tmp_path / "kept") == 2
+    assert "a kept motion, which python sample.py --motion takes" in capsys.readouterr().out

@@ -90,6 +90,8 @@ def recognise(path: Path, checkpoint: Checkpoint) -> Source:
             raise InputError(f"{path}: {what} ({found}), which cannot be used here")
     if checkpoint.metadata.get("format", "").startswith("mcl-model"):
         return Source(path, WEIGHTS, "a converted model of this project", checkpoint)
+    if checkpoint.metadata.get("format", "").startswith("mcl-motion"):
+        raise InputError(f"{path}: a kept motion, which python sample.py --motion takes")
     if not tensors:
         raise InputError(f"{path}: a checkpoint without tensors")
     if any(map(CONTROLNET.match, tensors)) and not has(tensors, UNET_LDM):

@@ -1,5 +1,6 @@
 """Shared by the tests: small random models, and the embedded one."""
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -7,6 +8,10 @@ from torch import nn
 
 from mcl import Model, ModelConfig, load_model
 from mcl.config import SampleConfig, TextConfig, UNetConfig, VAEConfig
+
+if "PYTEST_XDIST_WORKER" in os.environ:     # one of several, which share the cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"     # of the programs that tests start
 
 SMALL = ModelConfig(
     name="small",

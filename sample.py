@@ -38,13 +38,14 @@ from mcl.errors import InputError
 from mcl.files import digest, write_json
 from mcl.inversion import Inversion, inversion_guide, inversion_path, invert_motion
 from mcl.machine import keep_freed_memory, off_the_accelerator, pick_recompute
-from mcl.measure.pictures import draw
+from mcl.measure.page import Shown, write_page
 from mcl.measure.report import measure, table
-from mcl.sampler import starting_noise
+from mcl.sampler import guidance_weight, starting_noise
 from mcl.semantic import Subject, noised, semantic_guide, subject_of
 from mcl.decode import has_sound
 
 
+GLANCE = 8                              # steps of an unguided clip that is only looked at
 kept_digest = functools.cache(digest)   # of what is read, which one run finds as it is
 
 
@@ -113,13 +114,12 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
         states = sample(model, args.prompt, read if isinstance(read, Motion) else None, config,
                         guides=guides, latents=start, generator=generator, condition=condition,
                         recompute=recompute)
-        losses, grads = [], []
+        steps = []
         with off_the_accelerator(model.vae, model.text_encoder):
             bar = progress(f"seed {clip.seed}", config.steps)(states)
             for state in bar:
-                if state.loss is not None and state.grad_norm is not None:
-                    losses.append(state.loss)
-                    grads.append(state.grad_norm)
+                steps.append((state.t, state.loss, guidance_weight(state.step, config, start)))
+                if state.loss is not None:
                     bar.set_postfix(loss=f"{state.loss:.2e}")
         timing["sample"] = clock() - began
 
@@ -130,20 +130,26 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
         if reference is not None and clip.compared is not None:
             write_video(clip.compared, torch.cat([reference, frames], dim=-1), fps)
             print(clip.compared)
+        made = {"result": state.latents}
+        if args.report or clip.maps is not None:
+            made["unguided"] = unguided(args, model, config, clip.seed, condition)
         figures = {}
         if args.report and reference is not None:
-            figures = measured(args, model, config, clip.seed, condition, reference,
-                               state.latents)
+            figures = measured(model, config, reference, made)
             print(table(figures))
         if clip.maps is not None:
-            t = max(read.latents) if isinstance(read, Inversion) else config.extract_t
-            draw(clip.maps, reference, frames,
-                 read if isinstance(read, Motion) else read.motion(t, config),
-                 None if subject is None else subject.masks(t), losses, grads)
+            t = min(read.latents) if isinstance(read, Inversion) else config.extract_t
+            kept = read if isinstance(read, Motion) else read.motion(t, config)
+            every = dataclasses.replace(config, extract_t=t, top_k=kept.windows.length)
+            write_page(clip.maps, [shown_reference(args, model, every, read, reference, latents),
+                                   *shown_clips(args, model, every, condition, made)],
+                       kept, None if subject is None else subject.masks(t), steps,
+                       {**requested(clip, config, fps), "report": figures})
         write_json(clip.record, {
             **requested(clip, config, fps), "weights_sha256": model.sha256,
             "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-            "recompute": recompute, "torch": torch.__version__, "loss": losses, "report": figures,
+            "recompute": recompute, "torch": torch.__version__,
+            "loss": [g for _, g, _ in steps if g is not None], "report": figures,
             "seconds": {name: round(s, 3) for name, s in timing.items()},
             "written": digests(clip.made())})
         print(clip.out)
@@ -176,15 +182,19 @@ def read_reference(args: argparse.Namespace, model: Model, reference: torch.Tens
     if args.method == "inversion":
         bar = progress("inversion", len(inversion_path(model.schedule, config)))
         return invert_motion(model, latents, args.ref_prompt, config, bar, args.inversion_dir)
-    # Read under its own frames: the new clip's are not of this motion.
-    own = [reference[frame, None] for _, frame in args.image]
-    condition = given_frames(model, own, args, config)
-    motion = extract_motion(model, latents, config, noise=reference_noise(latents),
-                            condition=condition)
+    motion = read_once(args, model, reference, latents, config)
     if args.save_motion is not None:
         dataclasses.replace(motion, info=motion.info | {"source": args.ref.name}).save(
             args.save_motion)
     return motion
+
+
+def read_once(args: argparse.Namespace, model: Model, reference: torch.Tensor,
+              latents: torch.Tensor, config: SampleConfig) -> Motion:
+    # Read under its own frames: the new clip's are not of this motion.
+    own = [reference[frame, None] for _, frame in args.image]
+    return extract_motion(model, latents, config, noise=reference_noise(latents),
+                          condition=given_frames(model, own, args, config))
 
 
 def reference_noise(latents: torch.Tensor) -> torch.Tensor:
@@ -213,12 +223,20 @@ def guides_of(args: argparse.Namespace, model: Model, read: Motion | Inversion,
     return guides
 
 
-def measured(args: argparse.Namespace, model: Model, config: SampleConfig, seed: int,
-             condition: torch.Tensor | None, reference: torch.Tensor, result: torch.Tensor
-             ) -> dict[str, dict[str, float]]:
-    """Figures of the result's latents, and of an unguided sample from the same noise."""
-    *_, unguided = progress("unguided", config.steps)(
+def unguided(args: argparse.Namespace, model: Model, config: SampleConfig, seed: int,
+             condition: torch.Tensor | None) -> torch.Tensor:
+    """Latents of a clip of the same noise that nothing guides: in all steps where it is measured,
+    in few where it is only looked at."""
+    if not args.report:
+        config = dataclasses.replace(config, steps=min(GLANCE, config.steps), guidance_steps=0)
+    *_, last = progress("unguided", config.steps)(
         sample(model, args.prompt, None, config, condition=condition, generator=seeded(seed)))
+    return last.latents
+
+
+def measured(model: Model, config: SampleConfig, reference: torch.Tensor,
+             made: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Figures of clips, by the names of their latents."""
     strongest = dataclasses.replace(config, top_k=1)
 
     def motion(latents: torch.Tensor) -> Motion:
@@ -226,7 +244,34 @@ def measured(args: argparse.Namespace, model: Model, config: SampleConfig, seed:
 
     shown = motion(model.vae.encode(reference))
     return {name: measure(reference, model.vae.decode(z).float().cpu(), shown, motion(z))
-            for name, z in (("result", result), ("unguided", unguided.latents))}
+            for name, z in made.items()}
+
+
+def shown_reference(args: argparse.Namespace, model: Model, every: SampleConfig,
+                    read: Motion | Inversion, reference: torch.Tensor | None,
+                    latents: torch.Tensor | None) -> Shown:
+    """The reference, with every value of its attention that is known; `every` asks for all."""
+    t = every.extract_t
+    if isinstance(read, Inversion):
+        note, motion = f"inverted to timestep {t}, under its own prompt", read.motion(t, every)
+    elif reference is None or latents is None:
+        note, motion = "not at hand: of its rows, only what was kept is known", read
+    else:
+        note = f"noised once to timestep {t}, without a prompt"
+        motion = read_once(args, model, reference, latents, every)
+    return Shown("reference", note, reference, motion)
+
+
+def shown_clips(args: argparse.Namespace, model: Model, every: SampleConfig,
+                condition: torch.Tensor | None, made: dict[str, torch.Tensor]) -> list[Shown]:
+    """What was made, by its latents, with every value of its attention."""
+    steps = every.steps if args.report else min(GLANCE, every.steps)
+    alike = f"finished, then noised once to timestep {every.extract_t}, without a prompt"
+    said = {"unguided": ("unguided", f"of the same noise, in {steps} steps; {alike}"),
+            "result": ("clone", alike)}
+    return [Shown(*words, model.vae.decode(made[name]).float().cpu(), extract_motion(
+        model, made[name], every, noise=reference_noise(made[name]), condition=condition))
+            for name, words in said.items()]
 
 
 def given_frames(model: Model, pictures: list[torch.Tensor], args: argparse.Namespace,

@@ -70,8 +70,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "on the command line is for all")
     add("--report", action="store_true", help="also measure how well the clip follows, and an "
         "unguided one of the same noise beside it")
-    add("--maps", type=Path, metavar="DIR", help="also write pictures of what was read and done: "
-        "the motion over the reference, the loss, masks, all frames on one sheet")
+    add("--maps", type=Path, metavar="DIR", help="also write a page, index.html, to look at: the "
+        "clips in step, their temporal attention at any place, where the motion points, the loss")
 
     group = p.add_argument_group("method; the defaults are kept with the weights")
     add = group.add_argument

@@ -1,1 +1,1 @@
-"""Motion measured in finished pictures, pictures of the method, and what it costs."""
+"""Motion measured in finished pictures, the page that shows the method, and what it costs."""

@@ -28,17 +28,9 @@ def random_scene(rng: Rng, frames: int) -> Scene:
         angle = angle + eased(rng, frames, 0, rng.uniform(-3, 3))
 
     still = torch.zeros(frames)
-    pan, zoom, roll = torch.zeros(frames, 2), still, still
+    pan, zoom, roll = torch.zeros(frames, 2), still.exp(), still
     if camera:
-        kinds = rng.choice(["pan", "zoom", "roll"], 1 + (rng.random() < 0.25), replace=False,
-                           p=[.3, .3, .4])
-        if "pan" in kinds:
-            pan = path(rng, frames, reach=1.0)
-            pan = pan - pan.mean(dim=0)
-        if "zoom" in kinds:
-            zoom = eased(rng, frames, *rng.uniform(-.5, .5, 2))
-        if "roll" in kinds:
-            roll = eased(rng, frames, 0, rng.uniform(-1.5, 1.5))
+        pan, zoom, roll = moving_camera(rng, frames)
     if moving in ("object", "both"):
         centre = path(rng, frames, reach=1 - 0.8 * float(radius.max()))
     else:
@@ -49,7 +41,23 @@ def random_scene(rng: Rng, frames: int) -> Scene:
         ground=GROUNDS[ground], second=second_colour(rng, ground),
         cell=rng.uniform(.4, .65), texture_angle=rng.uniform(-.6, .6) * (rng.random() < 0.3),
         centre=centre, radius=radius.float(), angle=angle.float(),
-        pan=pan, zoom=zoom.exp(), roll=roll)
+        pan=pan, zoom=zoom, roll=roll)
+
+
+def moving_camera(rng: Rng, frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A camera's pan (f, 2), zoom (f,) and roll (f,); one of them moves, or two."""
+    still = torch.zeros(frames)
+    pan, zoom, roll = torch.zeros(frames, 2), still, still
+    kinds = rng.choice(["pan", "zoom", "roll"], 1 + (rng.random() < 0.25), replace=False,
+                       p=[.3, .3, .4])
+    if "pan" in kinds:
+        pan = path(rng, frames, reach=1.0)
+        pan = pan - pan.mean(dim=0)
+    if "zoom" in kinds:
+        zoom = eased(rng, frames, *rng.uniform(-.5, .5, 2))
+    if "roll" in kinds:
+        roll = eased(rng, frames, 0, rng.uniform(-1.5, 1.5))
+    return pan, zoom.exp(), roll
 
 
 def pick(rng: Rng, names: dict[str, tuple[float, float, float]]) -> str:
@@ -79,12 +87,15 @@ def eased(rng: Rng, frames: int, start: float, end: float) -> Tensor:
     return start + (end - start) * t
 
 
-def path(rng: Rng, frames: int, reach: float) -> Tensor:
-    """A path (f, 2) within [-reach, reach]: smooth curves, waypoints with stops, or bounces."""
+def path(rng: Rng, frames: int, reach: float, fastest: float = 1.5) -> Tensor:
+    """A path (f, 2) within [-reach, reach]: smooth curves, waypoints with stops, or bounces.
+
+    Curves have waves of up to `fastest` periods in a clip.
+    """
     time = np.linspace(0, 1, frames)
     kind = rng.choice(["curve", "waypoints", "bounce"], p=[.45, .3, .25])
     if kind == "curve":
-        points = curve(rng, time)
+        points = curve(rng, time, fastest)
     elif kind == "waypoints":
         points = waypoints(rng, time)
     else:
@@ -99,9 +110,9 @@ def path(rng: Rng, frames: int, reach: float) -> Tensor:
     return torch.tensor(corner + (points - low) * scale, dtype=torch.float32)
 
 
-def curve(rng: Rng, time: np.ndarray) -> np.ndarray:
-    """Three slow sine waves in each direction."""
-    waves, phases = rng.uniform(.2, 1.5, (3, 2, 1)), rng.uniform(0, 2 * np.pi, (3, 2, 1))
+def curve(rng: Rng, time: np.ndarray, fastest: float) -> np.ndarray:
+    """Three sine waves in each direction, the slow ones the larger."""
+    waves, phases = rng.uniform(.2, fastest, (3, 2, 1)), rng.uniform(0, 2 * np.pi, (3, 2, 1))
     heights = rng.normal(0, 1, (3, 2, 1)) / (.3 + waves)
     return (heights * np.sin(2 * np.pi * waves * time + phases)).sum(axis=0).T
 
@@ -135,9 +146,12 @@ def at(scene: Scene, frames: list[int]) -> Scene:
 
 def caption(scene: Scene, rng: Rng) -> str:
     """One of many phrasings of what is seen. Never says how it moves; may leave things out."""
+    if not scene.shape or scene.skin is not None:
+        return "a photo"
     colour = next(name for name, value in COLOURS.items() if value == scene.colour)
     shape = scene.shape
     ground = next(name for name, value in GROUNDS.items() if value == scene.ground)
+    ground = ground if scene.photo is None else "photo"
     if ground == "gray" and rng.random() < 0.25:
         ground = "grey"
     if scene.texture != "plain":
@@ -174,6 +188,6 @@ def an(words: str) -> str:
 
 
 VOCABULARY = tuple(sorted({
-    *SHAPES, *COLOURS, *GROUNDS, "grey", *TEXTURES[1:], "shape", "background", "ground",
+    *SHAPES, *COLOURS, *GROUNDS, "grey", *TEXTURES[1:], "photo", "shape", "background", "ground",
     "backdrop", "a", "an", "that", "is", "in", "on", "over", "against", "front", "of", "with",
     "and"}))

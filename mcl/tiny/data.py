@@ -1,15 +1,17 @@
 """What the embedded model is trained on: pictures as they are drawn, clips as latents on disk."""
 import sys
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..files import atomic
 from ..vae import AutoencoderKL
-from .clips import at, caption, random_scene
-from .scenes import TEXTURES, render
+from .clips import Rng, at, caption, random_scene
+from .scenes import TEXTURES, Scene, render
 from .trainer import autocast
 
 SIZE, FRAMES = 128, 16                  # of the embedded model's clips
@@ -32,41 +34,36 @@ def crop(rng: np.random.Generator, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor
             z[..., top:top + half, left:left + half])
 
 
-def encode_clips(folder: Path, vae: AutoencoderKL, clips: int, device: str) -> None:
-    """Draws clips and writes their latents to folder/latents, in files of SHARD."""
-    (folder / "latents").mkdir(exist_ok=True)
+def encode_clips(folder: Path, draw: Callable[[Rng, int], Scene], vae: AutoencoderKL, clips: int,
+                 device: str) -> None:
+    """Draws clips, by a random scene of so many frames, and writes their latents to a folder, in
+    files of SHARD."""
+    folder.mkdir(exist_ok=True)
     for first in range(0, clips, SHARD):
-        file = folder / "latents" / f"{first:06d}.pt"
+        file = folder / f"{first:06d}.pt"
         if file.exists():
             continue
         latents, logvars, captions = [], [], []
         for seed in range(first, first + SHARD):
             rng = np.random.default_rng([1, seed])
-            scene = random_scene(rng, FRAMES)
+            scene = draw(rng, FRAMES)
             frames = render(scene, SIZE).to(device, memory_format=torch.channels_last)
             with torch.no_grad(), autocast(device):
                 mean, logvar = vae.moments(frames)
             latents.append(mean.half().cpu())
             logvars.append(logvar.float().mean(dim=(0, 2, 3)).cpu())
             captions.append([caption(scene, rng) for _ in range(CAPTIONS)])
-        torch.save({"latents": torch.stack(latents), "captions": captions,
-                    "logvar": torch.stack(logvars).mean(dim=0)}, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
-        print(f"latents {first + SHARD}/{clips}", file=sys.stderr, flush=True)
+        with atomic(file) as temporary:
+            torch.save({"latents": torch.stack(latents), "captions": captions,
+                        "logvar": torch.stack(logvars).mean(dim=0)}, temporary)
+        print(f"{folder.name} {first + SHARD}/{clips}", file=sys.stderr, flush=True)
 
 
 class Clips:
-    """All encoded clips: latents (clips, f, c, h, w) float16, balanced.
-
-    The autoencoder's channels are alike in all that is bright or dark and differ little in hue.
-    Its latents z become `mix @ (z - mean)`, in which the standard deviation of each principal
-    component is the square root of what it was: colours then stand out of the noise as early in
-    sampling as brightness does. `fold` puts this into the autoencoder's own 1x1 convolutions.
-    """
+    """All encoded clips of a folder: latents (clips, f, c, h, w) float16."""
 
     def __init__(self, folder: Path):
-        shards = [torch.load(file, weights_only=True)
-                  for file in sorted((folder / "latents").glob("*.pt"))]
+        shards = [torch.load(file, weights_only=True) for file in sorted(folder.glob("*.pt"))]
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.logvar = torch.stack([shard["logvar"] for shard in shards]).mean(dim=0)
         self.captions = [c for shard in shards for c in shard["captions"]]
@@ -75,6 +72,15 @@ class Clips:
         words = [set(" ".join(some).replace(",", "").split()) for some in self.captions]
         odds = np.array([(1 + ("star" in w)) * (1 + any(t in w for t in TEXTURES)) for w in words])
         self.odds = odds / odds.sum()
+
+    def balance(self) -> "Clips":
+        """The same, with other latents, for an autoencoder that has just been trained.
+
+        Its channels are alike in all that is bright or dark and differ little in hue. Its latents
+        z become `mix @ (z - mean)`, in which the standard deviation of each principal component is
+        the square root of what it was: colours then stand out of the noise as early in sampling as
+        brightness does. `fold` puts this into the autoencoder's own 1x1 convolutions.
+        """
         self.mean = self.latents[::10].float().mean(dim=(0, 1, 3, 4))
         some = rearrange(self.latents[::10].float(), "n f c h w -> c (n f h w)")
         variance, basis = torch.linalg.eigh((some - self.mean[:, None]).cov())
@@ -83,6 +89,7 @@ class Clips:
         for shard in self.latents.split(SHARD):
             centred = shard.float() - rearrange(self.mean, "c -> c 1 1")
             shard.copy_(torch.einsum("d c, n f c h w -> n f d h w", self.mix, centred))
+        return self
 
     def fold(self, vae: AutoencoderKL) -> None:
         """Makes the autoencoder encode to, and decode from, the balanced latents."""

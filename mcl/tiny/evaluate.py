@@ -1,11 +1,12 @@
 """Measures cloning on held-out clips, against the exact truth of how they were rendered.
 
     python -m mcl.tiny.evaluate [--weights F] [--clips 12] [--camera-clips 6] [--still-clips 3]
+                                [--photo-clips 0]
 
 The references follow kinds of path that the trainer never draws, and differ from the prompts in
 subject, colour and ground; of a camera's motion, the ground's texture is of the same kind, if not
---other-textures. Everything is measured in the finished pictures; positions are in half
-widths of the picture.
+--other-textures. Photographs are ones that the trainer never draws either. Everything is measured
+in the finished pictures; positions are in half widths of the picture.
 """
 import argparse
 import dataclasses
@@ -15,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Sequence, TypeVar
 
 import imageio.v3 as imageio
 import numpy as np
@@ -25,14 +26,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoint import load_model
+from ..command import Parser, answer, carry_out
 from ..config import SampleConfig, from_dict, to_dict
+from ..files import atomic
 from ..inversion import inversion_guide, invert_motion
 from ..measure.metrics import camera_curves, curve_correlation, flicker
 from ..model import Model
 from ..motion import extract_motion
 from ..sampler import sample, starting_noise
 from ..semantic import semantic_guide, subject_of
-from .clips import an, tone
+from .clips import an, caption, tone
+from .photos import FOLDERS, find_photos, photo_ground, shake
 from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene, render, seen_centre
 
 PATHS = ("figure eight", "square", "spiral", "zigzag", "circle", "hops")
@@ -45,6 +49,7 @@ FOUND_AREA = 0.004                      # of the picture: the least that counts 
 @dataclass(frozen=True)
 class Case:
     """A reference and what is asked of its clone."""
+    kind: str                           # what the summary puts together
     motion: str                         # one of PATHS, CAMERAS or STILL
     scene: Scene
     reference_prompt: str               # what the reference shows, for inversion
@@ -80,13 +85,18 @@ def held_out_path(kind: str, frames: int, reach: float) -> Tensor:
 
 
 def held_out_cases(kinds: tuple[str, ...], number: int, frames: int, seed: int,
-                   other_textures: bool = False) -> list[Case]:
-    """`number` references that move in these kinds of ways, in turn, each with its prompt."""
-    return [held_out_case(kinds[i % len(kinds)], frames, seed + i, other_textures)
+                   other_textures: bool = False, photos: Sequence[Path] = (),
+                   by_hand: bool = False) -> list[Case]:
+    """`number` references that move in these kinds of ways, in turn, each with its prompt.
+
+    Over a photograph, if any are given, a moving camera sees no subject; `by_hand` shakes it.
+    """
+    return [held_out_case(kinds[i % len(kinds)], frames, seed + i, other_textures, photos, by_hand)
             for i in range(number)]
 
 
-def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = False) -> Case:
+def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = False,
+                  photos: Sequence[Path] = (), by_hand: bool = False) -> Case:
     rng = np.random.default_rng([9, seed])
     radius = rng.uniform(.2, .4)
     colours, grounds = rng.permutation(list(COLOURS)), rng.permutation(list(GROUNDS))
@@ -116,7 +126,19 @@ def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = Fa
         texture = textures[i if other_textures else 0]
         ground = f"{texture} {grounds[i]}" if camera else str(grounds[i])
         prompts.append(f"{an(str(colours[i]))} {shapes[i]} on {an(ground)} background")
-    return Case(motion, scene, prompts[0], prompts[1], str(shapes[1]), str(colours[1]),
+    kind = "camera" if camera else "still" if motion in STILL else "object"
+    if photos:
+        rng = np.random.default_rng([11, seed])
+        scene = dataclasses.replace(scene, shape="" if camera else scene.shape, texture="plain",
+                                    photo=photo_ground(rng, photos))
+        prompts[0] = caption(scene, rng)
+        kind += " over photographs"
+    if by_hand:
+        more_pan, more_zoom, more_roll = shake(rng, frames)
+        scene = dataclasses.replace(scene, pan=scene.pan + more_pan, zoom=scene.zoom * more_zoom,
+                                    roll=scene.roll + more_roll)
+        kind += ", by hand"
+    return Case(kind, motion, scene, prompts[0], prompts[1], str(shapes[1]), str(colours[1]),
                 str(grounds[1]), seed)
 
 
@@ -247,12 +269,17 @@ def clone(model: Model, case: Case, config: SampleConfig, guided: bool = True, s
     return model.vae.decode(state.latents).float().cpu()
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description="Measures cloning on held-out clips.")
+def main(argv: list[str] | None = None) -> int:
+    p = Parser(prog="-m mcl.tiny.evaluate", description="Measures cloning on held-out clips.")
     p.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
     p.add_argument("--clips", type=int, default=12, help="references with a moving object")
     p.add_argument("--camera-clips", type=int, default=6, help="references with a moving camera")
     p.add_argument("--still-clips", type=int, default=3, help="references without any motion")
+    p.add_argument("--photo-clips", type=int, default=0,
+                   help="objects before photographs, the same with a shaken camera, and cameras "
+                        "over photographs: so many of each")
+    p.add_argument("--photos", type=Path, nargs="+", default=FOLDERS,
+                   help="folders of the photographs")
     p.add_argument("--other-textures", action="store_true",
                    help="ask for another texture than a moving camera's reference has")
     p.add_argument("--seed", type=int, default=0, help="of the first clip")
@@ -261,8 +288,10 @@ def main() -> None:
     p.add_argument("--guided-only", action="store_true", help="leave out the unguided samples")
     p.add_argument("--save", type=Path, help="folder for the clips, as PNG strips")
     p.add_argument("--json", type=Path, help="write every clip's figures here")
-    args = p.parse_args()
+    return answer(lambda: run(p.parse_args(argv)))
 
+
+def run(args: argparse.Namespace) -> None:
     model = load_model(args.weights)
     changes = {name: json.loads(value) for name, value in (s.split("=", 1) for s in args.set)}
     config = from_dict(SampleConfig, to_dict(model.config.sample) | changes)
@@ -270,29 +299,31 @@ def main() -> None:
              + held_out_cases(CAMERAS, args.camera_clips, config.frames, args.seed,
                               args.other_textures)
              + held_out_cases(STILL, args.still_clips, config.frames, args.seed))
+    if args.photo_clips:
+        photos = find_photos(args.photos, held_out=True)
+        for kinds, by_hand in ((PATHS, False), (PATHS, True), (CAMERAS, False)):
+            cases += held_out_cases(kinds, args.photo_clips, config.frames, args.seed,
+                                    photos=photos, by_hand=by_hand)
     records = []
     for case in tqdm(cases, file=sys.stderr):
         for guided in (True,) if args.guided_only else (True, False):
             began = time.perf_counter()
             frames = clone(model, case, config, guided)
             figures = measure(frames, case) | {"seconds": time.perf_counter() - began}
-            records.append({"kind": kind_of(case.motion), "motion": case.motion,
+            records.append({"kind": case.kind, "motion": case.motion,
                             "prompt": case.prompt, "guided": guided} | figures)
             if args.save:
                 save_strip(args.save / f"{len(records):03d}.png",
                            [render(case.scene, config.height), frames])
     print(dataclasses.asdict(config))
-    for kind in ("object", "camera", "still"):
+    for kind in dict.fromkeys(case.kind for case in cases):
         for guided in (True, False):
             some = [r for r in records if r["kind"] == kind and r["guided"] == guided]
             if some:
                 print(summary(some, f"{kind} clips, {'guided' if guided else 'unguided'}"))
     if args.json:
-        args.json.write_text(json.dumps(records, indent=1), encoding="utf-8")
-
-
-def kind_of(motion: str) -> str:
-    return "camera" if motion in CAMERAS else "still" if motion in STILL else "object"
+        with atomic(args.json) as temporary:
+            temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
 def summary(records: list[dict], title: str) -> str:
@@ -312,8 +343,10 @@ def save_strip(path: Path, clips: list[Tensor]) -> None:
     """The frames of each clip side by side, one clip below the other, as a PNG."""
     rows = torch.cat([rearrange(clip, "f c H W -> c H (f W)") for clip in clips], dim=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, rearrange(((rows + 1) * 127.5).round().byte(), "c H W -> H W c").numpy())
+    pixels = rearrange(((rows + 1) * 127.5).round().byte(), "c H W -> H W c").numpy()
+    with atomic(path) as temporary:
+        imageio.imwrite(temporary, pixels, extension=".png")
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(main)

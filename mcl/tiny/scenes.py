@@ -1,4 +1,4 @@
-"""The embedded model's world: one coloured subject on a ground, seen by a moving camera.
+"""The embedded model's world: one subject on a ground, seen by a moving camera.
 
 Positions and sizes are in units of half the picture's width: the picture spans [-1, 1] in both
 directions, x to the right and y down. A scene's world is fixed; the subject moves in it, and the
@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
@@ -24,8 +25,11 @@ TEXTURES = ("plain", "checkered", "striped", "dotted")
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn, in f frames. Colours are sRGB in [0, 1]; angles are in radians."""
-    shape: str
+    """What is drawn, in f frames. Colours are sRGB in [0, 1]; angles are in radians.
+
+    Photographs (3, n, n) are sRGB in [0, 1], go from -2 to 2 both ways, and are mirrored beyond.
+    """
+    shape: str                           # "" where there is no subject
     colour: tuple[float, float, float]
     texture: str
     ground: tuple[float, float, float]
@@ -38,6 +42,8 @@ class Scene:
     pan: Tensor                          # (f, 2) the camera's centre, in the world
     zoom: Tensor                         # (f,) 2 shows everything twice as large
     roll: Tensor                         # (f,) of the camera
+    photo: Tensor | None = None          # in the place of the texture, in half widths
+    skin: Tensor | None = None           # in the place of the subject's colour, in its radii
 
 
 def seen_centre(scene: Scene) -> Tensor:
@@ -62,17 +68,28 @@ def render(scene: Scene, size: int) -> Tensor:
     pixels = zoom * (size / 2)                              # per unit of the world
 
     first = torch.tensor(scene.ground)
-    image = first
+    image = first if scene.photo is None else photo_at(scene.photo, world)
     if scene.texture != "plain":
         cover = texture_cover(scene, world, pixels)[..., None]
         image = first + cover * (torch.tensor(scene.second) - first)
 
+    if not scene.shape:
+        return rearrange(image, "f h w c -> f c h w") * 2 - 1
     radius, angle = (rearrange(v, "f -> f 1 1") for v in (scene.radius, scene.angle))
     local = rotate(world - rearrange(scene.centre, "f two -> f 1 1 two"), -angle)
-    distance = signed_distance(scene.shape, local / radius[..., None]) * radius
+    local = local / radius[..., None]
+    distance = signed_distance(scene.shape, local) * radius
     cover = (0.5 - distance * pixels).clamp(0, 1)[..., None]
-    image = image + cover * (torch.tensor(scene.colour) - image)
+    paint = torch.tensor(scene.colour) if scene.skin is None else photo_at(scene.skin, local)
+    image = image + cover * (paint - image)
     return rearrange(image, "f h w c -> f c h w") * 2 - 1
+
+
+def photo_at(photo: Tensor, points: Tensor) -> Tensor:
+    """The colours (f, h, w, 3) of a photograph (3, n, n) at points (f, h, w, 2)."""
+    photos = repeat(photo, "c h w -> f c h w", f=len(points))
+    colours = F.grid_sample(photos, points / 2, padding_mode="reflection", align_corners=False)
+    return rearrange(colours, "f c h w -> f h w c")
 
 
 def texture_cover(scene: Scene, world: Tensor, pixels: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
     python -m mcl.tiny.train --out runs/tiny
 
-Six stages, each of which goes on where it was stopped:
+Eight stages, each of which goes on where it was stopped:
     vae      the autoencoder, on single frames
     latents  clips of the training world, encoded once and kept on disk
     image    the UNet without motion modules and the text encoder, on single frames
     motion   the motion modules, on clips and on single frames, and the rest at a lower rate
     decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's
-    export   everything into one file, weights/tiny.safetensors
+    export   everything into one file, OUT/shapes.safetensors
+    photos   clips of that world and of photographs, encoded by that model
+    world    its UNet, on these clips, and everything into weights/tiny.safetensors
+
+`--stage photos world --start FILE` goes on with a model that is there.
 """
 import argparse
 import dataclasses
@@ -21,22 +25,24 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..checkpoint import save_model
+from ..checkpoint import load_model, save_model
+from ..command import Parser, answer, carry_out
 from ..config import TINY
 from ..model import Model
 from ..text_encoder import TextEncoder
 from ..tuned import channels_last
 from ..unet import UNet3D
 from ..vae import AutoencoderKL
-from .clips import VOCABULARY
+from .clips import VOCABULARY, random_scene
 from .data import FRAMES, SIZE, Clips, crop, encode_clips, pictures
+from .photos import FOLDERS, find_photos, mixed_scene
 from .trainer import Trainee, autocast
 
 # The settings of SampleConfig that suit this model.
 DEFAULTS: dict[str, Any] = {
     "steps": 60, "guidance_steps": 24, "guidance_span": 0.25, "warmup": 6, "cooldown": 6,
     "cfg_scale": 4.0, "motion_scale": 20000.0, "extract_t": 200}
-STAGES = ("vae", "latents", "image", "motion", "decoder", "export")
+STAGES = ("vae", "latents", "image", "motion", "decoder", "export", "photos", "world")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Hyperparameters:
     image_share: float = 0.35           # of the motion stage's steps, on single frames
     decoder_steps: int = 400
     decoder_rate: float = 1.5e-3
+    world_clips: int = 6000
+    world_steps: int = 1800
+    world_rate: float = 0.5             # of the motion stage's rates
+    world_image_share: float = 0.1
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
     ema: float = 0.998
 
@@ -141,7 +151,7 @@ def initialize(unet: UNet3D, text: TextEncoder, tokens: list[int]) -> None:
 
 def train_images(folder: Path, plan: Hyperparameters, device: str) -> None:
     torch.manual_seed(1)
-    model, clips = Model(TINY), Clips(folder)
+    model, clips = Model(TINY), Clips(folder / "latents").balance()
     unet = UNet3D(dataclasses.replace(TINY.unet, motion_modules=False))
     words = (*VOCABULARY, ",", "<|startoftext|>", "<|endoftext|>")
     tokens = sorted({i for word in words for i in model.tokenizer.encode(word)})
@@ -162,18 +172,38 @@ def train_images(folder: Path, plan: Hyperparameters, device: str) -> None:
 
 def train_motion(folder: Path, plan: Hyperparameters, device: str) -> None:
     torch.manual_seed(2)
-    model, clips = Model(TINY), Clips(folder)
+    model, clips = Model(TINY), Clips(folder / "latents").balance()
     initialize(model.unet, model.text_encoder, [])
     trained = torch.load(folder / "image.pt", weights_only=True)["average"]
     both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
     both.load_state_dict(both.state_dict() | trained)
     channels_last(both.to(device))
     model.text_encoder.requires_grad_(False)
+    train_on_clips(folder / "motion.pt", model, clips, plan, plan.motion_steps)
 
+
+def train_world(folder: Path, start: Path, weights: Path, plan: Hyperparameters, device: str
+                ) -> None:
+    torch.manual_seed(4)
+    model = load_model(start, device, "float32")
+    channels_last(model.unet.requires_grad_(True).train())
+    slower = dataclasses.replace(
+        plan, motion_rate=plan.world_rate * plan.motion_rate,
+        spatial_rate=plan.world_rate * plan.spatial_rate, image_share=plan.world_image_share)
+    trainee = train_on_clips(folder / "world.pt", model, Clips(folder / "world"), slower,
+                             plan.world_steps)
+    model.config = dataclasses.replace(model.config, vocabulary=VOCABULARY)
+    model.unet.load_state_dict(trainee.average.state_dict())
+    save(model, weights)
+
+
+def train_on_clips(file: Path, model: Model, clips: Clips, plan: Hyperparameters, steps: int
+                   ) -> Trainee:
+    """Trains a model's UNet, the motion modules at a rate of their own."""
     def rate_of(name: str) -> float:
         return plan.motion_rate if "motion_modules" in name else plan.spatial_rate
 
-    trainee = Trainee(model.unet, rate_of, folder / "motion.pt", plan.ema)
+    trainee = Trainee(model.unet, rate_of, file, plan.ema)
 
     def loss_of(step: int) -> tuple[Tensor, str]:
         rng = np.random.default_rng([3, step])
@@ -183,9 +213,10 @@ def train_motion(folder: Path, plan: Hyperparameters, device: str) -> None:
             number, frames = number * frames, 1
         x0, captions = clips.batch(rng, number, frames, plan.drop_caption)
         text = model.encode_text(captions)
-        return denoising_loss(model, model.unet, x0.to(device), text, rng), ""
+        return denoising_loss(model, model.unet, x0.to(model.device), text, rng), ""
 
-    trainee.run(plan.motion_steps, loss_of)
+    trainee.run(steps, loss_of)
+    return trainee
 
 
 # -------------------------------------------------------------------------------------- export
@@ -193,7 +224,7 @@ def train_motion(folder: Path, plan: Hyperparameters, device: str) -> None:
 def balanced_vae(folder: Path) -> AutoencoderKL:
     """The autoencoder whose latents are those that the UNet was trained on."""
     vae = trained_vae(folder, "cpu")
-    Clips(folder).fold(vae)
+    Clips(folder / "latents").balance().fold(vae)
     return vae
 
 
@@ -239,11 +270,14 @@ def train_decoder(folder: Path, plan: Hyperparameters, device: str) -> None:
     trainee.run(plan.decoder_steps, loss_of)
 
 
-def export(folder: Path, weights: Path, sample: dict[str, Any]) -> None:
-    """Puts the averaged weights of the three networks into one self-describing file.
+def save(model: Model, weights: Path) -> None:
+    """One self-describing file: float16, and the large matrices int8, for a repository's sake."""
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, weights, torch.float16, sources={}, pack_from=1 << 16)
 
-    In float16, and the large matrices in int8, for a repository's sake.
-    """
+
+def export(folder: Path, weights: Path, sample: dict[str, Any]) -> None:
+    """Puts the averaged weights of the three networks together."""
     config = dataclasses.replace(TINY, sample=dataclasses.replace(TINY.sample, **sample),
                                  vocabulary=VOCABULARY)
     model = Model(config)
@@ -256,35 +290,53 @@ def export(folder: Path, weights: Path, sample: dict[str, Any]) -> None:
     model.text_encoder.load_state_dict({
         name.removeprefix("text_encoder."): value for name, value in image.items()
         if name.startswith("text_encoder.")})
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, weights, torch.float16, sources={}, pack_from=1 << 16)
+    save(model, weights)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains the embedded model, or goes on with it.")
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="-m mcl.tiny.train",
+                    description="Trains the embedded model, or goes on with it.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
-    names = [f.name for f in dataclasses.fields(Hyperparameters)]
+    parser.add_argument("--start", type=Path, help="model that the world's stages go on with; the "
+                                                   "other stages' own where not given")
+    parser.add_argument("--photos", type=Path, nargs="+", default=FOLDERS,
+                        help="folders of the photographs")
     for f in dataclasses.fields(Hyperparameters):
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
                             default=f.default)
-    args = parser.parse_args()
-    plan = Hyperparameters(**{name: getattr(args, name) for name in names})
+    return answer(lambda: run(parser.parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> None:
+    plan = Hyperparameters(**{f.name: getattr(args, f.name)
+                              for f in dataclasses.fields(Hyperparameters)})
     args.out.mkdir(parents=True, exist_ok=True)
+    shapes = args.out / "shapes.safetensors"
+    start = args.start or shapes
+
+    def encode_world() -> None:
+        photos = find_photos(args.photos, held_out=False)
+        encode_clips(args.out / "world", lambda rng, frames: mixed_scene(rng, frames, photos),
+                     load_model(start, args.device).vae, plan.world_clips, args.device)
+
     stages: dict[str, Callable[[], None]] = {
         "vae": lambda: train_vae(args.out, plan, args.device),
-        "latents": lambda: encode_clips(args.out, trained_vae(args.out, args.device), plan.clips,
-                                        args.device),
+        "latents": lambda: encode_clips(
+            args.out / "latents", random_scene, trained_vae(args.out, args.device), plan.clips,
+            args.device),
         "image": lambda: train_images(args.out, plan, args.device),
         "motion": lambda: train_motion(args.out, plan, args.device),
         "decoder": lambda: train_decoder(args.out, plan, args.device),
-        "export": lambda: export(args.out, args.weights, DEFAULTS)}
+        "export": lambda: export(args.out, shapes, DEFAULTS),
+        "photos": encode_world,
+        "world": lambda: train_world(args.out, start, args.weights, plan, args.device)}
     for stage in STAGES:
         if stage in args.stage:
             stages[stage]()
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(main)

@@ -9,6 +9,8 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
+from ..files import atomic
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal before they are applied.
@@ -82,11 +84,10 @@ class Trainee:
             self.step = state["step"]
 
     def save(self) -> None:
-        temporary = self.file.with_suffix(".tmp")
-        torch.save({"module": self.module.state_dict(), "average": self.average.state_dict(),
-                    "optimizers": [o.state_dict() for o in self.optimizers],
-                    "step": self.step}, temporary)
-        temporary.replace(self.file)
+        with atomic(self.file) as temporary:
+            torch.save({"module": self.module.state_dict(), "average": self.average.state_dict(),
+                        "optimizers": [o.state_dict() for o in self.optimizers],
+                        "step": self.step}, temporary)
 
     def run(self, steps: int, loss_of: Callable[[int], tuple[Tensor, str]]) -> None:
         """Trains up to `steps`; the rate rises over 50 of them and falls by a cosine."""

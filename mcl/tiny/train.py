@@ -313,15 +313,10 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     plan = Hyperparameters(**{f.name: getattr(args, f.name)
                               for f in dataclasses.fields(Hyperparameters)})
+    photos = find_photos(args.photos, held_out=False) if "photos" in args.stage else []
     args.out.mkdir(parents=True, exist_ok=True)
     shapes = args.out / "shapes.safetensors"
     start = args.start or shapes
-
-    def encode_world() -> None:
-        photos = find_photos(args.photos, held_out=False)
-        encode_clips(args.out / "world", lambda rng, frames: mixed_scene(rng, frames, photos),
-                     load_model(start, args.device).vae, plan.world_clips, args.device)
-
     stages: dict[str, Callable[[], None]] = {
         "vae": lambda: train_vae(args.out, plan, args.device),
         "latents": lambda: encode_clips(
@@ -331,7 +326,9 @@ def run(args: argparse.Namespace) -> None:
         "motion": lambda: train_motion(args.out, plan, args.device),
         "decoder": lambda: train_decoder(args.out, plan, args.device),
         "export": lambda: export(args.out, shapes, DEFAULTS),
-        "photos": encode_world,
+        "photos": lambda: encode_clips(
+            args.out / "world", lambda rng, frames: mixed_scene(rng, frames, photos),
+            load_model(start, args.device, "float32").vae, plan.world_clips, args.device),
         "world": lambda: train_world(args.out, start, args.weights, plan, args.device)}
     for stage in STAGES:
         if stage in args.stage:

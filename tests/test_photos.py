@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mcl.checkpoint import EMBEDDED, load_model
 from mcl.errors import InputError
 from mcl.tiny import train
 from mcl.tiny.clips import caption, tone
@@ -110,3 +111,21 @@ def test_without_photographs_one_line_says_what_to_install(tmp_path, capsys):
     code = train.main(["--out", str(tmp_path / "run"), "--stage", "photos", "--photos",
                        str(tmp_path)])
     assert code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
+        folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mcl.tiny.data.SHARD", 4)
+    out, weights = tmp_path / "run", tmp_path / "new.safetensors"
+    command = ["--out", out, "--stage", "photos", "world", "--start", EMBEDDED, "--photos", folder,
+               "--weights", weights, "--world-clips", "4", "--motion-batch", "1"]
+    assert train.main([*map(str, command), "--world-steps", "1"]) == 0
+    drawn = (out / "world" / "000000.pt").read_bytes()
+    first, start = load_model(weights, "cpu"), load_model(EMBEDDED, "cpu")
+    changed = {name.split(".")[0] for name, weight in first.state_dict().items()
+               if not weight.equal(start.state_dict()[name])}
+    assert changed == {"unet"} and "photo" in first.config.vocabulary
+    assert train.main([*map(str, command), "--world-steps", "2"]) == 0
+    assert torch.load(out / "world.pt", weights_only=True)["step"] == 2
+    assert (out / "world" / "000000.pt").read_bytes() == drawn
+    assert load_model(weights, "cpu").sha256 != first.sha256

@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence, TypeVar
+from typing import Any, Sequence, TypeVar
 
 import imageio.v3 as imageio
 import numpy as np
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..checkpoint import load_model
 from ..command import Parser, answer, carry_out
 from ..config import SampleConfig, from_dict, to_dict
-from ..files import atomic
+from ..files import atomic, check_target
 from ..inversion import inversion_guide, invert_motion
 from ..measure.metrics import camera_curves, curve_correlation, flicker
 from ..model import Model
@@ -271,7 +271,7 @@ def clone(model: Model, case: Case, config: SampleConfig, guided: bool = True, s
 
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="-m mcl.tiny.evaluate", description="Measures cloning on held-out clips.")
-    p.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
+    p.add_argument("--weights", type=Path, help="the embedded model's without it")
     p.add_argument("--clips", type=int, default=12, help="references with a moving object")
     p.add_argument("--camera-clips", type=int, default=6, help="references with a moving camera")
     p.add_argument("--still-clips", type=int, default=3, help="references without any motion")
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--other-textures", action="store_true",
                    help="ask for another texture than a moving camera's reference has")
     p.add_argument("--seed", type=int, default=0, help="of the first clip")
-    p.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON",
+    p.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=JSON",
                    help="settings other than the model's own, e.g. steps=50")
     p.add_argument("--guided-only", action="store_true", help="leave out the unguided samples")
     p.add_argument("--save", type=Path, help="folder for the clips, as PNG strips")
@@ -291,10 +291,21 @@ def main(argv: list[str] | None = None) -> int:
     return answer(lambda: run(p.parse_args(argv)))
 
 
+def setting(text: str) -> tuple[str, Any]:
+    """"steps=50" -> ("steps", 50)."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no setting; write it like steps=50"
+                                         ) from error
+
+
 def run(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        check_target(args.json)
     model = load_model(args.weights)
-    changes = {name: json.loads(value) for name, value in (s.split("=", 1) for s in args.set)}
-    config = from_dict(SampleConfig, to_dict(model.config.sample) | changes)
+    config = from_dict(SampleConfig, to_dict(model.config.sample) | dict(args.set))
     cases = (held_out_cases(PATHS, args.clips, config.frames, args.seed)
              + held_out_cases(CAMERAS, args.camera_clips, config.frames, args.seed,
                               args.other_textures)

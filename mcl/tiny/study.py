@@ -2,7 +2,7 @@
 
     python -m mcl.tiny.study --out study.jsonl [--clips 18] [--camera-clips 12] [--seeds 3]
 
-Hours on two cores. Every clip's figures are appended to the file as they are measured, and those
+Hours on two cores. Every clip's figures are added to the file as they are measured, and those
 that it has are not measured again; the table is printed at the end, or at once with --table.
 --sheet draws the default's best and worst clips from the strips that --save has kept.
 """
@@ -22,10 +22,12 @@ from einops import rearrange, reduce
 from tqdm import tqdm
 
 from ..checkpoint import load_model
-from ..config import SampleConfig, from_dict, to_dict
-from ..files import atomic
-from ..machine import DTYPES
+from ..command import Parser, answer, carry_out
 from ..command.options import PUBLISHED_SEMANTIC_SHARE
+from ..config import SampleConfig, from_dict, to_dict
+from ..errors import InputError
+from ..files import atomic, check_target
+from ..machine import DTYPES
 from .evaluate import CAMERAS, PATHS, Case, clone, held_out_cases, measure, save_strip
 from .scenes import render
 
@@ -132,9 +134,34 @@ def strip_name(record: dict[str, Any]) -> str:
     return "{variant}, {clip}, {seed}.png".format(**record)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description="Compares variants of the method on held-out clips.")
-    p.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
+def measured(path: Path, model: str) -> list[dict[str, Any]]:
+    """What a file has of a model, by its sha256; a last line that was cut off is left out.
+
+    Raises InputError for a file of another model, and for one that is not of a study.
+    """
+    records = []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line or "null")
+        except ValueError as error:
+            if number == len(lines):
+                continue
+            raise InputError(f"{path}, line {number}: is cut off or not JSON") from error
+        if record is None:
+            continue
+        if not isinstance(record, dict) or not {"model", "variant", "clip", "seed"} <= set(record):
+            raise InputError(f"{path}, line {number}: has no figures of a study; give another file")
+        if record["model"] != model:
+            raise InputError(f"{path}: has figures of another model; give another file")
+        records.append(record)
+    return records
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = Parser(prog="-m mcl.tiny.study",
+               description="Compares variants of the method on held-out clips.")
+    p.add_argument("--weights", type=Path, help="the embedded model's without it")
     p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--out", type=Path, required=True, help="file of the figures, gone on from")
     p.add_argument("--clips", type=int, default=18, help="references with a moving object")
@@ -146,16 +173,17 @@ def main() -> None:
     p.add_argument("--save", type=Path, help="folder for the clips, as PNG strips")
     p.add_argument("--sheet", type=Path, metavar="PNG", help="draw best and worst; needs --save")
     p.add_argument("--table", action="store_true", help="measure nothing")
-    args = p.parse_args()
-    if args.sheet and not args.save:
-        p.error("--sheet needs --save, the folder of the strips")
+    return answer(lambda: run(p.parse_args(argv)))
 
+
+def run(args: argparse.Namespace) -> None:
+    if args.sheet and not args.save:
+        raise InputError("--sheet needs --save, the folder of the strips")
+    for path in (args.out, args.sheet):
+        if path is not None:
+            check_target(path)
     model = load_model(args.weights, dtype=args.dtype)
-    records: list[dict[str, Any]] = []
-    if args.out.exists():
-        records = [json.loads(line) for line in args.out.read_text("utf-8").splitlines()]
-    if any(r["model"] != model.sha256 for r in records):
-        sys.exit(f"error: {args.out}: has figures of another model; give another file")
+    records = measured(args.out, model.sha256)
     done = {(r["variant"], r["clip"], r["seed"]) for r in records}
     runs = []
     for kinds, number in ((PATHS, args.clips), (CAMERAS, args.camera_clips)):
@@ -174,8 +202,8 @@ def main() -> None:
         record = {"model": model.sha256, "variant": name, "clip": clip_name(case), "seed": seed,
                   "kind": case.kind, "seconds": time.perf_counter() - began}
         records.append(record | measure(frames, case))
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(records[-1]) + "\n")
+        with atomic(args.out) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
         if args.save:
             save_strip(args.save / strip_name(record),
                        [render(case.scene, config.height), frames])
@@ -189,4 +217,4 @@ def clip_name(case: Case) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(main)

@@ -17,7 +17,7 @@ Eight stages, each of which goes on where it was stopped:
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,9 +25,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..checkpoint import load_model, save_model
+from ..checkpoint import EMBEDDED, load_model, save_model
 from ..command import Parser, answer, carry_out
 from ..config import TINY
+from ..errors import InputError
+from ..files import check_target
+from ..machine import pick_device
 from ..model import Model
 from ..text_encoder import TextEncoder
 from ..tuned import channels_last
@@ -43,6 +46,11 @@ DEFAULTS: dict[str, Any] = {
     "steps": 60, "guidance_steps": 24, "guidance_span": 0.25, "warmup": 6, "cooldown": 6,
     "cfg_scale": 4.0, "motion_scale": 20000.0, "extract_t": 200}
 STAGES = ("vae", "latents", "image", "motion", "decoder", "export", "photos", "world")
+MADE = {"vae": "vae.pt", "latents": "latents/*.pt", "image": "image.pt", "motion": "motion.pt",
+        "photos": "world/*.pt"}
+WANTED = {"latents": ("vae",), "image": ("latents",), "motion": ("latents", "image"),
+          "decoder": ("vae", "latents", "image"), "export": ("vae", "latents", "image", "motion"),
+          "world": ("photos",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,13 +301,22 @@ def export(folder: Path, weights: Path, sample: dict[str, Any]) -> None:
     save(model, weights)
 
 
+def check_stages(folder: Path, stages: Sequence[str]) -> None:
+    """Raises InputError where a stage goes on with what none of them makes and is not there."""
+    for stage in stages:
+        for before in WANTED.get(stage, ()):
+            if before not in stages and not any(folder.glob(MADE[before])):
+                raise InputError(f"{folder}: --stage {stage} goes on with {MADE[before]}, which "
+                                 f"--stage {before} makes")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="-m mcl.tiny.train",
                     description="Trains the embedded model, or goes on with it.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--weights", type=Path, default=Path("weights/tiny.safetensors"))
+    parser.add_argument("--weights", type=Path, default=EMBEDDED)
     parser.add_argument("--start", type=Path, help="model that the world's stages go on with; the "
                                                    "other stages' own where not given")
     parser.add_argument("--photos", type=Path, nargs="+", default=FOLDERS,
@@ -313,23 +330,27 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     plan = Hyperparameters(**{f.name: getattr(args, f.name)
                               for f in dataclasses.fields(Hyperparameters)})
+    device = str(pick_device(args.device))
+    if not args.out.is_dir():
+        check_target(args.out, folder=True)
+    check_stages(args.out, args.stage)
     photos = find_photos(args.photos, held_out=False) if "photos" in args.stage else []
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(exist_ok=True)
     shapes = args.out / "shapes.safetensors"
     start = args.start or shapes
     stages: dict[str, Callable[[], None]] = {
-        "vae": lambda: train_vae(args.out, plan, args.device),
+        "vae": lambda: train_vae(args.out, plan, device),
         "latents": lambda: encode_clips(
-            args.out / "latents", random_scene, trained_vae(args.out, args.device), plan.clips,
-            args.device),
-        "image": lambda: train_images(args.out, plan, args.device),
-        "motion": lambda: train_motion(args.out, plan, args.device),
-        "decoder": lambda: train_decoder(args.out, plan, args.device),
+            args.out / "latents", random_scene, trained_vae(args.out, device), plan.clips,
+            device),
+        "image": lambda: train_images(args.out, plan, device),
+        "motion": lambda: train_motion(args.out, plan, device),
+        "decoder": lambda: train_decoder(args.out, plan, device),
         "export": lambda: export(args.out, shapes, DEFAULTS),
         "photos": lambda: encode_clips(
             args.out / "world", lambda rng, frames: mixed_scene(rng, frames, photos),
-            load_model(start, args.device, "float32").vae, plan.world_clips, args.device),
-        "world": lambda: train_world(args.out, start, args.weights, plan, args.device)}
+            load_model(start, device, "float32").vae, plan.world_clips, device),
+        "world": lambda: train_world(args.out, start, args.weights, plan, device)}
     for stage in STAGES:
         if stage in args.stage:
             stages[stage]()

@@ -1,14 +1,17 @@
 """The measures of cloning: what they say to a perfect clone, and to one of another motion."""
 import dataclasses
+import json
 
 import imageio.v3 as imageio
 import pytest
 import torch
 
+from mcl import InputError
 from mcl.tiny.clips import tone
 from mcl.tiny.evaluate import CAMERAS, PATHS, held_out_cases, measure, save_strip
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
-from mcl.tiny.study import DEFAULT, sheet, strip_name, study_table
+from mcl.tiny.study import DEFAULT, measured, sheet, strip_name, study_table
+from mcl.tiny.train import check_stages
 
 
 def perfect(case, scene=None):
@@ -75,3 +78,25 @@ def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path)
     assert picture.shape == (2 * 8 + 8, 2 * (2 * 8 + 8), 3)     # two frames of four, at half size
     reference, clone = picture[6, :, 0], picture[14, :, 0]
     assert reference[6] == 0 and clone[6] == 128 and clone[24 + 6] == 191
+
+
+def test_a_study_goes_on_from_a_line_that_was_cut_off(tmp_path):
+    whole = {"model": "m", "variant": DEFAULT, "clip": "circle 200", "seed": 0}
+    path = tmp_path / "study.jsonl"
+    assert measured(path, "m") == []
+    path.write_text(json.dumps(whole) + "\n" + json.dumps(whole)[:30])
+    assert measured(path, "m") == [whole]
+    with pytest.raises(InputError, match="figures of another model"):
+        measured(path, "n")
+    for content, message in (('{"mod\n{}\n', "line 1: is cut off"),
+                             ("[1]\n", "no figures of a study")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            measured(path, "m")
+
+
+def test_a_stage_says_which_comes_before(tmp_path):
+    with pytest.raises(InputError, match="--stage motion goes on with image.pt, which --st"):
+        check_stages(tmp_path, ["latents", "motion", "vae"])
+    (tmp_path / "image.pt").touch()
+    check_stages(tmp_path, ["latents", "motion", "vae"])

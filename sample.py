@@ -40,7 +40,7 @@ from mcl.inversion import Inversion, inversion_guide, inversion_path, invert_mot
 from mcl.machine import keep_freed_memory, off_the_accelerator, pick_recompute
 from mcl.measure.page import Shown, write_page
 from mcl.measure.report import measure, table
-from mcl.sampler import guidance_weight, starting_noise
+from mcl.sampler import starting_noise
 from mcl.semantic import Subject, noised, semantic_guide, subject_of
 from mcl.decode import has_sound
 
@@ -118,7 +118,7 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
         with off_the_accelerator(model.vae, model.text_encoder):
             bar = progress(f"seed {clip.seed}", config.steps)(states)
             for state in bar:
-                steps.append((state.t, state.loss, guidance_weight(state.step, config, start)))
+                steps.append((state.t, state.loss, state.weight))
                 if state.loss is not None:
                     bar.set_postfix(loss=f"{state.loss:.2e}")
         timing["sample"] = clock() - began

@@ -27,6 +27,7 @@ class State:
     latents: Tensor         # (1, c, f, h, w) float32, scaled, after the step
     loss: float | None      # g, the sum of the guides' losses, in steps that take its gradient
     grad_norm: float | None     # of lambda * g
+    weight: float           # lambda, 0 in steps that nothing guides
 
 
 def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
@@ -97,7 +98,7 @@ def guided(trajectory: "Trajectory", z: Tensor, guides: Sequence[Guide], recompu
                                  "a smaller motion_scale or cfg_scale, or dtype float32, may mend "
                                  "it")
         yield State(i, t, z, None if g is None else float(g),
-                    None if slope is None else float(slope.norm()))
+                    None if slope is None else float(slope.norm()), lambda_t)
 
 
 def noise_and_gradient(trajectory: "Trajectory", z: Tensor, t: int, guides: Sequence[Guide],

@@ -80,7 +80,8 @@ def test_the_page_holds_the_steps_the_masks_and_the_settings(made):
     record = json.loads((page.parent.parent / "a.mp4.json").read_text())
     assert data["record"]["settings"] == record["settings"] and data["record"]["prompt"] == PROMPT
     assert [g for _, g, _ in data["steps"] if g is not None] == record["loss"]
-    assert [weight > 0 for _, _, weight in data["steps"]] == [True, True, False, False]
+    assert [w > 0 for _, _, w in data["steps"]] == [True, True, False, False]
+    assert [t for t, _, _ in data["steps"]] == [999, 750, 749, 0]
     small = F.interpolate(masks.foreground[None], (4, 4))[0] * 100
     assert np.abs(np.array(data["masks"][0]) - small.flatten(1).numpy()).max() <= 0.5
     assert (page.read_text("utf-8").count("<script"), len(data["masks"])) == (2, 2)

@@ -22,30 +22,29 @@ import warnings
 from typing import Any, Sequence
 
 import torch
-from einops import rearrange
 from tqdm import tqdm
 
-from mcl import (Guide, Model, Motion, SampleConfig, extract_motion, load_model, read_picture,
-                 read_video, sample, sparse_condition, write_video)
+from mcl import (Guide, Model, Motion, SampleConfig, load_model, read_picture, read_video, sample,
+                 write_video)
 from mcl.checkpoint import EMBEDDED, read_header, read_shapes
 from mcl.command import answer, carry_out, explain, foreseen, in_options
 from mcl.command.jobs import assembled, check_all, digests, is_made, parse_jobs
-from mcl.command.options import REFERENCE_SEED, seeded
+from mcl.command.options import seeded
+from mcl.command.look import measured, shown_clips, shown_reference, unguided
 from mcl.command.paths import Clip, clips_of, reads
+from mcl.command.reference import given_frames, progress, read_reference, read_subject
 from mcl.convert.formats import LORAS
 from mcl.convert.lora import Lora, merge, open_lora
+from mcl.decode import has_sound
 from mcl.errors import InputError
 from mcl.files import digest, write_json
-from mcl.inversion import Inversion, inversion_guide, inversion_path, invert_motion
+from mcl.inversion import Inversion, inversion_guide
 from mcl.machine import keep_freed_memory, off_the_accelerator, pick_recompute
-from mcl.measure.page import Shown, write_page
-from mcl.measure.report import measure, table
+from mcl.measure.page import write_page
+from mcl.measure.report import table
 from mcl.sampler import starting_noise
-from mcl.semantic import Subject, noised, semantic_guide, subject_of
-from mcl.decode import has_sound
+from mcl.semantic import Subject, semantic_guide
 
-
-GLANCE = 8                              # steps of an unguided clip that is only looked at
 kept_digest = functools.cache(digest)   # of what is read, which one run finds as it is
 
 
@@ -172,45 +171,6 @@ def requested(clip: Clip, config: SampleConfig, fps: float) -> dict[str, Any]:
         "read": {str(path): kept_digest(path) for _, path in reads(args) if path != args.jobs}}
 
 
-def progress(title: str, steps: int) -> Any:
-    """Wraps an iterator of so many steps in a bar."""
-    return functools.partial(tqdm, total=steps, desc=title, unit="step", file=sys.stderr)
-
-
-def read_reference(args: argparse.Namespace, model: Model, reference: torch.Tensor,
-                   latents: torch.Tensor, config: SampleConfig) -> Motion | Inversion:
-    if args.method == "inversion":
-        bar = progress("inversion", len(inversion_path(model.schedule, config)))
-        return invert_motion(model, latents, args.ref_prompt, config, bar, args.inversion_dir)
-    motion = read_once(args, model, reference, latents, config)
-    if args.save_motion is not None:
-        dataclasses.replace(motion, info=motion.info | {"source": args.ref.name}).save(
-            args.save_motion)
-    return motion
-
-
-def read_once(args: argparse.Namespace, model: Model, reference: torch.Tensor,
-              latents: torch.Tensor, config: SampleConfig) -> Motion:
-    # Read under its own frames: the new clip's are not of this motion.
-    own = [reference[frame, None] for _, frame in args.image]
-    return extract_motion(model, latents, config, noise=reference_noise(latents),
-                          condition=given_frames(model, own, args, config))
-
-
-def reference_noise(latents: torch.Tensor) -> torch.Tensor:
-    return torch.randn(latents.shape, generator=torch.Generator().manual_seed(REFERENCE_SEED))
-
-
-def read_subject(args: argparse.Namespace, model: Model, read: Motion | Inversion,
-                 latents: torch.Tensor | None, config: SampleConfig) -> Subject | None:
-    if not args.subject or latents is None:
-        return None
-    ref_word, word = args.subject
-    attend = read.attend if isinstance(read, Inversion) else noised(
-        model, latents, args.ref_prompt, config, reference_noise(latents))
-    return subject_of(model, args.prompt, word, args.ref_prompt, ref_word, attend, config)
-
-
 def guides_of(args: argparse.Namespace, model: Model, read: Motion | Inversion,
               subject: Subject | None, start: torch.Tensor, config: SampleConfig) -> list[Guide]:
     """What steers beside a `Motion`, from this starting noise."""
@@ -221,70 +181,6 @@ def guides_of(args: argparse.Namespace, model: Model, read: Motion | Inversion,
         guides.append(semantic_guide(model, args.prompt, start, config, subject,
                                      progress=progress("unguided look", config.guidance_steps)))
     return guides
-
-
-def unguided(args: argparse.Namespace, model: Model, config: SampleConfig, seed: int,
-             condition: torch.Tensor | None) -> torch.Tensor:
-    """Latents of a clip of the same noise that nothing guides: in all steps where it is measured,
-    in few where it is only looked at."""
-    if not args.report:
-        config = dataclasses.replace(config, steps=min(GLANCE, config.steps), guidance_steps=0)
-    *_, last = progress("unguided", config.steps)(
-        sample(model, args.prompt, None, config, condition=condition, generator=seeded(seed)))
-    return last.latents
-
-
-def measured(model: Model, config: SampleConfig, reference: torch.Tensor,
-             made: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Figures of clips, by the names of their latents."""
-    strongest = dataclasses.replace(config, top_k=1)
-
-    def motion(latents: torch.Tensor) -> Motion:
-        return extract_motion(model, latents, strongest, noise=reference_noise(latents))
-
-    shown = motion(model.vae.encode(reference))
-    return {name: measure(reference, model.vae.decode(z).float().cpu(), shown, motion(z))
-            for name, z in made.items()}
-
-
-def shown_reference(args: argparse.Namespace, model: Model, every: SampleConfig,
-                    read: Motion | Inversion, reference: torch.Tensor | None,
-                    latents: torch.Tensor | None) -> Shown:
-    """The reference, with every value of its attention that is known; `every` asks for all."""
-    t = every.extract_t
-    if isinstance(read, Inversion):
-        note, motion = f"inverted to timestep {t}, under its own prompt", read.motion(t, every)
-    elif reference is None or latents is None:
-        note, motion = "not at hand: of its rows, only what was kept is known", read
-    else:
-        note = f"noised once to timestep {t}, without a prompt"
-        motion = read_once(args, model, reference, latents, every)
-    return Shown("reference", note, reference, motion)
-
-
-def shown_clips(args: argparse.Namespace, model: Model, every: SampleConfig,
-                condition: torch.Tensor | None, made: dict[str, torch.Tensor]) -> list[Shown]:
-    """What was made, by its latents, with every value of its attention."""
-    steps = every.steps if args.report else min(GLANCE, every.steps)
-    alike = f"finished, then noised once to timestep {every.extract_t}, without a prompt"
-    said = {"unguided": ("unguided", f"of the same noise, in {steps} steps; {alike}"),
-            "result": ("clone", alike)}
-    return [Shown(*words, model.vae.decode(made[name]).float().cpu(), extract_motion(
-        model, made[name], every, noise=reference_noise(made[name]), condition=condition))
-            for name, words in said.items()]
-
-
-def given_frames(model: Model, pictures: list[torch.Tensor], args: argparse.Namespace,
-                 config: SampleConfig) -> torch.Tensor | None:
-    """SparseCtrl's condition: these pictures (1, 3, H, W), at the frames that --image names."""
-    if not pictures:
-        return None
-    given = torch.cat(pictures)
-    if model.config.sparsectrl.kind == "rgb":
-        given = rearrange(model.vae.encode(given), "1 c n h w -> n c h w")
-    else:
-        given = (given + 1) / 2
-    return sparse_condition(given, [frame for _, frame in args.image], config.frames)
 
 
 def warn_unknown(model: Model, prompt: str) -> None:

@@ -175,9 +175,9 @@ def guides_of(args: argparse.Namespace, model: Model, read: Motion | Inversion,
               subject: Subject | None, start: torch.Tensor, config: SampleConfig) -> list[Guide]:
     """What steers beside a `Motion`, from this starting noise."""
     guides = []
-    if config.motion_scale and isinstance(read, Inversion):
+    if config.motion_weight and isinstance(read, Inversion):
         guides.append(inversion_guide(read, config))
-    if config.motion_scale and config.semantic_scale:
+    if config.motion_weight and config.semantic_scale:
         guides.append(semantic_guide(model, args.prompt, start, config, subject,
                                      progress=progress("unguided look", config.guidance_steps)))
     return guides

@@ -182,7 +182,7 @@ class SampleConfig(Checked):
     cfg_scale: float = within(8.5, 0)   # uncond + s * (cond - uncond)
     cfg_share: float = within(1.0, 0, 1)    # of the steps, the first, that s applies to
 
-    motion_scale: float = within(2000.0, 0)     # lambda, at 16 frames of 512x512
+    motion_weight: float = within(2000.0, 0)     # lambda, at 16 frames of 512x512
     warmup: int = within(10, 0)         # guided steps over which lambda rises at the start
     cooldown: int = within(10, 0)       # and falls at the end
     guidance_every: int = within(1, 1)  # guided steps to one gradient, which they all use

@@ -193,7 +193,7 @@ class Guide:
 
     wanted  the attention that the loss reads, by the names of blocks or layers
     loss    of what was wanted, and the timestep: a float32 scalar that is descended, weighted by
-            lambda, SampleConfig.motion_scale; of a long clip it is asked for each window, whose
+            lambda, SampleConfig.motion_weight; of a long clip it is asked for each window, whose
             first frame is `Attended.start`
     """
     wanted: Wanted

@@ -58,9 +58,9 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
                          f"{clip_shape(model, config)}")
     if condition is not None:
         check_condition(condition, model, config)
-    if guides and not config.motion_scale:
-        raise InputError("motion_scale = 0 is not possible with guides, whose losses it weights")
-    if motion is not None and config.motion_scale:
+    if guides and not config.motion_weight:
+        raise InputError("motion_weight = 0 is not possible with guides, whose losses it weights")
+    if motion is not None and config.motion_weight:
         check_fit(motion, model, config)
         guides = (motion_guide(motion.to(model.device), config.weights_of_blocks), *guides)
     guides = [replace(guide, wanted=model.unet.resolve(guide.wanted)) for guide in guides]
@@ -95,7 +95,7 @@ def guided(trajectory: "Trajectory", z: Tensor, guides: Sequence[Guide], recompu
 
         if not torch.isfinite(z).all() or (g is not None and not torch.isfinite(g)):
             raise NumericalError(f"not finite at step {i + 1} of {config.steps} (timestep {t}): "
-                                 "a smaller motion_scale or cfg_scale, or dtype float32, may mend "
+                                 "a smaller motion_weight or cfg_scale, or dtype float32, may mend "
                                  "it")
         yield State(i, t, z, None if g is None else float(g),
                     None if slope is None else float(slope.norm()), lambda_t)
@@ -206,7 +206,7 @@ def guidance_weight(step: int, config: SampleConfig, z: Tensor) -> float:
         return 0.0
     up = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     down = min(1.0, (config.guidance_steps - step) / config.cooldown) if config.cooldown else 1.0
-    return config.motion_scale * up * down * z[0, 0].numel() / PUBLISHED_SIZE
+    return config.motion_weight * up * down * z[0, 0].numel() / PUBLISHED_SIZE
 
 
 def cfg_scale(step: int, config: SampleConfig) -> float:

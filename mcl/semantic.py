@@ -205,8 +205,8 @@ def semantic_guide(model: Model, prompt: str, latents: Tensor, config: SampleCon
 
     Raises InputError where its weight is 0, and for a clip that is sampled in windows.
     """
-    if not config.semantic_scale * config.motion_scale:
-        raise InputError("semantic_scale and motion_scale must both be above 0 for this guide")
+    if not config.semantic_scale * config.motion_weight:
+        raise InputError("semantic_scale and motion_weight must both be above 0 for this guide")
     trajectory = Trajectory(model, *embeddings(model, prompt, config), config, condition)
     check_whole(trajectory.windows)
     wanted = Wanted(temporal_keys=config.semantic_blocks)
@@ -217,7 +217,7 @@ def semantic_guide(model: Model, prompt: str, latents: Tensor, config: SampleCon
         unguided[t] = appearance(seen.temporal_keys, None if subject is None else
                                  plain(mask_of(seen, subject.tokens, config)))
         z = trajectory.step(i, z, eps)
-    share = config.semantic_scale / config.motion_scale
+    share = config.semantic_scale / config.motion_weight
 
     def loss(seen: Attended, t: int) -> Tensor:
         masks = None if subject is None else subject.masks(t)

@@ -88,8 +88,8 @@ def test_what_cannot_be_is_refused_when_called(small):
             ({"latents": randn(2, 4, 4, 8, 8)}, r"latents of shape \(2, .*make one clip of \(1, 4"),
             ({"config": dataclasses.replace(config, width=34)}, "34x32 .* multiples of 4"),
             ({"guides": [guide]}, "no temporal attention under 'up_blocks.9': this model has it"),
-            ({"config": dataclasses.replace(config, motion_scale=0.0), "guides": [guide]},
-             "motion_scale = 0 is not possible with guides"),
+            ({"config": dataclasses.replace(config, motion_weight=0.0), "guides": [guide]},
+             "motion_weight = 0 is not possible with guides"),
             ({"condition": randn(1, 5, 4, 8, 8)}, "this model has no SparseCtrl")):
         with pytest.raises(InputError, match=message) as caught:
             sample(small, **{"prompt": "a star"} | arguments)
@@ -102,7 +102,7 @@ def test_what_cannot_be_is_refused_when_called(small):
 def test_a_motion_is_one_guide_among_others(small):
     """Given as a guide it does what it does as a motion; a loss of one's own is descended too."""
     motion = extract_motion(small, clip(), noise=clip(1))
-    config = dataclasses.replace(small.config.sample, motion_scale=3e5)
+    config = dataclasses.replace(small.config.sample, motion_weight=3e5)
     expected = list(sample(small, "a star", motion, config, latents=clip(2)))
     found = list(sample(small, "a star", None, config, latents=clip(2),
                         guides=[motion_guide(motion)]))

@@ -90,7 +90,7 @@ def test_a_value_is_what_it_says_whatever_it_looks_like():
 
 
 def test_a_job_that_fails_stops_no_other_and_only_it_is_made_again(capsys, loaded):
-    write({"out": "a.mp4", "motion_scale": 1e38}, {"out": "b.mp4"},
+    write({"out": "a.mp4", "motion_weight": 1e38}, {"out": "b.mp4"},
           {"out": "c.gif", "num_samples": 2})
     assert run() == 1
     said = capsys.readouterr().err.splitlines()

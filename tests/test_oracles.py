@@ -459,7 +459,7 @@ def oracle_run(oracle, reference, z, text, null, config):
     timesteps = np.concatenate([np.linspace(999, border, g), np.linspace(border - 1, 0, n - g)])
     timesteps = np.rint(timesteps).astype(int).tolist()
     abar = scheduler().alphas_cumprod
-    scale = config.motion_scale * z[0, 0].numel() / (16 * 64 * 64)
+    scale = config.motion_weight * z[0, 0].numel() / (16 * 64 * 64)
     for i, t in enumerate(timesteps):
         a, a_prev = abar[t], abar[timesteps[i + 1]] if i + 1 < n else torch.tensor(1.0)
         grad = torch.zeros_like(z)
@@ -486,7 +486,7 @@ def oracle_run(oracle, reference, z, text, null, config):
 
 def test_a_whole_guided_run():
     config = dataclasses.replace(SMALL.sample, steps=12, guidance_steps=8, frames=8, warmup=3,
-                                 cooldown=4, cfg_scale=8.5, motion_scale=3e5)
+                                 cooldown=4, cfg_scale=8.5, motion_weight=3e5)
     model = Model(SMALL)
     model.unet = unets(V3)[0]
     randomize(model.text_encoder)

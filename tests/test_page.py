@@ -89,7 +89,7 @@ def test_the_page_holds_the_steps_the_masks_and_the_settings(made):
 
 @pytest.mark.parametrize("argv", [
     ["--method", "inversion", "--inversion-steps", "2", "--top-k", "all"],
-    ["--motion-scale", "0", "--guidance-steps", "0"],
+    ["--motion-weight", "0", "--guidance-steps", "0"],
     ["--size", "80x56", "--num-samples", "2", "--frames", "5"],
     ["--frames", "1"], ["--frames", "20", "--size", "32x32", "--loop"],
     ["--frames", "3", "--size", "32x32", "--report"]])

@@ -68,7 +68,7 @@ def test_presets_set_steps_and_options_go_before_them():
         args = parse(["--ref", REF, "--prompt", "", "--preset", preset])
         found = settings(args, own)
         assert (found.steps, found.guidance_steps, found.guidance_span) == (steps, guided, span)
-        assert (found.warmup, found.cooldown, found.motion_scale) == (warmup, 0, own.motion_scale)
+        assert (found.warmup, found.cooldown, found.motion_weight) == (warmup, 0, own.motion_weight)
         args.steps = 200
         args.guidance_steps = 30
         assert settings(args, own).steps == 200 and settings(args, own).guidance_steps == 30
@@ -79,7 +79,7 @@ def test_the_published_settings_are_the_defaults_and_the_presets():
     own = SampleConfig()
     assert (own.steps, own.guidance_steps, own.guidance_span, own.spacing) == (
         100, 50, .3, "uneven")
-    assert (own.motion_scale, own.warmup, own.cooldown, own.extract_t, own.top_k, own.blocks,
+    assert (own.motion_weight, own.warmup, own.cooldown, own.extract_t, own.top_k, own.blocks,
             own.cfg_scale) == (2000, 10, 10, 400, 1, ("up_blocks.1",), 8.5)
     assert own.mask_threshold == 0.3
     for preset, steps, guided in (("inversion-300", 300, 200), ("inversion-500", 500, 300)):
@@ -88,7 +88,7 @@ def test_the_published_settings_are_the_defaults_and_the_presets():
         assert args.method == "inversion"
         assert (found.steps, found.guidance_steps, found.spacing) == (steps, guided, "linspace")
         assert (found.warmup, found.cooldown, found.inversion_steps) == (10, 0, 1000)
-        per_map = {b: w * found.motion_scale for b, w in found.weights_of_blocks.items()}
+        per_map = {b: w * found.motion_weight for b, w in found.weights_of_blocks.items()}
         assert per_map == pytest.approx({"up_blocks.1": 1667, "up_blocks.2": 833})
         assert (found.semantic_scale, found.semantic_blocks) == (42, ("up_blocks.1",))
         with pytest.raises(InputError, match="belongs to --method inversion"):
@@ -120,7 +120,7 @@ def test_semantic_guidance_changes_the_clip(tmp_path):
     record = json.loads((tmp_path / "3.mp4.json").read_text())
     assert record["subject"] == ["circle", "star"]
     assert record["settings"]["semantic_scale"] == pytest.approx(
-        record["settings"]["motion_scale"] * 42 / 1667)
+        record["settings"]["motion_weight"] * 42 / 1667)
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -163,11 +163,19 @@ def test_a_kept_motion_gives_the_same_clip_as_its_reference(tmp_path):
     assert (tmp_path / "b.mp4").read_bytes() == first.read_bytes()
 
 
-def test_a_motion_scale_of_zero_is_the_unguided_clip(tmp_path, embedded):
-    off = clone(tmp_path / "a.mp4", "--motion-scale", 0)
+def test_a_motion_weight_of_zero_is_the_unguided_clip(tmp_path, embedded):
+    off = clone(tmp_path / "a.mp4", "--motion-weight", 0)
     on = clone(tmp_path / "b.mp4")
     assert off.read_bytes() != on.read_bytes()
     assert json.loads((tmp_path / "a.mp4.json").read_text())["loss"] == []
+
+
+def test_a_motion_weight_that_does_nothing_is_said(recwarn):
+    for weight, said in (("1.28", ["--motion-weight 1.28 does next to nothing: these weights' own "
+                                   "is 20000"]), ("10000", []), ("0", [])):
+        recwarn.clear()
+        check(parse(["--ref", REF, "--prompt", "", "--motion-weight", weight]))
+        assert [str(warning.message) for warning in recwarn] == said
 
 
 def test_several_samples_are_named_by_their_seeds(tmp_path, monkeypatch):
@@ -300,10 +308,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(bad, tmp_path, capsys, argv, m
 
 def test_a_run_that_is_not_finite_fails_and_leaves_nothing(tmp_path, capsys):
     assert run("--ref", REF, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", *QUICK,
-               "--motion-scale", "1e38") == 1
+               "--motion-weight", "1e38") == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "failed: not finite at step" in last
-    assert last.endswith("a smaller --motion-scale or --cfg-scale, or --dtype float32, may mend it")
+    assert last.endswith("--motion-weight or --cfg-scale, or --dtype float32, may mend it")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -35,7 +35,7 @@ def test_one_state_per_step_and_losses_only_while_guided(small, motion):
 
 
 def test_a_scale_of_zero_is_no_guidance_to_the_bit(small, motion):
-    off = states(small, motion, motion_scale=0.0)
+    off = states(small, motion, motion_weight=0.0)
     none = states(small, None)
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(off, none))
     on = states(small, motion)
@@ -45,7 +45,7 @@ def test_a_scale_of_zero_is_no_guidance_to_the_bit(small, motion):
 def test_guidance_is_one_gradient_step_on_the_direction(small, motion):
     """The first guided state minus the unguided one is the closed form of METHOD's trap 1."""
     scale = 3e5
-    guided, plain = (states(small, m, motion_scale=scale)[0] for m in (motion, None))
+    guided, plain = (states(small, m, motion_weight=scale)[0] for m in (motion, None))
     z = clip(3).requires_grad_()
     text = small.encode_text(["a red star"])
     maps = small.unet(z, 999, text, temporal_maps=motion.values)[1].temporal_maps
@@ -64,7 +64,7 @@ def test_guidance_is_one_gradient_step_on_the_direction(small, motion):
 
 def test_repeated_steps_start_from_their_noise_again(small, motion, monkeypatch):
     """Twice the first step, written out: there, back by fresh noise, there again."""
-    config = dataclasses.replace(small.config.sample, motion_scale=3e5)
+    config = dataclasses.replace(small.config.sample, motion_weight=3e5)
     twice = next(sample(small, "a star", motion, dataclasses.replace(config, guidance_repeats=2),
                         latents=clip(3), generator=torch.Generator().manual_seed(1)))
     z = next(sample(small, "a star", motion, config, latents=clip(3))).latents
@@ -81,26 +81,27 @@ def test_repeated_steps_start_from_their_noise_again(small, motion, monkeypatch)
 
 def test_consistency_steps_draw_their_noise_from_the_generator_and_are_guided_alike(small, motion):
     def run(motion, seed, **changes):
-        config = dataclasses.replace(small.config.sample, solver="lcm", motion_scale=3e5, **changes)
+        config = dataclasses.replace(small.config.sample, solver="lcm", motion_weight=3e5,
+                                     **changes)
         return [state.latents for state in sample(
             small, "a star", motion, config, generator=torch.Generator().manual_seed(seed))]
     guided, again, plain, other = run(motion, 1), run(motion, 1), run(None, 1), run(None, 2)
     assert torch.equal(guided[-1], again[-1]) and not torch.equal(plain[-1], other[-1])
     by_ddim, unguided = (list(sample(
-        small, "a star", m, dataclasses.replace(small.config.sample, motion_scale=3e5),
+        small, "a star", m, dataclasses.replace(small.config.sample, motion_weight=3e5),
         generator=torch.Generator().manual_seed(1)))[0].latents for m in (motion, None))
     moved = by_ddim - unguided
     assert moved.norm() > 1e-3 and (guided[0] - plain[0] - moved).norm() < 1e-3 * moved.norm()
 
 
 def test_guidance_lowers_the_loss(small, motion):
-    weak = states(small, motion, motion_scale=1e-6, guidance_steps=5)
-    strong = states(small, motion, motion_scale=3e5, guidance_steps=5)
+    weak = states(small, motion, motion_weight=1e-6, guidance_steps=5)
+    strong = states(small, motion, motion_weight=3e5, guidance_steps=5)
     assert strong[4].loss < weak[4].loss
 
 
 def test_a_gradient_serves_for_several_steps(small, motion):
-    every, third = (states(small, motion, guidance_steps=4, guidance_every=n, motion_scale=3e5)
+    every, third = (states(small, motion, guidance_steps=4, guidance_every=n, motion_weight=3e5)
                     for n in (1, 3))
     assert [s.loss is not None for s in third] == [True, False, False, True, False, False]
     assert torch.equal(third[0].latents, every[0].latents)
@@ -152,7 +153,7 @@ def test_a_seed_is_a_clip(small):
 
 def test_a_run_that_is_not_finite_stops_and_says_where(small, motion):
     with pytest.raises(NumericalError, match=r"step 2 of 6 \(timestep 850\)"):
-        states(small, motion, motion_scale=1e36)
+        states(small, motion, motion_weight=1e36)
 
 
 def test_a_motion_of_another_size_model_or_setting_is_refused_when_called(small, motion):
@@ -172,7 +173,7 @@ def test_a_motion_of_another_size_model_or_setting_is_refused_when_called(small,
     ({"guidance_steps": 101}, "guidance_steps = 101 .* 0 to the number of steps, 100"),
     ({"top_k": 17}, "top_k = 17 .* 1 to the number of frames, 16"),
     ({"steps": 0}, "steps = 0 .* 1 to 1000"), ({"spacing": "odd"}, "uneven, linspace, leading"),
-    ({"motion_scale": float("nan")}, "motion_scale = nan"), ({"blocks": ()}, "at least one"),
+    ({"motion_weight": float("nan")}, "motion_weight = nan"), ({"blocks": ()}, "at least one"),
     ({"solver": "euler"}, "solver = 'euler' .* one of ddim, lcm"),
     ({"spacing": "lcm"}, "steps = 100 .* 1 to 50 with spacing lcm"),
     ({"solver": "lcm", "semantic_scale": 1.0}, "semantic_scale = 1.0 .* 0 with solver lcm"),
@@ -189,7 +190,7 @@ def test_a_condition_is_seen_by_the_reading_and_by_both_branches(small):
     model = Model(config)
     for part in model.children():
         randomize(part)
-    config = dataclasses.replace(config.sample, motion_scale=3e5)
+    config = dataclasses.replace(config.sample, motion_weight=3e5)
     condition = sparse_condition(randn(1, 4, 8, 8, seed=5), [2], 4)
     own = sparse_condition(randn(1, 4, 8, 8, seed=6), [2], 4)
     motion = extract_motion(model, clip(), noise=clip(1), condition=own)

@@ -111,7 +111,7 @@ def test_asked_for_keys_and_attention_to_the_text_are_those_of_the_layers(small)
 
 def test_semantic_guidance_descends_both_losses(small):
     """One step of it equals the gradient taken here; the unguided clip is the unguided sample."""
-    config = dataclasses.replace(small.config.sample, motion_scale=3e4, semantic_scale=50.0,
+    config = dataclasses.replace(small.config.sample, motion_weight=3e4, semantic_scale=50.0,
                                  semantic_blocks=("up_blocks.1", "up_blocks.2"), mask_threshold=0.4)
     prompt, start, reference = "a red star", randn(1, 4, 4, 8, 8, seed=3), randn(1, 4, 4, 8, 8)
     noise = randn(1, 4, 4, 8, 8, seed=1)
@@ -146,7 +146,7 @@ def test_semantic_guidance_descends_both_losses(small):
 
 
 def test_a_weight_of_zero_is_refused_before_any_pass(small):
-    for name in ("semantic_scale", "motion_scale"):
+    for name in ("semantic_scale", "motion_weight"):
         config = dataclasses.replace(small.config.sample, **{"semantic_scale": 1.0, name: 0.0})
         with pytest.raises(InputError, match="must both be above 0"):
             semantic_guide(small, "a star", randn(1, 4, 4, 8, 8), config)

@@ -26,7 +26,7 @@ def clip(seed=0, frames=FRAMES):
 @pytest.fixture(scope="module")
 def config(small):
     return dataclasses.replace(small.config.sample, frames=FRAMES, window=4, overlap=0.3,
-                               motion_scale=3e5)
+                               motion_weight=3e5)
 
 
 @pytest.fixture(scope="module")

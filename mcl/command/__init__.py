@@ -145,7 +145,7 @@ def in_options(message: str) -> str:
     settings = "|".join((*(field.name for field in dataclasses.fields(SampleConfig)),
                          "duration", "stride"))
     message = re.sub(rf"\b({settings}) = ", lambda m: f"--{m[1].replace('_', '-')} ", message)
-    for said, here in (("motion_scale", "--motion-scale"), ("cfg_scale", "--cfg-scale"),
+    for said, here in (("motion_weight", "--motion-weight"), ("cfg_scale", "--cfg-scale"),
                        ("dtype float32", "--dtype float32"),
                        ("shorter duration", "shorter --duration")):
         message = message.replace(said, here)

@@ -31,7 +31,7 @@ DESCRIPTION = "Clones the motion of a reference video into a new video of a prom
 # The published settings (arXiv 2406.05338), of its later versions and of the first three.
 INVERSION = {"spacing": "linspace", "warmup": 10, "cooldown": 0, "inversion_steps": 1000,
              "blocks": ("up_blocks.1", "up_blocks.2"), "block_weights": (1.0, 833 / 1667),
-             "motion_scale": 1667.0, "semantic_scale": 42.0, "semantic_blocks": ("up_blocks.1",)}
+             "motion_weight": 1667.0, "semantic_scale": 42.0, "semantic_blocks": ("up_blocks.1",)}
 PRESETS: dict[str, dict[str, Any]] = {
     "camera": {"steps": 100, "guidance_steps": 50, "guidance_span": 0.3},
     "object": {"steps": 300, "guidance_steps": 180, "guidance_span": 0.4},
@@ -41,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 FAST = "fast"                           # two thirds of the weights' own steps, in all that counts
 # Of the weight of the semantic loss to that of the motion loss, in the inversion variant.
 PUBLISHED_SEMANTIC_SHARE = 42 / 1667
+LEAST_WEIGHT = 100                      # the part of the usual weight below which nothing shows
 METHODS = ("single-step", "inversion")
 SEEDS = 1 << 64
 # What other programs take for commands in a prompt, and not for words.
@@ -94,7 +95,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cfg-scale", type=float, help="classifier-free guidance, uncond + s (cond - uncond)")
     add("--cfg-share", type=float, help="share of the steps, the first, that have it; the others "
         "need half the time")
-    add("--motion-scale", type=float, help="weight of the motion guidance; 0 turns it off")
+    add("--motion-weight", type=float, help="weight of the motion guidance (default: the weights' "
+        f"own, {SampleConfig.motion_weight:g} of Stable Diffusion's); 0 turns it off")
     add("--top-k", type=top_k, metavar="K", help="values kept of each row of an attention map, "
         "or all")
     add("--blocks", type=names,
@@ -235,7 +237,7 @@ def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
         raise InputError("--ref-prompt belongs to --method inversion or --subject")
     if args.subject:
         given.setdefault("semantic_scale", PUBLISHED_SEMANTIC_SHARE
-                         * given.get("motion_scale", default.motion_scale))
+                         * given.get("motion_weight", default.motion_weight))
     if args.size:
         given["width"], given["height"] = args.size
     return dataclasses.replace(default, **given)
@@ -291,6 +293,10 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
         config = dataclasses.replace(config, top_k=windows.length)
     if config.semantic_scale:
         check_whole(windows)
+    usual = model_config.sample.motion_weight
+    if 0 < config.motion_weight < usual / LEAST_WEIGHT:
+        warnings.warn(f"--motion-weight {config.motion_weight:g} does next to nothing: these "
+                      f"weights' own is {usual:g}")
     device = pick_device(args.device)
     check_memory(model_config, config, device, pick_dtype(args.dtype, device))
     model = meta_model(model_config)

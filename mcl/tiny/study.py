@@ -44,9 +44,9 @@ class Variant:
     guided: bool = True
 
     def of(self, default: SampleConfig) -> SampleConfig:
-        scale = self.weight * default.motion_scale
+        scale = self.weight * default.motion_weight
         return from_dict(SampleConfig, to_dict(default) | self.settings | {
-            "motion_scale": scale,
+            "motion_weight": scale,
             "semantic_scale": PUBLISHED_SEMANTIC_SHARE * scale if self.semantic else 0.0})
 
 

@@ -44,7 +44,7 @@ from .trainer import Trainee, autocast
 # The settings of SampleConfig that suit this model.
 DEFAULTS: dict[str, Any] = {
     "steps": 60, "guidance_steps": 24, "guidance_span": 0.25, "warmup": 6, "cooldown": 6,
-    "cfg_scale": 4.0, "motion_scale": 20000.0, "extract_t": 200}
+    "cfg_scale": 4.0, "motion_weight": 20000.0, "extract_t": 200}
 STAGES = ("vae", "latents", "image", "motion", "decoder", "export", "photos", "world")
 MADE = {"vae": "vae.pt", "latents": "latents/*.pt", "image": "image.pt", "motion": "motion.pt",
         "photos": "world/*.pt"}
@@ -71,7 +71,7 @@ class Hyperparameters:
     decoder_steps: int = 400
     decoder_rate: float = 1.5e-3
     world_clips: int = 6000
-    world_steps: int = 1800
+    world_steps: int = 2200
     world_rate: float = 0.5             # of the motion stage's rates
     world_image_share: float = 0.1
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance

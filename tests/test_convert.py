@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import convert_weights
 import sample as command
 from mcl import load_model, read_video
+from mcl.command import reference
 from mcl.config import FEW_STEPS, SD15, SD15_V1, SD15_V2, from_dict
 from mcl.config import ModelConfig
 from mcl.convert.formats import distilled
@@ -279,9 +280,10 @@ def test_a_model_with_sparsectrl_takes_pictures(kind, form, folder, tmp_path, ca
             "--frames", "4", "--steps", "2", "--guidance-steps", "1"]
     clips, given, keep = {}, {}, lambda name: lambda *arguments, **options: (
         given.update({name: options["condition"]}) or calls[name](*arguments, **options))
-    calls = {name: getattr(command, name) for name in ("sample", "extract_motion")}
-    for name in calls:
-        monkeypatch.setattr(command, name, keep(name))
+    places = {"sample": command, "extract_motion": reference}
+    calls = {name: getattr(place, name) for name, place in places.items()}
+    for name, place in places.items():
+        monkeypatch.setattr(place, name, keep(name))
     for name, more in {"none": [], "first": [picture], "last": [f"{picture}@-1"],
                        "both": [picture, f"{picture}@3"]}.items():
         path = tmp_path / f"{name}.gif"

@@ -67,7 +67,8 @@ def test_the_pass_can_end_after_the_last_block_asked_for(small):
     z, text = inputs()
     _, whole = small.unet(z, 10, text, temporal_maps=(BLOCK,), text_maps=(BLOCK,))
     ended = small.unet.attend(z, 10, text, Wanted((BLOCK,), text_maps=(BLOCK,)))
-    for one, other in zip(dataclasses.astuple(whole), dataclasses.astuple(ended)):
+    for kind in Wanted._fields:
+        one, other = getattr(whole, kind), getattr(ended, kind)
         assert list(one) == list(other) and all(torch.equal(one[n], other[n]) for n in one)
 
 

@@ -226,7 +226,7 @@ def run_all(jobs: list[argparse.Namespace]) -> int:
             there = len(work) - len(left)
             print("\n".join([f"{jobs[0].jobs}: {len(work)} clips" + (
                 f", {there} of them made of the same before" if there else "") + (
-                f"; {len(failed)} jobs failed:" if failed else ""), *failed]), file=sys.stderr)
+                f"; {len(failed)} failed:" if failed else ""), *failed]), file=sys.stderr)
     return 1 if failed else 0
 
 

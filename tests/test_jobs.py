@@ -94,7 +94,7 @@ def test_a_job_that_fails_stops_no_other_and_only_it_is_made_again(capsys, loade
           {"out": "c.gif", "num_samples": 2})
     assert run() == 1
     said = capsys.readouterr().err.splitlines()
-    assert said[-2] == "jobs.jsonl: 4 clips; 1 jobs failed:"
+    assert said[-2] == "jobs.jsonl: 4 clips; 1 failed:"
     assert said[-1].startswith("jobs.jsonl, line 1: failed: not finite at step 2")
     names = ["b.mp4", "c-0.gif", "c-1.gif"]
     assert not Path("a.mp4").exists() and all(map(os.path.exists, names))

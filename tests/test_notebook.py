@@ -41,7 +41,7 @@ def test_it_is_stored_with_small_outputs_of_a_whole_run(notebook):
     assert "equal: True" in text and "Warning" not in text and str(Path.home()) not in text
     fidelity = {line[:14].strip(): float(line[14:]) for line in text.splitlines()
                 if line.startswith(("unguided ", "plain control ", "top-1 ", "inverted "))}
-    assert fidelity["unguided"] < fidelity["plain control"] < fidelity["top-1"]
+    assert max(fidelity["unguided"], fidelity["plain control"]) < fidelity["top-1"] - 0.05
     assert fidelity["top-1"] > 0.95
     numbers = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert numbers == list(range(1, len(numbers) + 1))

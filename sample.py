@@ -30,7 +30,6 @@ from mcl.checkpoint import EMBEDDED, read_header, read_shapes
 from mcl.command import answer, carry_out, explain, foreseen, in_options
 from mcl.command.jobs import assembled, check_all, digests, is_made, parse_jobs
 from mcl.command.options import seeded
-from mcl.command.look import measured, shown_clips, shown_reference, unguided
 from mcl.command.paths import Clip, clips_of, reads
 from mcl.command.reference import given_frames, progress, read_reference, read_subject
 from mcl.convert.formats import LORAS
@@ -40,6 +39,7 @@ from mcl.errors import InputError
 from mcl.files import digest, write_json
 from mcl.inversion import Inversion, inversion_guide
 from mcl.machine import keep_freed_memory, off_the_accelerator, pick_recompute
+from mcl.measure.look import measured, shown_clips, shown_reference, unguided
 from mcl.measure.page import write_page
 from mcl.measure.report import table
 from mcl.sampler import starting_noise

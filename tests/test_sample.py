@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sample as command
 from mcl import InputError, SampleConfig, load_model
 from mcl.checkpoint import save_model
-from mcl.command.options import check, parse, seeded, settings
+from mcl.command.options import check, own_device, parse, seeded, settings
 
 ROOT = Path(__file__).parent.parent
 REF = str(ROOT / "examples" / "figure_eight.mp4")
@@ -293,6 +293,16 @@ def bad(tmp_path_factory):
     (["--fps", "0"], "--fps 0.0 is not possible"),
     (["--num-samples", "0"], "1 or more"),
     (["--seed", "-1"], "--seed -1 is not possible"),
+    (["--device", "cpu:5"], "device 'cpu:5' is not there"),
+    (["--block-weights", "a"], "write numbers with commas between"),
+    (["--top-k", "x"], "'x' is neither a number nor all"),
+    (["--size", "\u00b2x8"], "is not a size; write it like 512x512"),
+    (["--subject", "star"], "--subject is 1 words: give two"),
+    (["--subject", "ball", "star", "--ref-prompt", "a " * 90 + "ball"],
+     "the word 'ball' stands behind the 75 tokens"),
+    (["--method", "inversion", "--guidance-steps", "0", "--maps", "{bad}/m"],
+     "there are none with"),
+    (["--lora", "a\0b"], "cannot be a name here"),
     (["--seed", str(2 ** 64)], "0 to 18446744073709551615"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(bad, tmp_path, capsys, argv, message):
@@ -304,6 +314,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(bad, tmp_path, capsys, argv, m
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert captured.out == "" and list(tmp_path.iterdir()) == []
     assert sorted(p.name for p in bad.rglob("*")) == before
+
+
+def test_memory_that_cannot_be_had_is_said_before_anything_is_read(tmp_path, capsys):
+    assert run("--ref", REF, "--prompt", "", "--out", tmp_path / "a.mp4", "--size",
+               "800000x800000") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("failed: 16 frames of 800000x800000 take more than 122880 GB of memory;")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert own_device("auto") == "cuda:1" and own_device("cpu") == "cpu"
 
 
 def test_a_run_that_is_not_finite_fails_and_leaves_nothing(tmp_path, capsys):

@@ -4,15 +4,15 @@ import dataclasses
 
 import torch
 
+from ..command.options import seeded
+from ..command.reference import progress, read_once, reference_noise
 from ..config import SampleConfig
 from ..inversion import Inversion
-from ..measure.page import Shown
-from ..measure.report import measure
 from ..model import Model
 from ..motion import Motion, extract_motion
 from ..sampler import sample
-from .options import seeded
-from .reference import progress, read_once, reference_noise
+from .page import Shown
+from .report import measure
 
 GLANCE = 8                              # steps of an unguided clip that is only looked at
 

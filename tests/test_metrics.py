@@ -1,15 +1,19 @@
 """The measures, on motion whose truth is known because it was drawn."""
+import copy
 import dataclasses
 import math
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mcl.files import finite
-from mcl.measure.metrics import (camera_curves, curve_correlation, fidelity, flicker,
-                                 motion_fidelity, top1_agreement, trajectory_distance)
-from mcl.measure.report import measure, table
+from mcl.measure.door import certainty, told_certainty
+from mcl.measure.metrics import (camera_curves, change_path, curve_correlation, fidelity,
+                                 flicker, motion_fidelity, top1_agreement, trajectory_distance)
+from mcl.measure.report import measure, table, verdict
 from mcl.measure.tracking import tracklets
 from mcl.motion import Motion
 from mcl.tiny.evaluate import held_out_path
@@ -78,14 +82,29 @@ def test_a_still_clip_gives_numbers():
     assert fidelity(torch.zeros(0, 4, 2), torch.zeros(2, 4, 2)) == (0, 0)
 
 
+def test_what_changes_is_where_the_subject_is():
+    found = change_path(clip(path("circle")))
+    truth = (path("circle")[1:] + path("circle")[:-1]) / 2      # between two places of it
+    assert (found - truth).norm(dim=-1).max() < 0.1
+    wide = F.pad(clip(path("circle")), (64, 64, 0, 0), value=0.0)
+    assert torch.allclose(change_path(wide) * 2, found, atol=1e-5)
+
+
+def test_a_clip_is_said_to_follow_what_moves_alike_and_nothing_else():
+    reference = clip(path("zigzag"))
+    for other, said in ((path("zigzag"), "follows"), (path("spiral"), "does not follow")):
+        row = measure(reference, clip(other, colour="blue", shape="cross"), None, None)
+        assert verdict(row) == said
+
+
 def test_what_could_not_be_measured_is_a_dash_with_its_reason():
     moving = clip(path("zigzag"), 64)[:3]
     rows = {name: measure(moving, frames, None, None)
             for name, frames in (("result", moving), ("unguided", torch.zeros_like(moving)))}
     _, result, unguided = table(rows).splitlines()
-    assert result.split()[:3] == ["result", "1.000", "1.000"]
+    assert result.split()[:3] == ["result", "1.000", "1.000"] and result.endswith("  follows")
     cells, _, why = unguided.partition("  (-: ")
-    assert cells.split() == ["unguided", "-", "-", "-", "-", "0.000"]
+    assert cells.split() == ["unguided", *"-----", "0.000", "cannot", "be", "told"]
     assert why.count("no point of it") == why.count("does not move at all") == 1
     assert finite(rows)["unguided"]["trajectory distance"] is None
 
@@ -130,3 +149,20 @@ def test_half_the_size_by_interpolation_keeps_the_tracks():
     big = clip(path("figure eight"), 256)
     small = F.interpolate(big, (96, 96), mode="bilinear", antialias=True)
     assert motion_fidelity(big, small)[1] > 0.95
+
+
+def test_a_motion_is_read_with_more_certainty_than_none(embedded):
+    moves, still, noise = (certainty(embedded, embedded.vae.encode(frames)) for frames in (
+        clip(path("figure eight")), clip(None), torch.rand(FRAMES, 3, 128, 128) * 2 - 1))
+    assert moves > 0.1 + max(still, noise)
+
+
+def test_what_is_less_certain_than_the_model_wants_is_told(small):
+    model, latents = copy.copy(small), torch.zeros(1, 4, 4, 8, 8)
+    found = certainty(small, latents)
+    for least, told in ((0.0, 0), (found, 0), (found + 0.01, 1)):
+        model.config = dataclasses.replace(small.config, certain_from=least)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert told_certainty(model, Path("v.mp4"), latents) == (found if least else None)
+        assert [str(w.message).startswith("v.mp4: ") for w in caught] == [True] * told

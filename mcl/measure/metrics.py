@@ -129,6 +129,17 @@ def distance(a: Tensor, b: Tensor) -> float:
     return -symmetric(-(a[:, None] - b[None]).norm(dim=-1).mean(dim=-1))
 
 
+def change_path(frames: Tensor) -> Tensor:
+    """Where neighbouring frames (f, 3, H, W) differ: the centre (f - 1, 2), (x, y) in half widths,
+    of the squares of their differences. What moves before a ground at rest is there, however plain
+    it is; of a moving camera it tells nothing."""
+    squares = frames.diff(dim=0).square().sum(dim=1)
+    h, w = squares.shape[-2:]
+    weight = squares.sum(dim=(1, 2)).clamp(min=1e-6)
+    return torch.stack([(squares * centres(w)).sum(dim=(1, 2)) / weight,
+                        (squares * centres(h)[:, None]).sum(dim=(1, 2)) / weight * h / w], dim=-1)
+
+
 def flicker(frames: Tensor) -> float:
     """Mean absolute difference of neighbouring frames (f, 3, H, W), as a share of the range."""
     return float(frames.diff(dim=0).abs().mean() / 2) if len(frames) > 1 else 0.0

@@ -2,10 +2,11 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Iterable, Iterator, Mapping, Protocol
+from typing import Iterable, Iterator, Mapping, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from .config import ModelConfig, from_dict, to_dict
 from .errors import InputError
@@ -21,6 +22,7 @@ EMBEDDED = next(file for folder in (Path(__file__).parent, Path(__file__).parent
 FORMAT = "mcl-model-1"
 FEW = 64                                # tensors that are read while a file is open
 SCALE = ".scale"                        # after a name: of each row of an int8 matrix
+N = TypeVar("N", bound=nn.Module)
 
 
 class Edit(Protocol):
@@ -76,8 +78,9 @@ def meta_model(config: ModelConfig) -> Model:
         return Model(config)
 
 
-def fill(model: Model, weights: Iterable[tuple[str, torch.Tensor]]) -> Model:
-    """Puts weights, by name, into a model on the meta device; only inputs will have gradients."""
+def fill(model: N, weights: Iterable[tuple[str, torch.Tensor]]) -> N:
+    """Puts weights, by name, into a model, or a network, on the meta device; only inputs will have
+    gradients."""
     model.load_state_dict({name: layout(weight) for name, weight in weights}, assign=True)
     return model.requires_grad_(False).eval()
 

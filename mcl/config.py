@@ -146,17 +146,22 @@ class VAEConfig(Checked):
 
 
 @dataclass(frozen=True)
-class TextConfig(Checked):
-    vocab_size: int = within(49408, VOCABULARY, 1 << 20)
+class TowerConfig(Checked):
+    """The layers of CLIP's two transformers, the one of texts and the one of pictures."""
     hidden_size: int = within(768, 1, CHANNELS)
     intermediate_size: int = within(3072, 1, 4 * CHANNELS)
     layers: int = within(12, 1, 8 * LAYERS)
     heads: int = within(12, 1, CHANNELS)
-    max_length: int = within(77, 3, FRAMES)
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         return {"hidden_size": (self.hidden_size % self.heads == 0,
                                 f"a multiple of {self.heads}, up to {CHANNELS}")}
+
+
+@dataclass(frozen=True)
+class TextConfig(TowerConfig):
+    vocab_size: int = within(49408, VOCABULARY, 1 << 20)
+    max_length: int = within(77, 3, FRAMES)
 
 
 @dataclass(frozen=True)

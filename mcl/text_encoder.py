@@ -2,27 +2,30 @@
 import torch
 from torch import Tensor, nn
 
-from .config import TextConfig
+from .config import TextConfig, TowerConfig
 from .layers import Linear, attention
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: TextConfig):
+    """Of n tokens, each of which sees all or, if `causal`, itself and those before it."""
+
+    def __init__(self, config: TowerConfig, causal: bool):
         super().__init__()
         c = config.hidden_size
-        self.heads = config.heads
+        self.heads, self.causal = config.heads, causal
         self.q_proj, self.k_proj = Linear(c, c), Linear(c, c)
         self.v_proj, self.out_proj = Linear(c, c), Linear(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
-        out, _ = attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True)
+        out, _ = attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads,
+                           causal=self.causal)
         return self.out_proj(out)
 
 
 class MLP(nn.Module):
     """With CLIP's quick gelu, x * sigmoid(1.702 x)."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TowerConfig):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
@@ -33,9 +36,9 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TowerConfig, causal: bool):
         super().__init__()
-        self.self_attn = SelfAttention(config)
+        self.self_attn = SelfAttention(config, causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size)
         self.mlp = MLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size)
@@ -65,9 +68,9 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TowerConfig, causal: bool):
         super().__init__()
-        self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.layers)])
+        self.layers = nn.ModuleList([EncoderLayer(config, causal) for _ in range(config.layers)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -79,7 +82,7 @@ class TextTransformer(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:

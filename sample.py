@@ -170,7 +170,7 @@ def requested(clip: Clip, config: SampleConfig, fps: float) -> dict[str, Any]:
         "loras": [(str(path), scale) for option in LORAS
                   for path, scale in getattr(args, option[2:].replace("-", "_"))],
         "ignore_alpha": args.ignore_alpha, "measured": args.report,
-        "asked": [args.device, args.dtype],
+        "asked": args.asked,
         "read": {str(path): kept_digest(path) for _, path in reads(args) if path != args.jobs}}
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import sample as command
+from mcl import SampleConfig
 from mcl.command.jobs import Crew, parse_jobs
+from mcl.command.paths import clips_of
 
 ROOT = Path(__file__).parent.parent
 REF = ROOT / "examples" / "figure_eight.mp4"
@@ -134,6 +136,18 @@ def test_the_processes_of_a_crew_share_all_of_the_work():
         parts = [Crew(rank, size).share(range(7)) for rank in range(size)]
         assert sorted(one for part in parts for one in part) == list(range(7))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_what_a_clip_is_made_of_does_not_depend_on_which_process_asks(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    found = []
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        args = command.parse_jobs(["--ref", "ref.mp4", "--prompt", "a star"])[0]
+        assert args.device == f"cuda:{rank}"
+        found.append(command.requested(clips_of(args)[0], SampleConfig(), 8))
+    assert found[0] == found[1]
 
 
 def test_torchrun_shares_the_jobs_and_goes_on_after_it_was_killed():

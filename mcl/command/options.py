@@ -155,6 +155,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "for the gradient rather than keep them, high never does, auto if they would not fit")
     args = p.parse_args(argv)
     args.where = ""                     # the line of a file of jobs
+    args.asked = [args.device, args.dtype]      # which all processes have in common
     args.device = own_device(args.device)
     inverted = "inversion_steps" in PRESETS.get(args.preset, {})
     args.method = args.method or ("inversion" if inverted else "single-step")

@@ -14,7 +14,6 @@ if __name__ == "__main__":              # before all that takes time to import
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import sys
 import time
@@ -22,21 +21,21 @@ import warnings
 from typing import Any, Sequence
 
 import torch
-from tqdm import tqdm
 
 from mcl import (Guide, Model, Motion, SampleConfig, load_model, read_picture, read_video, sample,
                  write_video)
 from mcl.checkpoint import EMBEDDED, read_header, read_shapes
-from mcl.command import answer, carry_out, explain, foreseen, in_options
-from mcl.command.jobs import assembled, check_all, digests, is_made, parse_jobs
+from mcl.command import answer, carry_out, one_line_warning
+from mcl.command.jobs import (assembled, check_all, digests, failure, is_made, parse_jobs,
+                              requested)
 from mcl.command.options import seeded
-from mcl.command.paths import Clip, clips_of, reads
+from mcl.command.paths import Clip, clips_of
 from mcl.command.reference import given_frames, progress, read_reference, read_subject
 from mcl.convert.formats import LORAS
 from mcl.convert.lora import Lora, merge, open_lora
 from mcl.decode import has_sound
 from mcl.errors import InputError
-from mcl.files import digest, write_json
+from mcl.files import write_json
 from mcl.inversion import Inversion, inversion_guide
 from mcl.machine import keep_freed_memory, off_the_accelerator, pick_recompute
 from mcl.measure.door import told_certainty
@@ -45,8 +44,6 @@ from mcl.measure.page import write_page
 from mcl.measure.report import table
 from mcl.sampler import starting_noise
 from mcl.semantic import Subject, semantic_guide
-
-kept_digest = functools.cache(digest)   # of what is read, which one run finds as it is
 
 
 def open_loras(args: argparse.Namespace) -> list[Lora]:
@@ -157,23 +154,6 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
         print(clip.out)
 
 
-def requested(clip: Clip, config: SampleConfig, fps: float) -> dict[str, Any]:
-    """All that a clip depends on, but for the versions of packages and the device."""
-    args = clip.args
-    return {
-        "prompt": args.prompt, "method": args.method, "reference_prompt": args.ref_prompt,
-        "subject": args.subject, "reference": str(args.ref or args.motion), "seed": clip.seed,
-        "settings": dataclasses.asdict(config), "start": args.start, "duration": args.duration,
-        "stride": args.stride, "fit": args.fit, "fps": fps,
-        "weights": str(args.weights or EMBEDDED),
-        "images": [(str(path), frame) for path, frame in args.image],
-        "loras": [(str(path), scale) for option in LORAS
-                  for path, scale in getattr(args, option[2:].replace("-", "_"))],
-        "ignore_alpha": args.ignore_alpha, "measured": args.report,
-        "asked": args.asked,
-        "read": {str(path): kept_digest(path) for _, path in reads(args) if path != args.jobs}}
-
-
 def guides_of(args: argparse.Namespace, model: Model, read: Motion | Inversion,
               subject: Subject | None, start: torch.Tensor, config: SampleConfig) -> list[Guide]:
     """What steers beside a `Motion`, from this starting noise."""
@@ -191,11 +171,6 @@ def warn_unknown(model: Model, prompt: str) -> None:
     if unknown:
         warnings.warn(f"this model was not trained on: {', '.join(unknown)}; it knows "
                       f"{', '.join(model.config.vocabulary)}")
-
-
-def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    # On a line of its own, above any bar.
-    tqdm.write(f"warning: {in_options(str(message))}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -241,10 +216,7 @@ def run_each(work: Sequence[tuple[Clip, SampleConfig, float]]) -> list[str]:
         try:
             run(clips, models, configs[0], rates[0])
         except Exception as error:
-            if not where or not foreseen(error):
-                raise
-            failed.append(f"{where}: {explain(error)[1]}")
-            tqdm.write(failed[-1], file=sys.stderr)
+            failed.append(failure(where, error))
     return failed
 
 

@@ -165,6 +165,13 @@ class TextConfig(TowerConfig):
 
 
 @dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+    """CLIP's tower of pictures, which only measures; the defaults are clip-vit-base-patch32's."""
+    patch: int = within(32, 1, 1024)    # pixels along the side of a square
+    grid: int = within(7, 1, 1024)      # patches along the side of a picture
+
+
+@dataclass(frozen=True)
 class ScheduleConfig(Checked):
     """Betas linear in beta itself: AnimateDiff's, not Stable Diffusion's own."""
     train_steps: int = within(1000, 1000, 1000)

@@ -182,6 +182,35 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_lines(path: Path, of: str, is_one: Callable[[Any], bool]) -> list[dict[str, Any]]:
+    """The records of a file, one in each line; none if it is not there.
+
+    A last line that was cut off is left out. Raises InputError for a file that cannot be read, and
+    for another line that is not one `of` what the file is to hold.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line or "null")
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) and line.startswith("{"):
+                continue
+            raise InputError(f"{path}, line {number}: is cut off or not JSON") from error
+        if record is not None and not is_one(record):
+            raise InputError(f"{path}, line {number}: has no figures of {of}; give another file")
+        records += [] if record is None else [record]
+    return records
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+
+
 def is_our_json(path: Path) -> bool:
     """Whether `write_json` wrote a file."""
     try:

@@ -32,13 +32,18 @@ def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> No
                          f"{frames.shape[-2]}x{frames.shape[-1]}, or write .gif or .webp")
     if not torch.isfinite(frames).all():
         raise NumericalError(f"{target}: not written: its frames are not finite")
-    levels = (frames.cpu().float().clamp(-1, 1) + 1) * 127.5
-    pixels = rearrange(levels.round().to(torch.uint8), "f c H W -> f H W c").numpy()
+    pixels = to_bytes(frames)
     with atomic(target, folder=not target.suffix) as temporary:
         try:
             WRITERS[target.suffix.lower()](temporary, pixels, fps)
         except av.FFmpegError as error:
             raise InputError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+def to_bytes(frames: torch.Tensor) -> np.ndarray:
+    """Frames (f, 3, H, W) in [-1, 1] as pictures (f, H, W, 3) of 8 bits."""
+    levels = (frames.cpu().float().clamp(-1, 1) + 1) * 127.5
+    return rearrange(levels.round().to(torch.uint8), "f c H W -> f H W c").numpy()
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 import sample as command
 from mcl import SampleConfig
-from mcl.command.jobs import Crew, parse_jobs
+from mcl.command import jobs
+from mcl.command.jobs import Crew, parse_jobs, requested
 from mcl.command.paths import clips_of
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +123,7 @@ def test_a_job_that_fails_stops_no_other_and_only_it_is_made_again(capsys, loade
     lambda: Path("b.mp4").unlink(), lambda: Path("b.mp4.json").write_text("{}"),
     lambda: shutil.copy(ROOT / "examples" / "zigzag.mp4", "ref.mp4")])
 def test_a_clip_is_made_again_when_anything_of_it_is_another(change, loaded, monkeypatch):
-    monkeypatch.setattr(command, "kept_digest", command.digest)     # as in a process of its own
+    monkeypatch.setattr(jobs, "kept_digest", jobs.digest)     # as in a process of its own
     write({"out": "b.mp4"})
     assert run() == 0
     change()
@@ -146,7 +147,7 @@ def test_what_a_clip_is_made_of_does_not_depend_on_which_process_asks(monkeypatc
         monkeypatch.setenv("LOCAL_RANK", rank)
         args = command.parse_jobs(["--ref", "ref.mp4", "--prompt", "a star"])[0]
         assert args.device == f"cuda:{rank}"
-        found.append(command.requested(clips_of(args)[0], SampleConfig(), 8))
+        found.append(requested(clips_of(args)[0], SampleConfig(), 8))
     assert found[0] == found[1]
 
 

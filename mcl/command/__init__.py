@@ -9,6 +9,7 @@ import sys
 from typing import Any, Callable, NoReturn, TextIO
 
 import torch
+from tqdm import tqdm
 
 from ..config import SampleConfig
 from ..errors import InputError, NumericalError
@@ -138,6 +139,11 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted; no file is left unfinished"
     said = str(error).rpartition("] err == 0. ")[2] or "out of memory"     # torch's own lines first
     return 1, f"failed: {in_options(said.splitlines()[0])}"
+
+
+def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    # On a line of its own, above any bar.
+    tqdm.write(f"warning: {in_options(str(message))}", file=sys.stderr)
 
 
 def in_options(message: str) -> str:

@@ -1,27 +1,34 @@
 """Many clips in one run: read from a file, shared among processes, gone on with after a failure."""
 import argparse
 import contextlib
+import dataclasses
 import datetime
+import functools
 import json
 import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence, TypeVar
+from typing import Any, Callable, Iterator, Mapping, Sequence, TypeVar
 
 import torch
 from torch import distributed
+from tqdm import tqdm
 
+from ..checkpoint import EMBEDDED
 from ..config import SampleConfig, shown
+from ..convert.formats import LORAS
 from ..errors import InputError
-from ..files import digest, finite
+from ..files import digest, finite, write_lines
 from ..video import read_picture, read_video
-from . import Parser
+from . import Once, Parser, explain, foreseen
 from .options import check, parse
-from .paths import check_files
+from .paths import Clip, check_files, reads
 
 T = TypeVar("T")
+kept_digest = functools.cache(digest)   # of what is read, which one run finds as it is
 FOREVER = datetime.timedelta(days=365)  # one process may have finished its share long before others
 
 
@@ -31,7 +38,7 @@ def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
     Raises InputError, with the file and line, for what no job can be made of.
     """
     first = Parser(prog="sample.py", add_help=False, allow_abbrev=False)
-    first.add_argument("--jobs", type=Path)
+    first.add_argument("--jobs", type=Path, action=Once)
     known, common = first.parse_known_args(argv)
     if known.jobs is None:
         return [parse(argv)]
@@ -86,6 +93,13 @@ def words(options: Mapping[str, Any]) -> list[str]:
 def check_all(jobs: list[argparse.Namespace]) -> list[tuple[SampleConfig, float]]:
     """The settings and the fps of each. Raises InputError for all that can be wrong and can be
     known before weights are read, with the line of the file where there is one."""
+    checked = check_each(jobs)
+    check_files(jobs)
+    return checked
+
+
+def check_each(jobs: list[argparse.Namespace]) -> list[tuple[SampleConfig, float]]:
+    """`check_all`, whatever the jobs write."""
     checked = []
     for args in jobs:
         try:
@@ -94,7 +108,6 @@ def check_all(jobs: list[argparse.Namespace]) -> list[tuple[SampleConfig, float]
                 try_reading(args, checked[-1][0].frames)
         except InputError as error:
             raise InputError(f"{args.where}: {error}" if args.where else str(error)) from error
-    check_files(jobs)
     return checked
 
 
@@ -108,19 +121,46 @@ def try_reading(args: argparse.Namespace, frames: int) -> None:
             read_picture(path, (8, 8))
 
 
+def requested(clip: Clip, config: SampleConfig, fps: float) -> dict[str, Any]:
+    """All that a clip depends on, but for the versions of packages and the device."""
+    args = clip.args
+    return {
+        "prompt": args.prompt, "method": args.method, "reference_prompt": args.ref_prompt,
+        "subject": args.subject, "reference": str(args.ref or args.motion), "seed": clip.seed,
+        "settings": dataclasses.asdict(config), "start": args.start, "duration": args.duration,
+        "stride": args.stride, "fit": args.fit, "fps": fps,
+        "weights": str(args.weights or EMBEDDED),
+        "images": [(str(path), frame) for path, frame in args.image],
+        "loras": [(str(path), scale) for option in LORAS
+                  for path, scale in getattr(args, option[2:].replace("-", "_"))],
+        "ignore_alpha": args.ignore_alpha, "measured": args.report,
+        "asked": args.asked,
+        "read": {str(path): kept_digest(path) for _, path in reads(args) if path != args.jobs}}
+
+
 def is_made(record: Path, request: Mapping[str, Any], written: Sequence[Path]) -> bool:
     """Whether a record says that the same was asked for, and all that it wrote is there unchanged.
 
-    request    what a clip is made of (`requested` of sample.py)
+    request    what a clip is made of (`requested`)
     written    the files and folders that are wanted
     """
     try:
         made = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    wanted = json.loads(json.dumps(finite(request)))            # tuples are lists in JSON
-    return (isinstance(made, dict) and wanted.items() <= made.items()
+    return (isinstance(made, dict) and is_of(made, request)
             and all(path.exists() for path in written) and made.get("written") == digests(written))
+
+
+def is_of(record: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
+    """Whether a record has all that a request has, as JSON gives both back."""
+    return bool(as_json(request).items() <= record.items())
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives values back: tuples are lists there, and what is not finite is None."""
+    read: dict[str, Any] = json.loads(json.dumps(finite(values)))
+    return read
 
 
 def digests(paths: Sequence[Path]) -> dict[str, str]:
@@ -145,6 +185,35 @@ class Crew:
         every: list[list[T]] = [[]] * self.size
         distributed.all_gather_object(every, found)
         return [one for part in every for one in part]
+
+
+def failure(where: str, error: Exception) -> str:
+    """What failed of a file of jobs, and where it stands, which is said at once; raises what is not
+    foreseen, and all where there is no file."""
+    if not where or not foreseen(error):
+        raise error
+    line = f"{where}: {explain(error)[1]}"
+    tqdm.write(line, file=sys.stderr)
+    return line
+
+
+def measure_each(crew: Crew, work: Sequence[tuple[str, T]], measure: Callable[[T], dict[str, Any]],
+                 path: Path, records: list[dict[str, Any]]) -> list[str]:
+    """Adds a record of each piece of work, which stands somewhere, and writes all to a file, as
+    often as each process has measured one; returns what failed."""
+    failed: list[str] = []
+    for start in range(0, len(work), crew.size):
+        found, lost = [], []
+        for where, one in crew.share(work[start:start + crew.size]):        # one, or none
+            try:
+                found.append(measure(one))
+            except Exception as error:
+                lost.append(failure(where, error))
+        records += crew.gather(found)
+        failed += crew.gather(lost)
+        if crew.rank == 0:
+            write_lines(path, records)
+    return failed
 
 
 @contextlib.contextmanager

@@ -1,10 +1,14 @@
 """Tensors that are still on disk: a checkpoint is known whole before any of it is read."""
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator, Mapping, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..checkpoint import check_finite, check_names, check_shape, fill
+
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,3 +30,21 @@ class Checkpoint:
     others: tuple[str, ...] = ()            # entries of a pickle that are not tensors
     metadata: dict[str, str] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)   # by part; "" a file's own
+
+
+def filled(path: Path, network: N, tensors: Mapping[str, LazyTensor], device: torch.device | str
+           ) -> N:
+    """A network on the meta device with weights of a file, in float32.
+
+    Raises InputError, naming the file, where one is missing, extra, mis-shaped or not finite.
+    """
+    shapes = {name: weight.shape for name, weight in network.state_dict().items()}
+    check_names(path, set(tensors), shapes)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in shapes.items():
+            weight = tensors[name].read().to(device, torch.float32)
+            check_shape(path, name, weight, shape)
+            check_finite(path, name, weight)
+            yield name, weight
+    return fill(network, weights())

@@ -3,8 +3,9 @@ import re
 from typing import Any, Mapping, TypeVar
 
 from ..config import (VOCABULARY, SparseCtrlConfig, TextConfig, UNetConfig, VAEConfig,
-                      shown)
+                      VisionConfig, shown)
 from ..errors import InputError
+from ..tokenizer import LENGTH
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -15,7 +16,11 @@ FIXED: dict[str, dict[str, Any]] = {
              "use_linear_projection": False, "dual_cross_attention": False},
     "vae": {"act_fn": "silu"},
     "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "text_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "vision_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "scheduler": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}}
+CLIP_PARTS = ("text_config", "vision_config")
+CLIP_HEAD = 64                              # channels of each head, in all that OpenAI has
 T = TypeVar("T")
 
 
@@ -32,7 +37,8 @@ def check_config(path: Any, part: str, config: Mapping[str, Any]) -> None:
     for key, value in FIXED[part].items():
         if config.get(key) not in (None, value):
             raise InputError(f"{path}: its {part} config has {key} = {shown(config[key])}; "
-                             f"Stable Diffusion 1.5 has {value!r}, and only that runs here")
+                             f"{'CLIP' if part in CLIP_PARTS else 'Stable Diffusion 1.5'} has "
+                             f"{value!r}, and only that runs here")
 
 
 def shape_of(shapes: Shapes, name: str, path: Any) -> tuple[int, ...]:
@@ -133,3 +139,32 @@ def text_config(path: Any, text: Shapes, config: Mapping[str, Any]) -> TextConfi
         layers=count(text, "text_model.encoder.layers"),
         heads=number_of_heads(config, ("num_attention_heads",), 12, path),
         max_length=shape_of(text, "text_model.embeddings.position_embedding.weight", path)[0])
+
+
+def clip_configs(path: Any, clip: Shapes, config: Mapping[str, Any]
+                 ) -> tuple[TextConfig, VisionConfig, int]:
+    """Of Hugging Face's CLIPModel: its towers, and the channels of the space that they share."""
+    if not any(name.startswith("vision_model.") for name in clip):
+        raise InputError(f"{path}: holds no CLIP of texts and pictures; the model.safetensors of "
+                         "openai/clip-vit-large-patch14 or openai/clip-vit-base-patch32 does")
+    hidden, *_, patch = shape_of(clip, "vision_model.embeddings.patch_embedding.weight", path)
+    places = shape_of(clip, "vision_model.embeddings.position_embedding.weight", path)[0] - 1
+    channels, text_hidden = shape_of(clip, "text_projection.weight", path)[:2]
+    heads = {}
+    for part, width in zip(CLIP_PARTS, (text_hidden, hidden)):
+        own = given(config, part, {})
+        if not isinstance(own, dict):
+            raise InputError(f"{path}: its {part} is {shown(own)}, which is no config")
+        check_config(path, part, own)
+        if own.get("num_attention_heads") is None and width % CLIP_HEAD:
+            raise InputError(f"{path}: how many heads its {width} channels have is told by its "
+                             "config.json alone, which is to lie beside it")
+        heads[part] = given(own, "num_attention_heads", width // CLIP_HEAD)
+    text = text_config(path, clip, {"num_attention_heads": heads["text_config"]})
+    if text.max_length < LENGTH:
+        raise InputError(f"{path}: reads {text.max_length} tokens of a text, CLIP reads {LENGTH}")
+    return text, made(
+        path, VisionConfig, hidden_size=hidden, heads=heads["vision_config"], patch=patch,
+        grid=round(max(places, 0) ** 0.5), layers=count(clip, "vision_model.encoder.layers"),
+        intermediate_size=shape_of(clip, "vision_model.encoder.layers.0.mlp.fc1.weight", path)[0]
+    ), channels

@@ -8,7 +8,6 @@ that it has are not measured again; the table is printed at the end, or at once 
 """
 import argparse
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -26,7 +25,7 @@ from ..command import Parser, answer, carry_out
 from ..command.options import PUBLISHED_SEMANTIC_SHARE
 from ..config import SampleConfig, from_dict, to_dict
 from ..errors import InputError
-from ..files import atomic, check_target
+from ..files import atomic, check_target, read_lines, write_lines
 from ..machine import DTYPES
 from .evaluate import CAMERAS, PATHS, Case, clone, held_out_cases, measure, save_strip
 from .scenes import render
@@ -139,22 +138,10 @@ def measured(path: Path, model: str) -> list[dict[str, Any]]:
 
     Raises InputError for a file of another model, and for one that is not of a study.
     """
-    records = []
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line or "null")
-        except ValueError as error:
-            if number == len(lines):
-                continue
-            raise InputError(f"{path}, line {number}: is cut off or not JSON") from error
-        if record is None:
-            continue
-        if not isinstance(record, dict) or not {"model", "variant", "clip", "seed"} <= set(record):
-            raise InputError(f"{path}, line {number}: has no figures of a study; give another file")
-        if record["model"] != model:
-            raise InputError(f"{path}: has figures of another model; give another file")
-        records.append(record)
+    records = read_lines(path, "a study", lambda record: isinstance(record, dict) and (
+        {"model", "variant", "clip", "seed"} <= set(record)))
+    if any(record["model"] != model for record in records):
+        raise InputError(f"{path}: has figures of another model; give another file")
     return records
 
 
@@ -202,8 +189,7 @@ def run(args: argparse.Namespace) -> None:
         record = {"model": model.sha256, "variant": name, "clip": clip_name(case), "seed": seed,
                   "kind": case.kind, "seconds": time.perf_counter() - began}
         records.append(record | measure(frames, case))
-        with atomic(args.out) as temporary:
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+        write_lines(args.out, records)
         if args.save:
             save_strip(args.save / strip_name(record),
                        [render(case.scene, config.height), frames])

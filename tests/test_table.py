@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sample as command
 from mcl import InputError
 from mcl.checkpoint import EMBEDDED
-from mcl.command.jobs import kept_digest
+from mcl.command.jobs import kept_digest, parse_jobs
 from mcl.convert.sizes import clip_configs
 from mcl.measure.clip import Clip, load_clip, pixels_of
 from mcl.measure.report import COLUMNS
@@ -294,6 +294,14 @@ def test_what_cannot_be_is_refused_in_a_line(argv, message, here, folder, capsys
     error, = capsys.readouterr().err.splitlines()
     assert message in error
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_davis_is_there_to_start_from():
+    jobs = parse_jobs([f"--jobs={ROOT / 'examples' / 'davis.jsonl'}"])
+    names = [job.ref.name for job in jobs]
+    assert len(names) == 30 and names == sorted(set(names))
+    assert {str(job.ref.parent) for job in jobs} == {"DAVIS/JPEGImages/480p"}
+    assert len({job.prompt for job in jobs}) == 30
 
 
 def test_a_table_is_of_one_model(here, folder, capsys):

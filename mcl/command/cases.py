@@ -1,16 +1,21 @@
 """The cases of a table of clones: jobs of one model, of which nothing is written but figures."""
 import argparse
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Sequence
 
 from ..config import SampleConfig
 from ..errors import InputError
 from ..files import Write, check_plan, check_readable, read_lines
-from .jobs import as_json, check_each, is_of, kept_digest, parse_jobs, requested
+from . import Once, Parser, answer, one_line_warning
+from .jobs import (as_json, assembled, check_each, is_of, kept_digest, measure_each, parse_jobs,
+                   requested)
 from .paths import clips_of, reads
 
 FIGURES = ("clone", "unguided")         # of a record, by the names of what is measured
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Case:
     args: argparse.Namespace
     seed: int
     config: SampleConfig
-    request: dict[str, Any]             # all that its figures depend on
+    request: Record                     # all that its figures depend on
 
 
 def read_cases(path: Path, common: list[str], clip: Path, out: Path) -> list[Case]:
@@ -51,7 +56,7 @@ def read_cases(path: Path, common: list[str], clip: Path, out: Path) -> list[Cas
     return cases
 
 
-def read_records(path: Path, cases: list[Case]) -> tuple[list[dict[str, Any]], list[Case]]:
+def read_records(path: Path, cases: list[Case]) -> tuple[list[Record], list[Case]]:
     """All records of a file, and the cases that it has none of. Raises InputError where it holds
     anything else."""
     records = read_lines(path, "a table", lambda record: isinstance(record, dict) and all(
@@ -59,3 +64,47 @@ def read_records(path: Path, cases: list[Case]) -> tuple[list[dict[str, Any]], l
         for figures in map(record.get, FIGURES)))
     return records, [case for case in cases
                      if not any(is_of(record, case.request) for record in records)]
+
+
+def main(argv: list[str] | None, description: str,
+         begin: Callable[[Path, argparse.Namespace], Callable[[Case], Record]],
+         table: Callable[[Sequence[Record]], str]) -> int:
+    """Measures cases, and prints the table of them: 0 done, 1 some failed, 2 bad input, 130 or 143
+    interrupted.
+
+    begin   of the file of CLIP and the options of all cases: what measures one of them
+    """
+    warnings.showwarning = one_line_warning
+    p = Parser(prog="-m mcl.measure.table", description=description, allow_abbrev=False,
+               epilog="All other options are those of sample.py, for all cases.")
+    p.add_argument("--cases", type=Path, required=True, action=Once, metavar="FILE",
+                   help='a line of JSON for each, {"ref": "a.mp4", "prompt": "a star", "seed": 1}')
+    p.add_argument("--clip", type=Path, required=True, action=Once, metavar="FILE",
+                   help="model.safetensors of openai/clip-vit-large-patch14 or -base-patch32")
+    p.add_argument("--out", type=Path, default=Path("table.jsonl"), metavar="FILE",
+                   help="the figures of each case, gone on with (default: %(default)s)")
+    return answer(lambda: run(begin, table, *p.parse_known_args(argv)))
+
+
+def run(begin: Callable[[Path, argparse.Namespace], Callable[[Case], Record]],
+        table: Callable[[Sequence[Record]], str], args: argparse.Namespace, common: list[str]
+        ) -> int:
+    failed: list[str] = []
+    with assembled() as crew:
+        try:
+            cases = read_cases(args.cases, common, args.clip, args.out)
+            records, left = read_records(args.out, cases)
+            measure = begin(args.clip, cases[0].args) if left else None
+        except InputError:
+            if crew.rank:               # which the first of them says
+                return 2
+            raise
+        crew.gather([])                 # before anybody writes, all have seen what is left
+        if measure is not None:
+            failed = measure_each(crew, [(case.args.where, case) for case in left], measure,
+                                  args.out, records)
+        if crew.rank == 0:
+            print(f"{args.cases}: {len(cases)} cases, {len(cases) - len(left)} of them measured "
+                  f"before; {len(failed)} failed", file=sys.stderr)
+            print(table([r for r in records if any(is_of(r, case.request) for case in cases)]))
+    return 1 if failed else 0

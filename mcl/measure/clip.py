@@ -25,9 +25,9 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        c, patch = config.hidden_size, config.patch
+        c = config.hidden_size
         self.class_embedding = nn.Parameter(torch.zeros(c))
-        self.patch_embedding = Conv2d(3, c, patch, stride=patch, bias=False)
+        self.patch_embedding = Conv2d(3, c, config.patch, stride=config.patch, bias=False)
         self.position_embedding = Embedding(1 + config.grid ** 2, c)
 
     def forward(self, pixels: Tensor) -> Tensor:

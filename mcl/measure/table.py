@@ -1,4 +1,4 @@
-"""The paper's table: clones of many references, unguided clips beside them, and what CLIP says.
+"""The paper's table: clones of many references, and unguided clips of the same noise beside them.
 
     python -m mcl.measure.table --cases cases.jsonl --clip clip-vit-large-patch14 --preset camera
 
@@ -9,20 +9,16 @@ import argparse
 import functools
 import math
 import statistics
-import sys
-import warnings
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 
 from ..checkpoint import load_model
-from ..command import Once, Parser, answer, carry_out, one_line_warning
-from ..command.cases import FIGURES, Case, read_cases, read_records
-from ..command.jobs import assembled, is_of, measure_each
+from ..command import carry_out, cases
+from ..command.cases import FIGURES, Case, Record
 from ..command.options import seeded
 from ..command.reference import progress, read_once
-from ..errors import InputError
 from ..files import finite
 from ..machine import pick_recompute
 from ..model import Model
@@ -35,8 +31,14 @@ from .report import COLUMNS
 PAPER = {"CLIP text alignment": 0.3187, "CLIP temporal consistency": 0.9621}    # arXiv 2406.05338
 
 
-def measure(model: Model, clip: Clip, case: Case) -> dict[str, Any]:
-    """Makes both clips of a case, and measures them: its request, and the figures of each."""
+def begin(clip: Path, args: argparse.Namespace) -> Callable[[Case], Record]:
+    """Reads CLIP and the model."""
+    embed, model = load_clip(clip), load_model(args.weights, args.device, args.dtype)
+    return functools.partial(measure, model, embed.to(model.device))
+
+
+def measure(model: Model, clip: Clip, case: Case) -> Record:
+    """Makes the two clips of a case: its request, and the figures of each."""
     args, config = case.args, case.config
     reference = read_video(args.ref, config.frames, (config.height, config.width), args.start,
                            args.duration, args.fit, stride=args.stride)
@@ -51,7 +53,7 @@ def measure(model: Model, clip: Clip, case: Case) -> dict[str, Any]:
     return {**case.request, **finite(figures)}
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[Record]) -> str:
     """Markdown: means over references and prompts, of each of which its seeds' mean is taken first,
     with half of the 95 % confidence interval by Student's t."""
     lines = ["| | " + " | ".join((*FIGURES, "the paper's")) + " |", "|---|---|---|---|"]
@@ -61,7 +63,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def estimate(records: Sequence[dict[str, Any]], name: str, column: str) -> str:
+def estimate(records: Sequence[Record], name: str, column: str) -> str:
     groups: dict[tuple[str, str], list[float]] = {}
     for r in records:
         known = [x for x in [r[name].get(column)] if x is not None]
@@ -82,43 +84,8 @@ def student(freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(angles[np.searchsorted(mass, 0.95 * mass[-1])])
 
 
-def run(args: argparse.Namespace, common: list[str]) -> int:
-    failed: list[str] = []
-    with assembled() as crew:
-        try:
-            cases = read_cases(args.cases, common, args.clip, args.out)
-            records, left = read_records(args.out, cases)
-            clip = load_clip(args.clip) if left else None
-        except InputError:
-            if crew.rank:               # which the first of them says
-                return 2
-            raise
-        crew.gather([])                 # before anybody writes, all have seen what is left
-        if clip is not None:
-            first = cases[0].args
-            model = load_model(first.weights, first.device, first.dtype)
-            measured_by = functools.partial(measure, model, clip.to(model.device))
-            failed = measure_each(crew, [(case.args.where, case) for case in left], measured_by,
-                                  args.out, records)
-        if crew.rank == 0:
-            print(f"{args.cases}: {len(cases)} cases, {len(cases) - len(left)} of them measured "
-                  f"before; {len(failed)} failed", file=sys.stderr)
-            print(table([r for r in records if any(is_of(r, case.request) for case in cases)]))
-    return 1 if failed else 0
-
-
 def main(argv: list[str] | None = None) -> int:
-    """0 done, 1 some case failed, 2 bad input, 130 or 143 interrupted."""
-    warnings.showwarning = one_line_warning
-    p = Parser(prog="-m mcl.measure.table", description=__doc__.splitlines()[0],
-               allow_abbrev=False, epilog="All other options are sample.py's, for all cases.")
-    p.add_argument("--cases", type=Path, required=True, action=Once, metavar="FILE",
-                   help='a line of JSON for each, {"ref": "a.mp4", "prompt": "a star", "seed": 1}')
-    p.add_argument("--clip", type=Path, required=True, action=Once, metavar="FILE",
-                   help="model.safetensors of openai/clip-vit-large-patch14 or -base-patch32")
-    p.add_argument("--out", type=Path, default=Path("table.jsonl"), metavar="FILE",
-                   help="the figures of each case, gone on with (default: %(default)s)")
-    return answer(lambda: run(*p.parse_known_args(argv)))
+    return cases.main(argv, __doc__.splitlines()[0], begin, table)
 
 
 if __name__ == "__main__":

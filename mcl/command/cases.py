@@ -1,14 +1,19 @@
 """The cases of a table of clones: jobs of one model, of which nothing is written but figures."""
 import argparse
+import functools
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Sequence, TypeVar
 
+from torch import nn
+
+from ..checkpoint import load_model
 from ..config import SampleConfig
 from ..errors import InputError
 from ..files import Write, check_plan, check_readable, read_lines
+from ..model import Model
 from . import Once, Parser, answer, one_line_warning
 from .jobs import (as_json, assembled, check_each, is_of, kept_digest, measure_each, parse_jobs,
                    requested)
@@ -16,6 +21,7 @@ from .paths import clips_of, reads
 
 FIGURES = ("clone", "unguided")         # of a record, by the names of what is measured
 Record = dict[str, Any]
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,11 @@ def read_records(path: Path, cases: list[Case]) -> tuple[list[Record], list[Case
                      if not any(is_of(record, case.request) for record in records)]
 
 
-def main(argv: list[str] | None, description: str,
-         begin: Callable[[Path, argparse.Namespace], Callable[[Case], Record]],
-         table: Callable[[Sequence[Record]], str]) -> int:
-    """Measures cases, and prints the table of them: 0 done, 1 some failed, 2 bad input, 130 or 143
-    interrupted.
-
-    begin   of the file of CLIP and the options of all cases: what measures one of them
-    """
+def main(argv: list[str] | None, description: str, load_clip: Callable[[Path], N],
+         measure: Callable[[Model, N, Case], Record], table: Callable[[Sequence[Record]], str]
+         ) -> int:
+    """Measures cases and prints their table: 0 done, 1 some failed, 2 bad input, 130 or 143
+    interrupted."""
     warnings.showwarning = one_line_warning
     p = Parser(prog="-m mcl.measure.table", description=description, allow_abbrev=False,
                epilog="All other options are those of sample.py, for all cases.")
@@ -83,10 +86,10 @@ def main(argv: list[str] | None, description: str,
                    help="model.safetensors of openai/clip-vit-large-patch14 or -base-patch32")
     p.add_argument("--out", type=Path, default=Path("table.jsonl"), metavar="FILE",
                    help="the figures of each case, gone on with (default: %(default)s)")
-    return answer(lambda: run(begin, table, *p.parse_known_args(argv)))
+    return answer(lambda: run(load_clip, measure, table, *p.parse_known_args(argv)))
 
 
-def run(begin: Callable[[Path, argparse.Namespace], Callable[[Case], Record]],
+def run(load_clip: Callable[[Path], N], measure: Callable[[Model, N, Case], Record],
         table: Callable[[Sequence[Record]], str], args: argparse.Namespace, common: list[str]
         ) -> int:
     failed: list[str] = []
@@ -94,15 +97,18 @@ def run(begin: Callable[[Path, argparse.Namespace], Callable[[Case], Record]],
         try:
             cases = read_cases(args.cases, common, args.clip, args.out)
             records, left = read_records(args.out, cases)
-            measure = begin(args.clip, cases[0].args) if left else None
+            clip = load_clip(args.clip) if left else None
         except InputError:
             if crew.rank:               # which the first of them says
                 return 2
             raise
         crew.gather([])                 # before anybody writes, all have seen what is left
-        if measure is not None:
-            failed = measure_each(crew, [(case.args.where, case) for case in left], measure,
-                                  args.out, records)
+        if clip is not None:
+            first = cases[0].args
+            model = load_model(first.weights, first.device, first.dtype)
+            one = functools.partial(measure, model, clip.to(model.device))
+            failed = measure_each(crew, [(case.args.where, case) for case in left], one, args.out,
+                                  records)
         if crew.rank == 0:
             print(f"{args.cases}: {len(cases)} cases, {len(cases) - len(left)} of them measured "
                   f"before; {len(failed)} failed", file=sys.stderr)

@@ -5,16 +5,12 @@
 Cases are jobs as of sample.py --jobs, and all further options are for all of them. Each is measured
 once: its figures are added to --out, and a run that was broken off is gone on with.
 """
-import argparse
-import functools
 import math
 import statistics
-from pathlib import Path
-from typing import Callable, Sequence
+from typing import Sequence
 
 import numpy as np
 
-from ..checkpoint import load_model
 from ..command import carry_out, cases
 from ..command.cases import FIGURES, Case, Record
 from ..command.options import seeded
@@ -29,12 +25,6 @@ from .look import measured, unguided
 from .report import COLUMNS
 
 PAPER = {"CLIP text alignment": 0.3187, "CLIP temporal consistency": 0.9621}    # arXiv 2406.05338
-
-
-def begin(clip: Path, args: argparse.Namespace) -> Callable[[Case], Record]:
-    """Reads CLIP and the model."""
-    embed, model = load_clip(clip), load_model(args.weights, args.device, args.dtype)
-    return functools.partial(measure, model, embed.to(model.device))
 
 
 def measure(model: Model, clip: Clip, case: Case) -> Record:
@@ -85,7 +75,7 @@ def student(freedom: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cases.main(argv, __doc__.splitlines()[0], begin, table)
+    return cases.main(argv, __doc__.splitlines()[0], load_clip, measure, table)
 
 
 if __name__ == "__main__":

@@ -108,11 +108,12 @@ def laid_out(desk: Desk) -> gr.Blocks:
                 prompt = gr.Textbox("a red star on a navy background", label="Prompt")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1)
                 go = gr.Button("Clone the motion", variant="primary")
-            made = gr.HTML("<p>The clone comes here.</p>", min_height=240, scale=3)
+            with gr.Column(scale=3):
+                made = gr.HTML("<p>The clone comes here.</p>", min_height=240)
         with gr.Tab("How it came about"):
             explained = gr.HTML("<p>With the clone comes a page of what the method saw.</p>")
         page.unload(desk.leave)
-        clip.input(desk.look, clip, concurrency_limit=2)
+        gr.on([clip.upload, clip.stop_recording], desk.look, clip, concurrency_limit=2)
         go.click(desk.look, clip, concurrency_limit=2).success(
             desk.clone, [clip, prompt, seed], [made, explained], show_progress_on=made)
     return page.queue(max_size=WAITING, default_concurrency_limit=1)

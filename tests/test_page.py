@@ -1,5 +1,6 @@
 """The page of --maps: what is written, and what a browser makes of it."""
 import base64
+import contextlib
 import json
 import re
 import shutil
@@ -170,9 +171,9 @@ def test_text_stands_out_in_the_light_and_in_the_dark():
                 assert (high + 0.05) / (low + 0.05) >= least, (front, back)
 
 
-@pytest.fixture(scope="module")
-def browser(made, tmp_path_factory):
-    """Chromium with the page open, at the width of a phone."""
+@contextlib.contextmanager
+def chromium(profile):
+    """Chromium, at the width of a phone."""
     if CHROMIUM is None:
         pytest.skip("there is no chromium")
     webdriver = pytest.importorskip("selenium.webdriver")
@@ -180,18 +181,25 @@ def browser(made, tmp_path_factory):
     options.binary_location = CHROMIUM
     for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
                  "disable-background-networking", "disable-component-update", "disable-sync",
-                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+                 f"user-data-dir={profile}"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
             "width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True})
-        driver.get(made[0].as_uri())
-        waited(lambda: driver.execute_script("return 'ready' in document.body.dataset"))
         yield driver
     finally:
         driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(made, tmp_path_factory):
+    """With the page open."""
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        driver.get(made[0].as_uri())
+        waited(lambda: driver.execute_script("return 'ready' in document.body.dataset"))
+        yield driver
 
 
 def waited(found, seconds=30):

@@ -82,7 +82,8 @@ class Desk:
                 elif line:
                     said.append(shown(line, clip))
         if process.returncode:
-            raise gr.Error(said[-1], None, print_exception=False)
+            line = said[-1] if process.returncode > 0 else f"failed: signal {-process.returncode}"
+            raise gr.Error(line, None, print_exception=False)
         before.close()
         base = f"gradio_api/file={folder}"
         return f"""<video src="{base}/clone-compare.mp4" style="width: 100%" controls autoplay loop

@@ -98,7 +98,7 @@ def test_a_clip_is_cloned_as_by_the_command_and_explained(server, browser, tmp_p
     browser.switch_to.default_content()
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
     unnamed = browser.execute_script("""return [...document.querySelectorAll(
-        'input:not([type=file]), textarea, video')].filter(e => !(e.getAttribute('aria-label') ||
+        'input:not([type=file]), textarea')].filter(e => !(e.getAttribute('aria-label') ||
         e.labels && e.labels.length)).map(e => e.outerHTML)""")
     assert unnamed == []
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []

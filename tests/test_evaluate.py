@@ -8,7 +8,7 @@ import torch
 
 from mcl import InputError
 from mcl.tiny.clips import tone
-from mcl.tiny.evaluate import CAMERAS, PATHS, held_out_cases, measure, save_strip
+from mcl.tiny.evaluate import CAMERAS, PATHS, door, held_out_cases, measure, save_strip
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
 from mcl.tiny.study import DEFAULT, measured, sheet, strip_name, study_table
 from mcl.tiny.train import check_stages
@@ -40,6 +40,15 @@ def test_a_perfect_clone_of_a_camera_is_measured_as_one(case):
     swapped = render(dataclasses.replace(case.scene, ground=tone(ground), second=ground), 128)
     assert measure(swapped, case)["ground"] == 1        # the same two tones in each other's place
     assert measure(frames.flip(0), case)["camera"] < 0
+
+
+def test_the_door_counts_who_passes_and_who_is_followed():
+    found = [("zigzag", .5, {"direction": .9}), ("zigzag", .5, {"direction": .6}),
+             ("pan", .3, {"direction": .2, "camera": .8}), ("still", .5, {"direction": .9})]
+    records = [{"motion": motion, "certainty": sure, "guided": guided, **figures}
+               for motion, sure, figures in found for guided in (True, False)]
+    assert door(records, 0.4) == ("certainty 0.4 or more: 2 of 3 references, of which 1 are "
+                                  "followed; of the others 1 are")
 
 
 def test_a_camera_keeps_its_texture_or_is_given_another():

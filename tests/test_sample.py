@@ -91,6 +91,8 @@ def test_the_published_settings_are_the_defaults_and_the_presets():
         per_map = {b: w * found.motion_weight for b, w in found.weights_of_blocks.items()}
         assert per_map == pytest.approx({"up_blocks.1": 1667, "up_blocks.2": 833})
         assert (found.semantic_scale, found.semantic_blocks) == (42, ("up_blocks.1",))
+        other = parse(["--ref", REF, "--prompt", "", "--preset", preset, "--blocks", "up_blocks.2"])
+        assert settings(other, own).block_weights == ()         # which were of other blocks
         with pytest.raises(InputError, match="belongs to --method inversion"):
             parse(["--prompt", "", "--preset", preset, "--method", "single-step"])
     changed = ["--spacing", "leading", "--warmup", "3", "--cooldown", "4", "--mask-threshold", ".2"]
@@ -129,7 +131,7 @@ def test_semantic_guidance_changes_the_clip(tmp_path):
     (["--ref-prompt", "a cat"], "belongs to --method inversion or --subject"),
     (["--inversion-steps", "9"], "belong to --method inversion"),
     (["--inversion-dir", "d"], "belong to --method inversion"),
-    (["--block-weights", "1,2"], "--block-weights (1.0, 2.0) is not possible")])
+    (["--block-weights", "1,2,3"], "--block-weights (1.0, 2.0, 3.0) is not possible")])
 def test_what_does_not_go_with_a_method_is_refused(argv, message, tmp_path, capsys):
     assert run("--ref", REF, "--prompt", "", "--out", tmp_path / "a.mp4", *argv) == 2
     assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
@@ -172,7 +174,7 @@ def test_a_motion_weight_of_zero_is_the_unguided_clip(tmp_path, embedded):
 
 def test_a_motion_weight_that_does_nothing_is_said(recwarn):
     for weight, said in (("1.28", ["--motion-weight 1.28 does next to nothing: these weights' own "
-                                   "is 20000"]), ("10000", []), ("0", [])):
+                                   "is 25000"]), ("10000", []), ("0", [])):
         recwarn.clear()
         check(parse(["--ref", REF, "--prompt", "", "--motion-weight", weight]))
         assert [str(warning.message) for warning in recwarn] == said
@@ -239,7 +241,8 @@ def test_what_is_lost_of_a_phone_clip_is_said_once(tmp_path, capsys):
     clone(tmp_path / "b.mp4", "--ref", tmp_path / "a.mov", "--steps", 1, "--guidance-steps", 1,
           "--stride", 3)
     warned = [line for line in capsys.readouterr().err.splitlines() if "a.mov" in line]
-    assert len(warned) == 2 and warned[1].endswith("a.mov: its sound is left out")
+    assert len(warned) == 3 and warned[1].endswith("a.mov: its sound is left out")
+    assert "a.mov: this model will hardly follow it" in warned[2]       # nothing moves in it
     assert "0.75 s apart" in warned[0] and "--duration 2 reads" in warned[0]
     assert json.loads((tmp_path / "b.mp4.json").read_text())["stride"] == 3
 

@@ -224,6 +224,8 @@ def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
             given[name] = -(-2 * getattr(default, name) // 3)
     elif args.preset:
         given |= PRESETS[args.preset]
+    if args.blocks:
+        given["block_weights"] = ()     # those that were given are of other blocks
     for field in dataclasses.fields(SampleConfig):
         value = getattr(args, field.name, None)
         if value is not None:

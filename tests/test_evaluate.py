@@ -10,7 +10,7 @@ from mcl import InputError
 from mcl.tiny.clips import tone
 from mcl.tiny.evaluate import CAMERAS, PATHS, door, held_out_cases, measure, save_strip
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
-from mcl.tiny.study import DEFAULT, measured, sheet, strip_name, study_table
+from mcl.tiny.study import DEFAULT, VARIANTS, measured, sheet, strip_name, study_table
 from mcl.tiny.train import check_stages
 
 
@@ -72,6 +72,12 @@ def test_the_table_has_means_over_clips_and_their_intervals():
     assert row[1] == "0.400 ± 0.392"        # clips 0.2 and 0.6; 1.96 * 0.283 / sqrt(2)
     assert row[2] == "0.500 ± 0.000" and row[3] == ""       # one camera clip has no interval
     assert row[4].startswith("0.933") and row[6:] == ["2", "3 x 1.3 |"]
+
+
+def test_the_study_s_variants_are_possible_and_differ(embedded):
+    own = embedded.config.sample
+    found = [(variant.guided, variant.of(own)) for variant in VARIANTS.values()]
+    assert len(set(found)) == len(found) and (True, own) in found
 
 
 def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path):

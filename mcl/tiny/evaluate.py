@@ -45,7 +45,7 @@ CAMERAS = ("pan", "zoom", "roll")
 STILL = ("still",)
 K = TypeVar("K")
 FOUND_AREA = 0.004                      # of the picture: the least that counts as a subject
-FOLLOWED = 0.7                          # of a direction or of a camera's curves: the least that is so
+FOLLOWED = 0.7                          # of a direction, or of a camera's curves, at the least
 
 
 @dataclass(frozen=True)

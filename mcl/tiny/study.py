@@ -57,17 +57,17 @@ VARIANTS = {
     "inversion, k = 1": Variant({"inversion_steps": 100}),
     "inversion, k = 1, semantic": Variant({"inversion_steps": 100}, semantic=True),
     **{f"t = {t}": Variant({"extract_t": t}) for t in (400, 600, 800)},
-    **{f"{block} alone": Variant({"blocks": [block]})
-       for block in ("down_blocks.1", "down_blocks.2", "up_blocks.0", "up_blocks.2")},
+    **{f"{block} alone": Variant({"blocks": [block], "block_weights": []}) for block in (
+        "down_blocks.1", "down_blocks.2", "up_blocks.0", "up_blocks.1", "up_blocks.2")},
     "half the weight": Variant(weight=0.5),
     "double weight": Variant(weight=2.0),
     "8 frames": Variant({"frames": 8}),
     "64x64": Variant({"height": 64, "width": 64}),
     **{f"a gradient every {n} steps": Variant({"guidance_every": n}) for n in (2, 3)},
     **{f"CFG in {share:.0%} of the steps": Variant({"cfg_share": share}) for share in (.7, .4)},
-    **{f"{steps} steps": Variant({"steps": steps, "guidance_steps": steps * 2 // 5,
-                                  "warmup": steps // 10, "cooldown": steps // 10})
-       for steps in (40, 30, 20)},
+    **{f"{steps} steps": Variant({"steps": steps, "guidance_steps": steps // 2,
+                                  "warmup": steps // 7, "cooldown": steps // 7})
+       for steps in (30, 20)},
 }
 
 

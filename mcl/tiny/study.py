@@ -67,7 +67,7 @@ VARIANTS = {
     **{f"CFG in {share:.0%} of the steps": Variant({"cfg_share": share}) for share in (.7, .4)},
     **{f"{steps} steps": Variant({"steps": steps, "guidance_steps": steps // 2,
                                   "warmup": steps // 7, "cooldown": steps // 7})
-       for steps in (30, 20)},
+       for steps in (24, 16)},
 }
 
 

@@ -43,8 +43,8 @@ from .trainer import Trainee, autocast
 
 # The settings of SampleConfig that suit this model.
 DEFAULTS: dict[str, Any] = {
-    "steps": 40, "guidance_steps": 20, "guidance_span": 0.25, "warmup": 6, "cooldown": 6,
-    "cfg_scale": 4.0, "motion_weight": 25000.0, "extract_t": 200,
+    "steps": 32, "guidance_steps": 16, "guidance_span": 0.25, "warmup": 5, "cooldown": 5,
+    "cfg_scale": 5.0, "motion_weight": 25000.0, "extract_t": 200,
     # The second module of the block tells the sense of a camera's move, the first hardly does.
     "blocks": ("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
     "block_weights": (1.0, 4.0)}
@@ -204,7 +204,9 @@ def train_world(folder: Path, start: Path, weights: Path, plan: Hyperparameters,
         spatial_rate=plan.world_rate * plan.spatial_rate, image_share=plan.world_image_share)
     trainee = train_on_clips(folder / "world.pt", model, Clips(folder / "world"), slower,
                              plan.world_steps)
-    model.config = dataclasses.replace(model.config, vocabulary=VOCABULARY)
+    model.config = dataclasses.replace(
+        model.config, sample=dataclasses.replace(model.config.sample, **DEFAULTS),
+        vocabulary=VOCABULARY, certain_from=CERTAIN_FROM)
     model.unet.load_state_dict(trainee.average.state_dict())
     save(model, weights)
 

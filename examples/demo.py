@@ -1,8 +1,7 @@
 """A page on which visitors clone motions: pip install -e '.[demo]', then python examples/demo.py
 
-Each clip is made by sample.py in a process of its own. So the page says what the command says, the
-work for a visitor who leaves ends at once, and a file that brings a decoder down leaves the server
-standing; the price is that the model is read anew each time. README.md calls the library itself.
+Each clip is made by sample.py in a process of its own, whose errors are the page's, and which ends
+with its visitor or by a bad file, not the server. The price: the model is read anew each time.
 """
 import html
 import os
@@ -13,8 +12,10 @@ import tempfile
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
-
-import gradio as gr
+try:
+    import gradio as gr
+except ImportError:
+    sys.exit("error: this page needs gradio: pip install -e '.[demo]'")
 
 from mcl.command import Parser, answer, carry_out, explain
 from mcl.command.options import check, parse
@@ -55,8 +56,7 @@ class Desk:
             if any(end > LONGEST for _, end, _ in pictures(Path(clip))):
                 raise InputError(f"{clip}: is longer than {LONGEST} s; cut a part out of it")
         except InputError as error:
-            line = shown(explain(error)[1], clip)
-            raise gr.Error(line, None, print_exception=False) from error
+            raise gr.Error(shown(explain(error)[1], clip), None, print_exception=False) from error
 
     def clone(self, clip: str, prompt: str, seed: int | None, request: gr.Request,
               progress: gr.Progress = gr.Progress()) -> tuple[str, str]:

@@ -143,6 +143,13 @@ def test_visitors_wait_in_turn_and_who_leaves_leaves_nothing(server, browser):
     soon(lambda: kept(folder) == [])
 
 
+def test_without_gradio_one_line_says_what_to_install():
+    code = f"import sys, runpy; sys.modules['gradio'] = None; runpy.run_path({str(DEMO)!r})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 1 and found.stderr == (
+        "error: this page needs gradio: pip install -e '.[demo]'\n")
+
+
 def test_wrong_options_are_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene
+from .words import EMOJI
 
 Rng = np.random.Generator
 
@@ -146,7 +147,8 @@ def at(scene: Scene, frames: list[int]) -> Scene:
 
 def caption(scene: Scene, rng: Rng) -> str:
     """One of many phrasings of what is seen. Never says how it moves; may leave things out."""
-    if not scene.shape or scene.skin is not None:
+    known = scene.shape in SHAPES
+    if not scene.shape or (known and scene.skin is not None):
         return "a photo"
     colour = next(name for name, value in COLOURS.items() if value == scene.colour)
     shape = scene.shape
@@ -161,7 +163,7 @@ def caption(scene: Scene, rng: Rng) -> str:
         ground = " ".join(parts)
     back = rng.choice(["background", "ground", "backdrop"], p=[.5, .4, .1])
     subject, said = f"{colour} {shape}", rng.random()
-    if said < .06:
+    if said < .06 or not known:
         subject = shape
     elif said < .09:
         subject = f"{colour} shape"
@@ -188,6 +190,6 @@ def an(words: str) -> str:
 
 
 VOCABULARY = tuple(sorted({
-    *SHAPES, *COLOURS, *GROUNDS, "grey", *TEXTURES[1:], "photo", "shape", "background", "ground",
-    "backdrop", "a", "an", "that", "is", "in", "on", "over", "against", "front", "of", "with",
-    "and"}))
+    *SHAPES, *COLOURS, *GROUNDS, *EMOJI, "grey", *TEXTURES[1:], "photo", "shape", "background",
+    "ground", "backdrop", "a", "an", "that", "is", "in", "on", "over", "against", "front", "of",
+    "with", "and"}))

@@ -28,8 +28,9 @@ class Scene:
     """What is drawn, in f frames. Colours are sRGB in [0, 1]; angles are in radians.
 
     Photographs (3, n, n) are sRGB in [0, 1], go from -2 to 2 both ways, and are mirrored beyond.
+    A skin of four channels, colours times alpha and alpha, is a subject with its own outline.
     """
-    shape: str                           # "" where there is no subject
+    shape: str                           # or a word of EMOJI, or "" where there is no subject
     colour: tuple[float, float, float]
     texture: str
     ground: tuple[float, float, float]
@@ -78,15 +79,21 @@ def render(scene: Scene, size: int) -> Tensor:
     radius, angle = (rearrange(v, "f -> f 1 1") for v in (scene.radius, scene.angle))
     local = rotate(world - rearrange(scene.centre, "f two -> f 1 1 two"), -angle)
     local = local / radius[..., None]
-    distance = signed_distance(scene.shape, local) * radius
-    cover = (0.5 - distance * pixels).clamp(0, 1)[..., None]
-    paint = torch.tensor(scene.colour) if scene.skin is None else photo_at(scene.skin, local)
-    image = image + cover * (paint - image)
+    paint = torch.tensor(scene.colour)
+    if scene.skin is not None:
+        paint = photo_at(scene.skin, local.clamp(-2, 2))
+    if paint.shape[-1] == 4:
+        cover, paint = paint[..., 3:], paint[..., :3]
+    else:
+        distance = signed_distance(scene.shape, local) * radius
+        cover = (0.5 - distance * pixels).clamp(0, 1)[..., None]
+        paint = cover * paint
+    image = (1 - cover) * image + paint
     return rearrange(image, "f h w c -> f c h w") * 2 - 1
 
 
 def photo_at(photo: Tensor, points: Tensor) -> Tensor:
-    """The colours (f, h, w, 3) of a photograph (3, n, n) at points (f, h, w, 2)."""
+    """The colours (f, h, w, c) of a photograph (c, n, n) at points (f, h, w, 2)."""
     photos = repeat(photo, "c h w -> f c h w", f=len(points))
     colours = F.grid_sample(photos, points / 2, padding_mode="reflection", align_corners=False)
     return rearrange(colours, "f c h w -> f h w c")

@@ -9,8 +9,9 @@ Eight stages, each of which goes on where it was stopped:
     motion   the motion modules, on clips and on single frames, and the rest at a lower rate
     decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's
     export   everything into one file, OUT/shapes.safetensors
-    photos   clips of that world and of photographs, encoded by that model
-    world    its UNet, on these clips, and everything into weights/tiny.safetensors
+    photos   clips of that world, of photographs and of emoji, encoded by that model
+    world    its UNet and the emoji's words, on these clips and on many single frames of them, and
+             everything into weights/tiny.safetensors
 
 `--stage photos world --start FILE` goes on with a model that is there.
 """
@@ -40,6 +41,7 @@ from .clips import VOCABULARY, random_scene
 from .data import FRAMES, SIZE, Clips, crop, encode_clips, pictures
 from .photos import FOLDERS, find_photos, mixed_scene
 from .trainer import Trainee, autocast
+from .words import EMOJI, emoji
 
 # The settings of SampleConfig that suit this model.
 DEFAULTS: dict[str, Any] = {
@@ -74,10 +76,13 @@ class Hyperparameters:
     image_share: float = 0.35           # of the motion stage's steps, on single frames
     decoder_steps: int = 400
     decoder_rate: float = 1.5e-3
-    world_clips: int = 6000
-    world_steps: int = 2200
-    world_rate: float = 0.5             # of the motion stage's rates
-    world_image_share: float = 0.1
+    world_clips: int = 12000
+    world_steps: int = 2760
+    world_motion_rate: float = 2.4e-3
+    world_spatial_rate: float = 4e-3
+    text_rate: float = 5e-4             # of the text encoder in the world stage
+    word_rate: float = 2e-3             # of its new words there
+    world_image_share: float = 0.7
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
     ema: float = 0.998
 
@@ -191,33 +196,48 @@ def train_motion(folder: Path, plan: Hyperparameters, device: str) -> None:
     both.load_state_dict(both.state_dict() | trained)
     channels_last(both.to(device))
     model.text_encoder.requires_grad_(False)
-    train_on_clips(folder / "motion.pt", model, clips, plan, plan.motion_steps)
+    train_on_clips(folder / "motion.pt", model, model.unet, clips, plan, plan.motion_steps)
 
 
 def train_world(folder: Path, start: Path, weights: Path, plan: Hyperparameters, device: str
                 ) -> None:
     torch.manual_seed(4)
     model = load_model(start, device, "float32")
-    channels_last(model.unet.requires_grad_(True).train())
-    slower = dataclasses.replace(
-        plan, motion_rate=plan.world_rate * plan.motion_rate,
-        spatial_rate=plan.world_rate * plan.spatial_rate, image_share=plan.world_image_share)
-    trainee = train_on_clips(folder / "world.pt", model, Clips(folder / "world"), slower,
+    both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
+    channels_last(both.requires_grad_(True).train())
+    learn_words(model)
+    plan = dataclasses.replace(plan, motion_rate=plan.world_motion_rate,
+                               spatial_rate=plan.world_spatial_rate,
+                               image_share=plan.world_image_share)
+    trainee = train_on_clips(folder / "world.pt", model, both, Clips(folder / "world"), plan,
                              plan.world_steps)
     model.config = dataclasses.replace(
         model.config, sample=dataclasses.replace(model.config.sample, **DEFAULTS),
         vocabulary=VOCABULARY, certain_from=CERTAIN_FROM)
-    model.unet.load_state_dict(trainee.average.state_dict())
+    both.load_state_dict(trainee.average.state_dict())
     save(model, weights)
 
 
-def train_on_clips(file: Path, model: Model, clips: Clips, plan: Hyperparameters, steps: int
-                   ) -> Trainee:
-    """Trains a model's UNet, the motion modules at a rate of their own."""
+def learn_words(model: Model) -> None:
+    """Gives the emoji's words vectors where they have none; all other words keep theirs."""
+    vectors = model.text_encoder.text_model.embeddings.token_embedding.weight
+    tokens = sorted({i for word in EMOJI for i in model.tokenizer.encode(word)})
+    learnt = torch.zeros(len(vectors), 1, device=vectors.device)
+    learnt[tokens] = 1
+    blank = learnt * (vectors.data.abs().amax(dim=1, keepdim=True) == 0)
+    vectors.data += blank * torch.randn(vectors.shape).to(vectors) * 0.5
+    vectors.register_hook(lambda gradient: gradient * learnt)
+
+
+def train_on_clips(file: Path, model: Model, module: nn.Module, clips: Clips,
+                   plan: Hyperparameters, steps: int) -> Trainee:
+    """Trains a model's UNet, or more of it, the motion modules at a rate of their own."""
     def rate_of(name: str) -> float:
+        if name.startswith("text_encoder."):
+            return plan.word_rate if "token_embedding" in name else plan.text_rate
         return plan.motion_rate if "motion_modules" in name else plan.spatial_rate
 
-    trainee = Trainee(model.unet, rate_of, file, plan.ema)
+    trainee = Trainee(module, rate_of, file, plan.ema)
 
     def loss_of(step: int) -> tuple[Tensor, str]:
         rng = np.random.default_rng([3, step])
@@ -226,7 +246,7 @@ def train_on_clips(file: Path, model: Model, clips: Clips, plan: Hyperparameters
         if rng.random() < plan.image_share:
             number, frames = number * frames, 1
         x0, captions = clips.batch(rng, number, frames, plan.drop_caption)
-        text = model.encode_text(captions)
+        text = model.text_encoder(model.tokenizer(captions).to(model.device))
         return denoising_loss(model, model.unet, x0.to(model.device), text, rng), ""
 
     trainee.run(steps, loss_of)
@@ -341,6 +361,8 @@ def run(args: argparse.Namespace) -> None:
         check_target(args.out, folder=True)
     check_stages(args.out, args.stage)
     photos = find_photos(args.photos, held_out=False) if "photos" in args.stage else []
+    for word in EMOJI if photos else ():
+        emoji(word)                                         # before anything is trained
     args.out.mkdir(exist_ok=True)
     shapes = args.out / "shapes.safetensors"
     start = args.start or shapes

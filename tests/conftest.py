@@ -1,13 +1,16 @@
 """Shared by the tests: small random models, and the embedded one."""
 import dataclasses
 import os
+from zlib import crc32
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mcl import Model, ModelConfig, load_model
 from mcl.config import SampleConfig, TextConfig, UNetConfig, VAEConfig
+from mcl.tiny.evaluate import portrait
 
 if "PYTEST_XDIST_WORKER" in os.environ:     # one of several, which share the cores
     torch.set_num_threads(1)
@@ -48,6 +51,21 @@ def small():
 @pytest.fixture(scope="session")
 def embedded():
     return load_model(device="cpu")
+
+
+@pytest.fixture
+def drawn_words(monkeypatch):
+    """In the place of the font's emoji: patches in six colours, 2.4 radii wide and 1.6 high."""
+    def picture(word):
+        colours = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(crc32(word.encode())))
+        patches = colours.repeat_interleave(19, dim=1).repeat_interleave(19, dim=2)
+        return F.pad(torch.cat([patches, torch.ones(1, 38, 57)]), (20, 19, 29, 29))
+
+    portrait.cache_clear()
+    for module in ("photos", "evaluate", "train"):
+        monkeypatch.setattr(f"mcl.tiny.{module}.emoji", picture)
+    yield picture
+    portrait.cache_clear()
 
 
 @pytest.fixture(scope="session")

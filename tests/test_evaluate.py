@@ -8,10 +8,12 @@ import torch
 
 from mcl import InputError
 from mcl.tiny.clips import tone
-from mcl.tiny.evaluate import CAMERAS, PATHS, door, held_out_cases, measure, save_strip
+from mcl.tiny.evaluate import (CAMERAS, PATHS, door, held_out_cases, measure, save_strip,
+                               word_cases)
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
 from mcl.tiny.study import DEFAULT, VARIANTS, measured, sheet, strip_name, study_table
 from mcl.tiny.train import check_stages
+from mcl.tiny.words import EMOJI
 
 
 def perfect(case, scene=None):
@@ -49,6 +51,19 @@ def test_the_door_counts_who_passes_and_who_is_followed():
                for motion, sure, figures in found for guided in (True, False)]
     assert door(records, 0.4) == ("certainty 0.4 or more: 2 of 3 references, of which 1 are "
                                   "followed; of the others 1 are")
+
+
+def test_a_perfect_clone_with_an_emoji_is_measured_as_one_and_another_as_none(drawn_words):
+    for case in word_cases(6, 4, 40):
+        drawn, other = (render(dataclasses.replace(
+            case.scene, shape=word, skin=drawn_words(word), ground=GROUNDS[case.ground]), 128)
+            for word in (case.shape, next(w for w in EMOJI if w != case.shape)))
+        found = measure(drawn, case)
+        assert found["direction"] > 0.97 and found["position error"] < 0.06
+        assert (found["found"], found["shape"], found["ground"]) == (1, 1, 1)
+        assert measure(other, case)["shape"] == 0 and "colour" not in found
+        star = dataclasses.replace(case.scene, shape="star", ground=GROUNDS[case.ground])
+        assert measure(render(star, 128), case)["shape"] == 0
 
 
 def test_a_camera_keeps_its_texture_or_is_given_another():

@@ -1,4 +1,5 @@
 """The world of photographs: what is drawn, where it is, and which pictures training never sees."""
+import copy
 import dataclasses
 
 import numpy as np
@@ -9,10 +10,13 @@ from PIL import Image
 from mcl.checkpoint import EMBEDDED, load_model
 from mcl.errors import InputError
 from mcl.tiny import train
-from mcl.tiny.clips import caption, tone
+from mcl.tiny.clips import VOCABULARY, caption, tone
 from mcl.tiny.evaluate import CAMERAS, PATHS, held_out_cases, measure, track
-from mcl.tiny.photos import GROUND, find_photos, mixed_scene, read_photo, shake
+from mcl.tiny.photos import (GROUND, drawn_ground, find_photos, mixed_scene, read_photo,
+                             shake)
 from mcl.tiny.scenes import COLOURS, GROUNDS, TEXTURES, Scene, render, seen_centre
+from mcl.tiny.words import EMOJI, FONT, emoji
+from mcl.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +45,25 @@ def test_training_and_evaluation_share_no_photograph_under_any_name_of_its_sizes
         assert {f.parts[-4].lower() for f in found} == {f.stem for f in files}   # the largest
 
 
-def test_a_clip_is_the_same_by_its_seed_and_drawn_from_no_other_photograph(folder, monkeypatch):
+def test_a_clip_is_the_same_by_its_seed_and_drawn_from_no_other_photograph(
+        folder, monkeypatch, drawn_words):
     photos, read = find_photos([folder], held_out=False), set()
     monkeypatch.setattr("mcl.tiny.photos.read_photo", lambda file: read.add(file) or original(file))
     original = read_photo.__wrapped__
     kinds = set()
-    for seed in range(24):
+    for seed in range(60):
         one, same = (mixed_scene(np.random.default_rng(seed), 4, photos) for _ in range(2))
         assert torch.equal(render(one, 32), render(same, 32))
-        kinds.add((bool(one.shape), one.photo is not None, one.skin is not None))
-        if one.photo is not None and one.shape and one.skin is None:
-            assert caption(one, np.random.default_rng(0)) == caption(same, np.random.default_rng(0))
-        elif one.photo is not None:
-            assert caption(one, np.random.default_rng(0)) == "a photo"
-    assert kinds == {(True, False, False), (False, True, False), (True, True, False),
-                     (True, True, True)}
+        word = one.shape in EMOJI
+        kinds.add((bool(one.shape), one.photo is not None, one.skin is not None, word))
+        said = caption(one, np.random.default_rng(0))
+        assert said == caption(same, np.random.default_rng(0))
+        assert word == any(w in EMOJI for w in said.split())
+        if one.photo is not None and not word and (not one.shape or one.skin is not None):
+            assert said == "a photo"
+    assert kinds == {(True, False, False, False), (False, True, False, False),
+                     (True, True, False, False), (True, True, True, False),
+                     (True, False, True, True), (True, True, True, True)}
     assert read and read <= set(photos)
 
 
@@ -70,6 +78,57 @@ def test_the_thing_before_a_photograph_is_where_its_path_says(folder, by_hand):
         assert (centre - seen_centre(case.scene)).norm(dim=-1).mean() < 0.06
         moving = (without - without[:1]).abs().max() > 0.05
         assert moving == by_hand
+
+
+def test_an_emoji_is_seen_once_with_its_own_outline_and_named_without_a_colour(drawn_words):
+    one, still = torch.ones(1), torch.zeros(1)
+    ground, skin = GROUNDS["navy"], drawn_words("cat")
+    scene = Scene("cat", COLOURS["red"], "plain", ground, ground, 1.0, 0.0,
+                  torch.tensor([[.4, .2]]), 0.2 * one, still, torch.zeros(1, 2), one, still,
+                  skin=skin)
+    picture = (render(scene, 200)[0] + 1) / 2
+    inside = (picture - torch.tensor(ground)[:, None, None]).abs().amax(dim=0) > 1e-3
+    rows, columns = (torch.nonzero(inside.any(dim=d)).flatten() for d in (1, 0))
+    assert abs((rows[0] + rows[-1]) / 2 - 120) < 2 and abs((columns[0] + columns[-1]) / 2 - 140) < 2
+    assert abs(len(columns) - 48) <= 3 and abs(len(rows) - 32) <= 3
+    assert torch.allclose(picture[:, 112, 124], skin[:3, 32, 22], atol=1e-3)
+    phrases = {caption(scene, np.random.default_rng(seed)) for seed in range(60)}
+    words = {word.strip(",") for phrase in phrases for word in phrase.split()}
+    assert "a cat on a navy background" in phrases and words <= set(VOCABULARY)
+    assert all("cat" in phrase for phrase in phrases) and not words & set(COLOURS)
+
+
+def test_every_emoji_is_one_token_that_no_other_word_of_the_captions_has():
+    tokens = {word: Tokenizer().encode(word) for word in VOCABULARY}
+    assert all(len(tokens[word]) == 1 for word in EMOJI)
+    others = {i for word in VOCABULARY if word not in EMOJI for i in tokens[word]}
+    ids = {i for word in EMOJI for i in tokens[word]}
+    assert len(ids) == len(EMOJI) and not ids & others
+
+
+def test_the_font_draws_each_of_its_emoji_in_the_middle(monkeypatch, tmp_path):
+    monkeypatch.setattr("mcl.tiny.words.FONT", tmp_path / "none.ttf")
+    with pytest.raises(InputError, match="apt-get install fonts-noto-color-emoji"):
+        emoji.__wrapped__("cat")
+    monkeypatch.undo()
+    if not FONT.exists():
+        pytest.skip(f"{FONT} is not there")
+    pictures = {word: emoji(word) for word in EMOJI}
+    for word, picture in pictures.items():
+        seen = picture[3] > 0.1
+        rows, columns = (torch.nonzero(seen.any(dim=d)).flatten() for d in (1, 0))
+        assert abs(max(len(rows), len(columns)) - 57.6) < 4, word
+        assert abs(rows[0] + rows[-1] - 95) < 5 and abs(columns[0] + columns[-1] - 95) < 5, word
+        assert (picture[:3] <= picture[3] + 1e-6).all()
+    assert len({picture.numpy().tobytes() for picture in pictures.values()}) == len(EMOJI)
+
+
+def test_grounds_that_are_drawn_are_all_different_and_busy():
+    grounds = [drawn_ground(np.random.default_rng(seed)) for seed in range(12)]
+    for ground in grounds:
+        assert ground.shape == (3, GROUND, GROUND) and 0 <= ground.min() and ground.max() <= 1
+        assert ground.std() > 0.03
+    assert len({ground.numpy().tobytes() for ground in grounds}) == 12
 
 
 def test_a_shaken_camera_shifts_the_ground_by_what_it_reports(folder):
@@ -114,7 +173,7 @@ def test_without_photographs_one_line_says_what_to_install(tmp_path, capsys):
 
 
 def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
-        folder, tmp_path, monkeypatch, capsys):
+        folder, tmp_path, monkeypatch, capsys, drawn_words):
     monkeypatch.setattr("mcl.tiny.data.SHARD", 4)
     out, weights = tmp_path / "run", tmp_path / "new.safetensors"
     command = ["--out", out, "--stage", "photos", "world", "--start", EMBEDDED, "--photos", folder,
@@ -124,8 +183,20 @@ def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
     first, start = load_model(weights, "cpu"), load_model(EMBEDDED, "cpu")
     changed = {name.split(".")[0] for name, weight in first.state_dict().items()
                if not weight.equal(start.state_dict()[name])}
-    assert changed == {"unet"} and "photo" in first.config.vocabulary
+    assert changed == {"unet", "text_encoder"} and set(EMOJI) < set(first.config.vocabulary)
     assert train.main([*map(str, command), "--world-steps", "2"]) == 0
     assert torch.load(out / "world.pt", weights_only=True)["step"] == 2
     assert (out / "world" / "000000.pt").read_bytes() == drawn
     assert load_model(weights, "cpu").sha256 != first.sha256
+
+
+def test_new_words_get_vectors_that_learn_and_the_old_ones_keep_theirs(embedded):
+    model = copy.deepcopy(embedded)
+    vectors = model.text_encoder.requires_grad_(True).text_model.embeddings.token_embedding.weight
+    new = [i for word in EMOJI for i in model.tokenizer.encode(word)]
+    old = torch.tensor([i for i in range(len(vectors)) if i not in set(new)])
+    before, vectors.data[new[1:]] = vectors.detach().clone(), 0
+    train.learn_words(model)
+    assert vectors[new].norm(dim=1).min() > 1 and vectors[old].equal(before[old])
+    model.text_encoder(model.tokenizer(["a red star", f"a {list(EMOJI)[0]}"])).sum().backward()
+    assert vectors.grad[new[0]].any() and not vectors.grad[old].any()

@@ -1,15 +1,18 @@
 """Measures cloning on held-out clips, against the exact truth of how they were rendered.
 
     python -m mcl.tiny.evaluate [--weights F] [--clips 12] [--camera-clips 6] [--still-clips 3]
-                                [--photo-clips 0]
+                                [--photo-clips 0] [--word-clips 0]
 
 The references follow kinds of path that the trainer never draws, and differ from the prompts in
 subject, colour and ground; of a camera's motion, the ground's texture is of the same kind, if not
 --other-textures. Photographs are ones that the trainer never draws either. Everything is measured
-in the finished pictures; positions are in half widths of the picture.
+in the finished pictures; positions are in half widths of the picture. An emoji counts as its word
+says ("shape") if no other's picture, and no shape's in any colour, is nearer to what is drawn.
 """
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import sys
@@ -21,6 +24,7 @@ from typing import Any, Sequence, TypeVar
 import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
@@ -39,11 +43,13 @@ from ..semantic import semantic_guide, subject_of
 from .clips import an, caption, tone
 from .photos import FOLDERS, find_photos, photo_ground, shake
 from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene, render, seen_centre
+from .words import EMOJI, emoji
 
 PATHS = ("figure eight", "square", "spiral", "zigzag", "circle", "hops")
 CAMERAS = ("pan", "zoom", "roll")
 STILL = ("still",)
 K = TypeVar("K")
+Rgb = tuple[float, float, float]
 FOUND_AREA = 0.004                      # of the picture: the least that counts as a subject
 FOLLOWED = 0.7                          # of a direction, or of a camera's curves, at the least
 
@@ -95,6 +101,19 @@ def held_out_cases(kinds: tuple[str, ...], number: int, frames: int, seed: int,
     """
     return [held_out_case(kinds[i % len(kinds)], frames, seed + i, other_textures, photos, by_hand)
             for i in range(number)]
+
+
+def word_cases(number: int, frames: int, seed: int) -> list[Case]:
+    """`number` references with a moving shape, each with a prompt for an emoji, all in turn."""
+    cases = []
+    for i, case in enumerate(held_out_cases(PATHS, number, frames, seed)):
+        word = list(EMOJI)[(seed + i) % len(EMOJI)]
+        cases.append(dataclasses.replace(
+            case, kind="emoji", shape=word, colour="",
+            scene=dataclasses.replace(case.scene, radius=0.2 + case.scene.radius / 2,
+                                      centre=0.7 * case.scene.centre),
+            prompt=f"{an(word)} on {an(case.ground)} background"))
+    return cases
 
 
 def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = False,
@@ -175,46 +194,69 @@ def direction_agreement(found: Tensor, truth: Tensor, still: float = 0.02) -> fl
     return float(cosine[moves].mean())
 
 
-def nearest(colour: Tensor, named: dict[K, tuple[float, float, float]]) -> K:
+def nearest(colour: Tensor, named: dict[K, Rgb]) -> K:
     return min(named, key=lambda name: float((colour - torch.tensor(named[name])).norm()))
 
 
-def commonest(colours: Tensor, named: dict[K, tuple[float, float, float]]) -> K:
+def commonest(colours: Tensor, named: dict[K, Rgb]) -> K:
     """The name that is nearest to most of the colours (n, 3)."""
     which = torch.cdist(colours, torch.tensor(list(named.values()))).argmin(dim=1)
     return list(named)[int(which.mode().values)]
 
 
-def best_shape(mask: Tensor, grid: int = 48) -> str:
+def best_shape(mask: Tensor) -> str:
     """The shape whose rendered template overlaps a mask (H, W) best, at the mask's own size."""
-    rows, columns = (torch.nonzero(mask.any(dim=d)).flatten() for d in (1, 0))
-    cut = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].float()
-    cut = torch.nn.functional.interpolate(cut[None, None], (grid, grid), mode="area")[0, 0]
-    aspect = float((rows[-1] - rows[0] + 1) / (columns[-1] - columns[0] + 1))
+    cut, aspect = spanned(mask[None].float(), mask)
     scores = {}
     for shape in SHAPES:
-        template, its_aspect = shape_template(shape, grid)
+        drawn = portrait(shape, (1., 1., 1.), (0., 0., 0.))[0, 0] > 0
+        template, its_aspect = spanned(drawn[None].float(), drawn)
         overlap = torch.minimum(cut, template).sum() / torch.maximum(cut, template).sum()
         scores[shape] = float(overlap) - 0.3 * abs(math.log(aspect / its_aspect))
     return max(scores, key=lambda shape: scores[shape])
 
 
-def shape_template(shape: str, grid: int) -> tuple[Tensor, float]:
-    """A shape cut to its bounding box and stretched to (grid, grid), and its height / width."""
-    one = torch.ones(1)
-    scene = Scene(shape, (1., 1., 1.), "plain", (0., 0., 0.), (0., 0., 0.), 1.0, 0.0,
-                  torch.zeros(1, 2), one * 0.9, one * 0, torch.zeros(1, 2), one, one * 0)
-    mask = render(scene, 4 * grid)[0, 0] > 0
+def spanned(picture: Tensor, mask: Tensor, grid: int = 48) -> tuple[Tensor, float]:
+    """What the box around a mask (H, W) shows of a picture (c, H, W), stretched to (c, grid, grid),
+    and the box's height / width."""
     rows, columns = (torch.nonzero(mask.any(dim=d)).flatten() for d in (1, 0))
-    cut = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].float()
-    cut = torch.nn.functional.interpolate(cut[None, None], (grid, grid), mode="area")[0, 0]
-    return cut, float(len(rows) / len(columns))
+    cut = picture[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    aspect = float(cut.shape[1] / cut.shape[2])
+    return F.interpolate(cut[None], (grid, grid), mode="area")[0], aspect
+
+
+@functools.cache
+def portrait(subject: str, colour: Rgb, ground: Rgb) -> Tensor:
+    """A shape, or an emoji, on a plain ground: (1, 3, 192, 192) in [-1, 1]."""
+    one, origin = torch.ones(1), torch.zeros(1, 2)
+    skin = emoji(subject) if subject in EMOJI else None
+    return render(Scene(subject, colour, "plain", ground, ground, 1.0, 0.0, origin, one * 0.8,
+                        one * 0, origin, one, one * 0, skin=skin), 192)
+
+
+def unlike_ground(frames: Tensor, ground: str) -> Tensor:
+    """Where a clip (f, 3, H, W) in [-1, 1] shows anything but a plain ground: (f, H, W) bool."""
+    away = (frames + 1) / 2 - rearrange(torch.tensor(GROUNDS[ground]), "c -> c 1 1")
+    return away.abs().amax(dim=1) > 0.12
+
+
+def best_subject(frame: Tensor, mask: Tensor, ground: str) -> str:
+    """The emoji, or "red star", that looks on this ground most like what a mask (H, W) spans."""
+    cut, aspect = spanned(frame, mask, 16)
+    scores = {}
+    for colour, subject in (*itertools.product(COLOURS, SHAPES), *(("", word) for word in EMOJI)):
+        drawn = portrait(subject, COLOURS.get(colour, (0., 0., 0.)), GROUNDS[ground])
+        template, its_aspect = spanned(drawn[0], unlike_ground(drawn, ground)[0], 16)
+        scores[f"{colour} {subject}".strip()] = (
+            float((cut - template).square().mean()) + 0.1 * abs(math.log(aspect / its_aspect)))
+    return min(scores, key=lambda name: scores[name])
 
 
 def measure(frames: Tensor, case: Case) -> dict[str, float]:
     """All figures of one clip (f, 3, H, W) in [-1, 1] against its case."""
     truth = seen_centre(case.scene)
-    mask = subject_mask(frames, case.colour, case.ground)
+    mask = (subject_mask(frames, case.colour, case.ground) if case.colour else
+            unlike_ground(frames, case.ground))
     centre, found = track(mask)
     picture = (frames + 1) / 2
     textured = case.motion in CAMERAS
@@ -231,7 +273,9 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
         around = rearrange(picture[i], "c h w -> (h w) c")[~mask[i].flatten()]
         if len(around):
             figures["ground"] += (commonest(around, grounds)[0] == case.ground)
-        if found[i]:
+        if found[i] and not case.colour:
+            figures["shape"] += (best_subject(frames[i], mask[i], case.ground) == case.shape)
+        elif found[i]:
             inside = picture[i][:, mask[i]].median(dim=1).values
             figures["colour"] += (nearest(inside, COLOURS) == case.colour)
             figures["shape"] += (best_shape(mask[i]) == case.shape)
@@ -243,7 +287,7 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
                                  case.scene.roll[:, None]], dim=-1)
         figures["camera"] = curve_correlation(camera_curves(frames)[:, curves],
                                               true_curves[:, curves])
-    return figures
+    return figures if case.colour else {k: v for k, v in figures.items() if k != "colour"}
 
 
 def clone(model: Model, case: Case, config: SampleConfig, guided: bool = True, seed: int = 0
@@ -280,6 +324,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--photo-clips", type=int, default=0,
                    help="objects before photographs, the same with a shaken camera, and cameras "
                         "over photographs: so many of each")
+    p.add_argument("--word-clips", type=int, default=0,
+                   help="references with a moving object whose prompts ask for emoji")
     p.add_argument("--photos", type=Path, nargs="+", default=FOLDERS,
                    help="folders of the photographs")
     p.add_argument("--other-textures", action="store_true",
@@ -311,7 +357,8 @@ def run(args: argparse.Namespace) -> None:
     cases = (held_out_cases(PATHS, args.clips, config.frames, args.seed)
              + held_out_cases(CAMERAS, args.camera_clips, config.frames, args.seed,
                               args.other_textures)
-             + held_out_cases(STILL, args.still_clips, config.frames, args.seed))
+             + held_out_cases(STILL, args.still_clips, config.frames, args.seed)
+             + word_cases(args.word_clips, config.frames, args.seed))
     if args.photo_clips:
         photos = find_photos(args.photos, held_out=True)
         for kinds, by_hand in ((PATHS, False), (PATHS, True), (CAMERAS, False)):

@@ -219,7 +219,7 @@ def train_world(folder: Path, start: Path, weights: Path, plan: Hyperparameters,
 
 
 def learn_words(model: Model) -> None:
-    """Gives the emoji's words vectors where they have none; all other words keep theirs."""
+    """Gives the emoji's words vectors where they have none; no gradient moves other words'."""
     vectors = model.text_encoder.text_model.embeddings.token_embedding.weight
     tokens = sorted({i for word in EMOJI for i in model.tokenizer.encode(word)})
     learnt = torch.zeros(len(vectors), 1, device=vectors.device)

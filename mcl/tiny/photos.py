@@ -127,8 +127,9 @@ def drawn_ground(rng: Rng) -> Tensor:
 def mixed_scene(rng: Rng, frames: int, photos: Sequence[Path]) -> Scene:
     """A scene of random_scene's, or one of these photographs or of grounds as rich.
 
-    Over a quarter of all the camera moves, and there is no subject; before other grounds of that
-    kind one moves, in the most of them under a still camera, else under one that is held by hand.
+    Over a fifth of all the camera moves, also along one that leans away, and there is no subject;
+    before other grounds of that kind one moves, in the most of them under a still camera, else
+    under one that is held by hand.
     A third of the subjects are emoji; before photographs some others are cut out of one.
     """
     scene = random_scene(rng, frames)
@@ -145,10 +146,15 @@ def mixed_scene(rng: Rng, frames: int, photos: Sequence[Path]) -> Scene:
     if kind == "by hand" or (kind == "camera" and rng.random() < 0.3):
         more_pan, more_zoom, more_roll = shake(rng, frames)
         pan, zoom, roll = pan + more_pan, zoom * more_zoom, roll + more_roll
+    slant = (0., 0.)
+    if kind == "camera" and rng.random() < 0.4:             # a pan along it is a dolly
+        turn, lean = rng.uniform(0, 2 * math.pi), rng.uniform(.1, .35)
+        slant = (lean * math.cos(turn), lean * math.sin(turn))
     skin = scene.skin
     if kind != "camera" and not word and rng.random() < 0.25:
         skin = F.avg_pool2d(any_ground(rng, photos), 4)     # a subject is a quarter of the picture
     centre = path(rng, frames, 1 - 0.8 * float(scene.radius.max()), fastest=2.5)
     return dataclasses.replace(
         scene, shape="" if kind == "camera" else scene.shape, texture="plain",
-        photo=any_ground(rng, photos), skin=skin, centre=centre, pan=pan, zoom=zoom, roll=roll)
+        photo=any_ground(rng, photos), skin=skin, centre=centre, pan=pan, zoom=zoom, roll=roll,
+        slant=slant)

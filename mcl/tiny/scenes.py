@@ -2,7 +2,7 @@
 
 Positions and sizes are in units of half the picture's width: the picture spans [-1, 1] in both
 directions, x to the right and y down. A scene's world is fixed; the subject moves in it, and the
-camera maps a point p of the picture to the world point  R(roll) p / zoom + pan.
+camera maps a point p of the picture to the world point  R(roll) p / zoom / (1 + slant p) + pan.
 """
 import math
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ class Scene:
     roll: Tensor                         # (f,) of the camera
     photo: Tensor | None = None          # in the place of the texture, in half widths
     skin: Tensor | None = None           # in the place of the subject's colour, in its radii
+    slant: tuple[float, float] = (0., 0.)   # of a ground that leans away, where no subject is
 
 
 def seen_centre(scene: Scene) -> Tensor:
@@ -65,7 +66,8 @@ def render(scene: Scene, size: int) -> Tensor:
     y, x = torch.meshgrid(line, line, indexing="ij")
     picture = rearrange(torch.stack([x, y], dim=-1), "h w two -> 1 h w two")
     zoom, roll = (rearrange(v, "f -> f 1 1") for v in (scene.zoom, scene.roll))
-    world = rotate(picture, roll) / zoom[..., None] + rearrange(scene.pan, "f two -> f 1 1 two")
+    nearness = zoom * (1 + picture @ torch.tensor(scene.slant))
+    world = rotate(picture, roll) / nearness[..., None] + rearrange(scene.pan, "f two -> f 1 1 two")
     pixels = zoom * (size / 2)                              # per unit of the world
 
     first = torch.tensor(scene.ground)

@@ -11,7 +11,7 @@ from mcl.checkpoint import EMBEDDED, load_model
 from mcl.errors import InputError
 from mcl.tiny import train
 from mcl.tiny.clips import VOCABULARY, caption, tone
-from mcl.tiny.evaluate import CAMERAS, PATHS, held_out_cases, measure, track
+from mcl.tiny.evaluate import CAMERAS, PATHS, held_out_cases, measure, track, word_cases
 from mcl.tiny.photos import (GROUND, drawn_ground, find_photos, mixed_scene, read_photo,
                              shake)
 from mcl.tiny.scenes import COLOURS, GROUNDS, TEXTURES, Scene, render, seen_centre
@@ -78,6 +78,30 @@ def test_the_thing_before_a_photograph_is_where_its_path_says(folder, by_hand):
         assert (centre - seen_centre(case.scene)).norm(dim=-1).mean() < 0.06
         moving = (without - without[:1]).abs().max() > 0.05
         assert moving == by_hand
+
+
+def test_a_ground_that_leans_is_seen_smaller_the_farther_it_is():
+    line = torch.linspace(-1, 1, GROUND)
+    photo = torch.stack([line.expand(GROUND, GROUND), line[:, None].expand(GROUND, GROUND),
+                         torch.zeros(GROUND, GROUND)]) / 2 + 0.5     # the place itself, as a colour
+    one, still, black = torch.ones(1), torch.zeros(1), (0., 0., 0.)
+    scene = Scene("", black, "plain", black, black, 1.0, 0.0, torch.zeros(1, 2), one, still,
+                  torch.tensor([[.1, -.2]]), 1.25 * one, still, photo, slant=(0., .3))
+    x, y, _ = render(scene, 64)[0] * 2                      # of the world, in half widths
+    places = (torch.arange(64) + 0.5) / 32 - 1
+    near = 1.25 * (1 + 0.3 * places[:, None])
+    assert torch.allclose(x, places / near + 0.1, atol=0.02)
+    assert torch.allclose(y, places[:, None] / near - 0.2 + 0 * x, atol=0.02)
+
+
+def test_an_emoji_before_a_photograph_is_asked_for_as_another(folder, drawn_words):
+    for case in word_cases(6, 4, 40, find_photos([folder], held_out=True)):
+        scene = case.scene
+        assert case.shape in EMOJI and scene.shape in EMOJI and case.shape != scene.shape
+        assert case.shape in case.prompt and case.kind == "emoji over photographs"
+        frames, bare = (render(s, 64) for s in (scene, dataclasses.replace(scene, shape="")))
+        centre, found = track((frames != bare).any(dim=1))
+        assert found.all() and (centre - seen_centre(scene)).norm(dim=-1).max() < 0.1
 
 
 def test_an_emoji_is_seen_once_with_its_own_outline_and_named_without_a_colour(drawn_words):

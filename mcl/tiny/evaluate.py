@@ -103,15 +103,20 @@ def held_out_cases(kinds: tuple[str, ...], number: int, frames: int, seed: int,
             for i in range(number)]
 
 
-def word_cases(number: int, frames: int, seed: int) -> list[Case]:
-    """`number` references with a moving shape, each with a prompt for an emoji, all in turn."""
-    cases = []
-    for i, case in enumerate(held_out_cases(PATHS, number, frames, seed)):
-        word = list(EMOJI)[(seed + i) % len(EMOJI)]
+def word_cases(number: int, frames: int, seed: int, photos: Sequence[Path] = ()) -> list[Case]:
+    """`number` references with a moving shape, each with a prompt for an emoji, all in turn.
+
+    Before a photograph, if any are given, the reference's subject is an emoji as well.
+    """
+    cases, words = [], list(EMOJI)
+    for i, case in enumerate(held_out_cases(PATHS, number, frames, seed, photos=photos)):
+        word, seen = (words[(seed + i + far) % len(words)] for far in (0, len(words) // 2))
+        scene = dataclasses.replace(case.scene, radius=0.2 + case.scene.radius / 2,
+                                    centre=0.7 * case.scene.centre)
+        if photos:
+            scene = dataclasses.replace(scene, shape=seen, skin=emoji(seen))
         cases.append(dataclasses.replace(
-            case, kind="emoji", shape=word, colour="",
-            scene=dataclasses.replace(case.scene, radius=0.2 + case.scene.radius / 2,
-                                      centre=0.7 * case.scene.centre),
+            case, kind=case.kind.replace("object", "emoji"), shape=word, colour="", scene=scene,
             prompt=f"{an(word)} on {an(case.ground)} background"))
     return cases
 
@@ -322,8 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--camera-clips", type=int, default=6, help="references with a moving camera")
     p.add_argument("--still-clips", type=int, default=3, help="references without any motion")
     p.add_argument("--photo-clips", type=int, default=0,
-                   help="objects before photographs, the same with a shaken camera, and cameras "
-                        "over photographs: so many of each")
+                   help="objects before photographs, the same with a shaken camera, cameras over "
+                        "photographs, and emoji before them: so many of each")
     p.add_argument("--word-clips", type=int, default=0,
                    help="references with a moving object whose prompts ask for emoji")
     p.add_argument("--photos", type=Path, nargs="+", default=FOLDERS,
@@ -364,6 +369,7 @@ def run(args: argparse.Namespace) -> None:
         for kinds, by_hand in ((PATHS, False), (PATHS, True), (CAMERAS, False)):
             cases += held_out_cases(kinds, args.photo_clips, config.frames, args.seed,
                                     photos=photos, by_hand=by_hand)
+        cases += word_cases(args.photo_clips, config.frames, args.seed, photos)
     records = []
     for case in tqdm(cases, file=sys.stderr):
         for guided in (True,) if args.guided_only else (True, False):

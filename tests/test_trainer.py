@@ -1,8 +1,10 @@
 """What trains the embedded model: the optimizer, and going on where it was stopped."""
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from mcl.tiny.data import FRAMES, Clips
 from mcl.tiny.trainer import Trainee, orthogonal
 
 
@@ -43,3 +45,19 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
         for a, b in zip(getattr(first, name).parameters(), getattr(again, name).parameters()):
             assert torch.equal(a, b)
     assert not any(map(torch.equal, before, again.module.parameters()))
+
+
+def test_what_is_learnt_last_comes_oftener_and_photographs_seldom_alone(tmp_path):
+    captions = ["a red ring on a navy background", "a red star, navy ground",
+                "a red cross on a striped navy background", "a photo", "a cat before a photo"]
+    torch.save({"latents": torch.arange(5.)[:, None, None, None, None].expand(5, FRAMES, 2, 1, 1),
+                "captions": [[caption] * 4 for caption in captions], "logvar": torch.zeros(2)},
+               tmp_path / "000000.pt")
+    clips, rng = Clips(tmp_path), np.random.default_rng(0)
+    for frames, odds in ((FRAMES, [1, 2, 4, 1, 1]), (1, [1, 2, 4, .25, 1])):
+        latents, said = clips.batch(rng, 20000, frames, drop_caption=0.0)
+        assert latents.shape == (20000, 2, frames, 1, 1)
+        which = latents[:, 0, 0, 0, 0].long()
+        assert said == [captions[i] for i in which]
+        share = torch.bincount(which) / 20000
+        assert (share - torch.tensor(odds) / sum(odds)).abs().max() < 0.02

@@ -13,7 +13,6 @@ from ..vae import AutoencoderKL
 from .clips import Rng, at, caption, random_scene
 from .scenes import TEXTURES, Scene, render
 from .trainer import autocast
-from .words import EMOJI
 
 SIZE, FRAMES = 128, 16                  # of the embedded model's clips
 SHARD = 250                             # clips in one file of latents
@@ -68,12 +67,13 @@ class Clips:
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.logvar = torch.stack([shard["logvar"] for shard in shards]).mean(dim=0)
         self.captions = [c for shard in shards for c in shard["captions"]]
-        # Stars, and grounds by which a camera's motion is seen, are the last to be learnt: they
-        # come twice as often as the others.
+        # Stars, crosses, and grounds by which a camera's motion is seen, are the last to be learnt:
+        # they come twice as often as the others. A photograph alone has no word to learn, which
+        # single frames are for, at a sixteenth of a clip's cost.
         words = [set(" ".join(some).replace(",", "").split()) for some in self.captions]
-        odds = np.array([(1 + ("star" in w)) * (1 + any(t in w for t in TEXTURES)) for w in words])
-        # Single frames teach a word at a sixteenth of a clip's cost.
-        stills = odds * np.array([1 + 8 * bool(w & EMOJI.keys()) for w in words])
+        odds = np.array([(1 + bool(w & {"star", "cross"})) * (1 + any(t in w for t in TEXTURES))
+                         for w in words])
+        stills = odds * [.25 if w == {"a", "photo"} else 1 for w in words]
         self.odds, self.still_odds = odds / odds.sum(), stills / stills.sum()
 
     def balance(self) -> "Clips":

@@ -77,12 +77,12 @@ class Hyperparameters:
     decoder_steps: int = 400
     decoder_rate: float = 1.5e-3
     world_clips: int = 12000
-    world_steps: int = 2760
+    world_steps: int = 5300
     world_motion_rate: float = 2.4e-3
     world_spatial_rate: float = 4e-3
     text_rate: float = 5e-4             # of the text encoder in the world stage
     word_rate: float = 2e-3             # of its new words there
-    world_image_share: float = 0.7
+    world_image_share: float = 0.7    # mostly for the words
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
     ema: float = 0.998
 

@@ -62,7 +62,7 @@ def drawn_words(monkeypatch):
         return F.pad(torch.cat([patches, torch.ones(1, 38, 57)]), (20, 19, 29, 29))
 
     portrait.cache_clear()
-    for module in ("photos", "evaluate", "train"):
+    for module in ("photos", "held_out", "evaluate", "train"):
         monkeypatch.setattr(f"mcl.tiny.{module}.emoji", picture)
     yield picture
     portrait.cache_clear()

@@ -8,8 +8,8 @@ import torch
 
 from mcl import InputError
 from mcl.tiny.clips import tone
-from mcl.tiny.evaluate import (CAMERAS, PATHS, door, held_out_cases, measure, save_strip,
-                               word_cases)
+from mcl.tiny.evaluate import door, measure, save_strip
+from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
 from mcl.tiny.study import DEFAULT, VARIANTS, measured, sheet, strip_name, study_table
 from mcl.tiny.train import check_stages

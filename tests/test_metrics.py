@@ -16,7 +16,7 @@ from mcl.measure.metrics import (camera_curves, change_path, curve_correlation, 
 from mcl.measure.report import measure, table, verdict
 from mcl.measure.tracking import tracklets
 from mcl.motion import Motion
-from mcl.tiny.evaluate import held_out_path
+from mcl.tiny.held_out import held_out_path
 from mcl.tiny.scenes import COLOURS, GROUNDS, Scene, render
 
 FRAMES = 16

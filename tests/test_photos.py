@@ -11,7 +11,8 @@ from mcl.checkpoint import EMBEDDED, load_model
 from mcl.errors import InputError
 from mcl.tiny import train
 from mcl.tiny.clips import VOCABULARY, caption, tone
-from mcl.tiny.evaluate import CAMERAS, PATHS, held_out_cases, measure, track, word_cases
+from mcl.tiny.evaluate import measure, track
+from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.photos import (GROUND, drawn_ground, find_photos, mixed_scene, read_photo,
                              shake)
 from mcl.tiny.scenes import COLOURS, GROUNDS, TEXTURES, Scene, render, seen_centre

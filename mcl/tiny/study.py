@@ -27,7 +27,8 @@ from ..config import SampleConfig, from_dict, to_dict
 from ..errors import InputError
 from ..files import atomic, check_target, read_lines, write_lines
 from ..machine import DTYPES
-from .evaluate import CAMERAS, PATHS, Case, clone, held_out_cases, measure, save_strip
+from .evaluate import clone, measure, save_strip
+from .held_out import CAMERAS, PATHS, Case, held_out_cases
 from .scenes import render
 
 FIRST_SEED = 200                        # the settings were chosen on clips of other seeds

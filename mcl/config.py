@@ -265,7 +265,7 @@ class ModelConfig(Checked):
     sample: SampleConfig = field(default_factory=SampleConfig)
     fps: int = within(8, 1, 1000)
     vocabulary: tuple[str, ...] = ()    # the words it was trained on, if they can be listed
-    certain_from: float = within(0.0, 0, 1)     # `certainty` of clips that it follows; 0: unknown
+    sharp_from: float = within(0.0, 0, 1)       # `sharpness` of clips that it follows; 0: unknown
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         unet, control = self.unet, self.sparsectrl

@@ -47,9 +47,9 @@ def test_a_perfect_clone_of_a_camera_is_measured_as_one(case):
 def test_the_door_counts_who_passes_and_who_is_followed():
     found = [("zigzag", .5, {"direction": .9}), ("zigzag", .5, {"direction": .6}),
              ("pan", .3, {"direction": .2, "camera": .8}), ("still", .5, {"direction": .9})]
-    records = [{"motion": motion, "certainty": sure, "guided": guided, **figures}
-               for motion, sure, figures in found for guided in (True, False)]
-    assert door(records, 0.4) == ("certainty 0.4 or more: 2 of 3 references, of which 1 are "
+    records = [{"motion": motion, "sharpness": sharp, "guided": guided, **figures}
+               for motion, sharp, figures in found for guided in (True, False)]
+    assert door(records, 0.4) == ("sharpness 0.4 or more: 2 of 3 references, of which 1 are "
                                   "followed; of the others 1 are")
 
 

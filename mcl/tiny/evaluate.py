@@ -31,7 +31,7 @@ from ..command import Parser, answer, carry_out
 from ..config import SampleConfig, from_dict, to_dict
 from ..files import atomic, check_target
 from ..inversion import inversion_guide, invert_motion
-from ..measure.door import certainty
+from ..measure.door import sharpness
 from ..measure.metrics import camera_curves, curve_correlation, flicker
 from ..model import Model
 from ..motion import extract_motion
@@ -255,7 +255,7 @@ def run(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             frames = clone(model, case, config, guided)
             figures = measure(frames, case) | {"seconds": time.perf_counter() - began}
-            figures["certainty"] = certainty(model, model.vae.encode(
+            figures["sharpness"] = sharpness(model, model.vae.encode(
                 render(case.scene, config.height)))
             records.append({"kind": case.kind, "motion": case.motion,
                             "prompt": case.prompt, "guided": guided} | figures)
@@ -268,19 +268,19 @@ def run(args: argparse.Namespace) -> None:
             some = [r for r in records if r["kind"] == kind and r["guided"] == guided]
             if some:
                 print(summary(some, f"{kind} clips, {'guided' if guided else 'unguided'}"))
-    print(door(records, model.config.certain_from))
+    print(door(records, model.config.sharp_from))
     if args.json:
         with atomic(args.json) as temporary:
             temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
 def door(records: list[dict], least: float) -> str:
-    """One line: how many references are as certain as the model wants, and how many are followed.
+    """One line: how many references are as sharp as the model wants, and how many are followed.
     Those without any motion count for neither."""
-    some = [(r["certainty"] >= least, r.get("camera", r["direction"]) >= FOLLOWED)
+    some = [(r["sharpness"] >= least, r.get("camera", r["direction"]) >= FOLLOWED)
             for r in records if r["guided"] and r["motion"] not in STILL]
     passed = [follows for passes, follows in some if passes]
-    return (f"certainty {least} or more: {len(passed)} of {len(some)} references, of which "
+    return (f"sharpness {least} or more: {len(passed)} of {len(some)} references, of which "
             f"{sum(passed)} are followed; of the others {sum(f for p, f in some if not p)} are")
 
 

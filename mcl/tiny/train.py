@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
     # The second module of the block tells the sense of a camera's move, the first hardly does.
     "blocks": ("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
     "block_weights": (1.0, 4.0)}
-CERTAIN_FROM = 0.4                      # of held-out references, by the evaluation
+SHARP_FROM = 0.26                       # of held-out references, by the evaluation
 STAGES = ("vae", "latents", "image", "motion", "decoder", "export", "photos", "world")
 MADE = {"vae": "vae.pt", "latents": "latents/*.pt", "image": "image.pt", "motion": "motion.pt",
         "photos": "world/*.pt"}
@@ -213,7 +213,7 @@ def train_world(folder: Path, start: Path, weights: Path, plan: Hyperparameters,
                              plan.world_steps)
     model.config = dataclasses.replace(
         model.config, sample=dataclasses.replace(model.config.sample, **DEFAULTS),
-        vocabulary=VOCABULARY, certain_from=CERTAIN_FROM)
+        vocabulary=VOCABULARY, sharp_from=SHARP_FROM)
     both.load_state_dict(trainee.average.state_dict())
     save(model, weights)
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mcl import InputError
+from mcl.tiny import evaluate
 from mcl.tiny.clips import tone
 from mcl.tiny.evaluate import door, measure, save_strip
 from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
 from mcl.tiny.study import DEFAULT, VARIANTS, measured, sheet, strip_name, study_table
 from mcl.tiny.train import check_stages
-from mcl.tiny.words import EMOJI
+from mcl.tiny.words import EMOJI, emoji
 
 
 def perfect(case, scene=None):
@@ -64,6 +65,15 @@ def test_a_perfect_clone_with_an_emoji_is_measured_as_one_and_another_as_none(dr
         assert measure(other, case)["shape"] == 0 and "colour" not in found
         star = dataclasses.replace(case.scene, shape="star", ground=GROUNDS[case.ground])
         assert measure(render(star, 128), case)["shape"] == 0
+
+
+def test_without_the_font_of_the_emoji_nothing_is_sampled(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("mcl.tiny.words.FONT", tmp_path / "none.ttf")
+    monkeypatch.setattr("mcl.tiny.evaluate.clone", None)
+    emoji.cache_clear()
+    assert evaluate.main(["--clips", "1", "--word-clips", "1"]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "apt-get install fonts-noto-color-emoji" in line
 
 
 def test_a_camera_keeps_its_texture_or_is_given_another():

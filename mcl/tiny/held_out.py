@@ -76,15 +76,17 @@ def held_out_cases(kinds: tuple[str, ...], number: int, frames: int, seed: int,
 def word_cases(number: int, frames: int, seed: int, photos: Sequence[Path] = ()) -> list[Case]:
     """`number` references with a moving shape, each with a prompt for an emoji, all in turn.
 
-    Before a photograph, if any are given, the reference's subject is an emoji as well.
+    Before a photograph, if any are given, the reference's subject is an emoji as well. Raises
+    InputError where their font is not there.
     """
     cases, words = [], list(EMOJI)
     for i, case in enumerate(held_out_cases(PATHS, number, frames, seed, photos=photos)):
         word, seen = (words[(seed + i + far) % len(words)] for far in (0, len(words) // 2))
         scene = dataclasses.replace(case.scene, radius=0.2 + case.scene.radius / 2,
                                     centre=0.7 * case.scene.centre)
+        skin = emoji(seen)          # of plain grounds too: what measures the clones draws emoji
         if photos:
-            scene = dataclasses.replace(scene, shape=seen, skin=emoji(seen))
+            scene = dataclasses.replace(scene, shape=seen, skin=skin)
         cases.append(dataclasses.replace(
             case, kind=case.kind.replace("object", "emoji"), shape=word, colour="", scene=scene,
             prompt=f"{an(word)} on {an(case.ground)} background"))
@@ -93,6 +95,7 @@ def word_cases(number: int, frames: int, seed: int, photos: Sequence[Path] = ())
 
 def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = False,
                   photos: Sequence[Path] = (), by_hand: bool = False) -> Case:
+    """The case of a seed: a reference of so many frames, and what is asked of its clone."""
     rng = np.random.default_rng([9, seed])
     radius = rng.uniform(.2, .4)
     colours, grounds = rng.permutation(list(COLOURS)), rng.permutation(list(GROUNDS))

@@ -61,7 +61,7 @@ WANTED = {"latents": ("vae",), "image": ("latents",), "motion": ("latents", "ima
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """How long and how fast; what BENCHMARKS.md reports was trained with these."""
+    """How long and how fast; BENCHMARKS.md has what was really done."""
     vae_steps: int = 2600
     vae_batch: int = 32
     vae_rate: float = 2e-3
@@ -82,7 +82,7 @@ class Hyperparameters:
     world_spatial_rate: float = 4e-3
     text_rate: float = 5e-4             # of the text encoder in the world stage
     word_rate: float = 2e-3             # of its new words there
-    world_image_share: float = 0.7    # mostly for the words
+    world_image_share: float = 0.7      # mostly for the words
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
     ema: float = 0.998
 

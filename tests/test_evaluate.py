@@ -9,7 +9,7 @@ import torch
 from mcl import InputError
 from mcl.tiny import evaluate
 from mcl.tiny.clips import tone
-from mcl.tiny.evaluate import door, measure, save_strip
+from mcl.tiny.evaluate import door, measure, psnr, save_strip
 from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
 from mcl.tiny.study import DEFAULT, VARIANTS, measured, sheet, strip_name, study_table
@@ -74,6 +74,18 @@ def test_without_the_font_of_the_emoji_nothing_is_sampled(monkeypatch, tmp_path,
     assert evaluate.main(["--clips", "1", "--word-clips", "1"]) == 2
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "apt-get install fonts-noto-color-emoji" in line
+
+
+def test_a_subject_that_changes_is_not_steady():
+    case = held_out_cases(("circle",), 1, 8, 40)[0]
+    own, other = perfect(case), perfect(dataclasses.replace(case, shape="ring"))
+    assert measure(other, case)["steady"] == 1 and measure(other, case)["shape"] == 0
+    assert measure(torch.cat([own[:5], other[5:]]), case)["steady"] == 5 / 8
+
+
+def test_the_psnr_of_an_error_of_a_tenth_of_the_range_is_20():
+    frames = torch.zeros(2, 3, 8, 8)
+    assert psnr(frames + 0.2, frames) == pytest.approx(20, abs=1e-4)
 
 
 def test_a_camera_keeps_its_texture_or_is_given_another():

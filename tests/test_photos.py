@@ -1,6 +1,7 @@
 """The world of photographs: what is drawn, where it is, and which pictures training never sees."""
 import copy
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -198,17 +199,24 @@ def test_without_photographs_one_line_says_what_to_install(tmp_path, capsys):
 
 
 def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
-        folder, tmp_path, monkeypatch, capsys, drawn_words):
+        folder, tmp_path, monkeypatch, drawn_words):
+    def changed(before, after):
+        weights = before.state_dict()
+        names = [name for name, w in after.state_dict().items() if not w.equal(weights[name])]
+        return {re.match(r"vae\.\w+|\w+", name)[0] for name in names}
+
     monkeypatch.setattr("mcl.tiny.data.SHARD", 4)
     out, weights = tmp_path / "run", tmp_path / "new.safetensors"
-    command = ["--out", out, "--stage", "photos", "world", "--start", EMBEDDED, "--photos", folder,
-               "--weights", weights, "--world-clips", "4", "--motion-batch", "1"]
+    command = ["--out", out, "--stage", "photos", "world", "decoder", "--start", EMBEDDED,
+               "--photos", folder, "--weights", weights, "--world-clips", "4", "--motion-batch", "1",
+               "--vae-batch", "8", "--decoder-steps", "1"]
     assert train.main([*map(str, command), "--world-steps", "1"]) == 0
     drawn = (out / "world" / "000000.pt").read_bytes()
-    first, start = load_model(weights, "cpu"), load_model(EMBEDDED, "cpu")
-    changed = {name.split(".")[0] for name, weight in first.state_dict().items()
-               if not weight.equal(start.state_dict()[name])}
-    assert changed == {"unet", "text_encoder"} and set(EMOJI) < set(first.config.vocabulary)
+    start, world, first = (load_model(file, "cpu") for file in (
+        EMBEDDED, out / "world.safetensors", weights))
+    assert changed(start, world) == {"unet", "text_encoder"}
+    assert changed(world, first) == {"vae.decoder", "vae.post_quant_conv"}
+    assert set(EMOJI) < set(first.config.vocabulary)
     assert train.main([*map(str, command), "--world-steps", "2"]) == 0
     assert torch.load(out / "world.pt", weights_only=True)["step"] == 2
     assert (out / "world" / "000000.pt").read_bytes() == drawn

@@ -1,7 +1,7 @@
 """What the embedded model is trained on: pictures as they are drawn, clips as latents on disk."""
 import sys
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,20 +10,27 @@ from torch import Tensor
 
 from ..files import atomic
 from ..vae import AutoencoderKL
-from .clips import Rng, at, caption, random_scene
+from .clips import Rng, at, caption
+from .photos import mixed_scene
 from .scenes import TEXTURES, Scene, render
 from .trainer import autocast
 
 SIZE, FRAMES = 128, 16                  # of the embedded model's clips
 SHARD = 250                             # clips in one file of latents
 CAPTIONS = 4                            # phrasings kept of each clip
+EACH = 4                                # pictures of one scene, which are drawn in no time
 
 
-def pictures(seed: int, number: int) -> tuple[Tensor, list[str]]:
-    """Single frames of random clips, (number, 3, SIZE, SIZE) in [-1, 1], and their captions."""
+def pictures(seed: int, number: int, photos: Sequence[Path]) -> tuple[Tensor, list[str]]:
+    """Frames of random clips, EACH of a clip, and their captions.
+
+    (number, 3, SIZE, SIZE) in [-1, 1]; the clips take turns.
+    """
     rng = np.random.default_rng([7, seed])
-    scenes = [at(random_scene(rng, FRAMES), [int(rng.integers(FRAMES))]) for _ in range(number)]
-    return torch.cat([render(s, SIZE) for s in scenes]), [caption(s, rng) for s in scenes]
+    scenes = [mixed_scene(rng, FRAMES, photos) for _ in range(number // EACH)]
+    drawn = [render(at(s, rng.permutation(FRAMES)[:EACH].tolist()), SIZE) for s in scenes]
+    return (rearrange(drawn, "n f c h w -> (f n) c h w"),
+            [caption(s, rng) for _ in range(EACH) for s in scenes])
 
 
 def crop(rng: np.random.Generator, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@
 
 Everything is measured in the finished pictures; positions are in half widths of the picture. An
 emoji counts as its word says ("shape") if no other's picture, and no shape's in any colour, is
-nearer to what is drawn.
+nearer to what is drawn; "steady" is the share of frames that agree on a subject, whichever it is.
 """
 import argparse
 import dataclasses
@@ -149,7 +149,8 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
         "position error": float((centre - truth).norm(dim=-1).mean()),
         "found": float(found.float().mean()),
         "flicker": flicker(frames),
-        "colour": 0.0, "ground": 0.0, "shape": 0.0}
+        "colour": 0.0, "ground": 0.0}
+    subjects = []
     # A texture has two tones of its colour, and either may cover more of the picture.
     grounds = {(name, i): colour for name, plain in GROUNDS.items()
                for i, colour in enumerate((plain, tone(plain)) if textured else (plain,))}
@@ -158,12 +159,14 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
         if len(around):
             figures["ground"] += (commonest(around, grounds)[0] == case.ground)
         if found[i] and not case.colour:
-            figures["shape"] += (best_subject(frames[i], mask[i], case.ground) == case.shape)
+            subjects.append(best_subject(frames[i], mask[i], case.ground))
         elif found[i]:
             inside = picture[i][:, mask[i]].median(dim=1).values
             figures["colour"] += (nearest(inside, COLOURS) == case.colour)
-            figures["shape"] += (best_shape(mask[i]) == case.shape)
-    for name in ("colour", "ground", "shape"):
+            subjects.append(best_shape(mask[i]))
+    figures["shape"] = subjects.count(case.shape)
+    figures["steady"] = max(map(subjects.count, subjects), default=0)
+    for name in ("colour", "ground", "shape", "steady"):
         figures[name] /= len(frames)
     if textured:
         curves = {"pan": slice(0, 2), "zoom": slice(2, 3), "roll": slice(3, 4)}[case.motion]
@@ -172,6 +175,12 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
         figures["camera"] = curve_correlation(camera_curves(frames)[:, curves],
                                               true_curves[:, curves])
     return figures if case.colour else {k: v for k, v in figures.items() if k != "colour"}
+
+
+def psnr(frames: Tensor, truth: Tensor) -> float:
+    """Mean over frames (f, 3, H, W) in [-1, 1], in dB: what the autoencoder keeps of a reference."""
+    errors = ((frames - truth) / 2).square().mean(dim=(1, 2, 3))
+    return float(-10 * errors.log10().mean())
 
 
 def clone(model: Model, case: Case, config: SampleConfig, guided: bool = True, seed: int = 0
@@ -255,13 +264,14 @@ def run(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             frames = clone(model, case, config, guided)
             figures = measure(frames, case) | {"seconds": time.perf_counter() - began}
-            figures["sharpness"] = sharpness(model, model.vae.encode(
-                render(case.scene, config.height)))
+            reference = render(case.scene, config.height)
+            latents = model.vae.encode(reference)
+            figures["sharpness"] = sharpness(model, latents)
+            figures["PSNR"] = psnr(model.vae.decode(latents), reference)
             records.append({"kind": case.kind, "motion": case.motion,
                             "prompt": case.prompt, "guided": guided} | figures)
             if args.save:
-                save_strip(args.save / f"{len(records):03d}.png",
-                           [render(case.scene, config.height), frames])
+                save_strip(args.save / f"{len(records):03d}.png", [reference, frames])
     print(dataclasses.asdict(config))
     for kind in dict.fromkeys(case.kind for case in cases):
         for guided in (True, False):

@@ -3,17 +3,18 @@
     python -m mcl.tiny.train --out runs/tiny
 
 Eight stages, each of which goes on where it was stopped:
-    vae      the autoencoder, on single frames
-    latents  clips of the training world, encoded once and kept on disk
+    vae      the autoencoder, on single frames of shapes, of photographs and of emoji
+    latents  clips of shapes, encoded once and kept on disk
     image    the UNet without motion modules and the text encoder, on single frames
     motion   the motion modules, on clips and on single frames, and the rest at a lower rate
-    decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's
     export   everything into one file, OUT/shapes.safetensors
-    photos   clips of that world, of photographs and of emoji, encoded by that model
-    world    its UNet and the emoji's words, on these clips and on many single frames of them, and
+    photos   clips of shapes, of photographs and of emoji, encoded by that model
+    world    its UNet and the emoji's words, on these clips and on many single frames of them:
+             OUT/world.safetensors
+    decoder  its autoencoder's decoder a second time, on latents less exact than the encoder's, and
              everything into weights/tiny.safetensors
 
-`--stage photos world --start FILE` goes on with a model that is there.
+`--stage photos world decoder --start FILE` goes on with a model that is there.
 """
 import argparse
 import dataclasses
@@ -51,12 +52,12 @@ DEFAULTS: dict[str, Any] = {
     "blocks": ("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
     "block_weights": (1.0, 4.0)}
 SHARP_FROM = 0.26                       # of held-out references, by the evaluation
-STAGES = ("vae", "latents", "image", "motion", "decoder", "export", "photos", "world")
+STAGES = ("vae", "latents", "image", "motion", "export", "photos", "world", "decoder")
 MADE = {"vae": "vae.pt", "latents": "latents/*.pt", "image": "image.pt", "motion": "motion.pt",
-        "photos": "world/*.pt"}
+        "photos": "world/*.pt", "world": "world.safetensors"}
 WANTED = {"latents": ("vae",), "image": ("latents",), "motion": ("latents", "image"),
-          "decoder": ("vae", "latents", "image"), "export": ("vae", "latents", "image", "motion"),
-          "world": ("photos",)}
+          "export": ("vae", "latents", "image", "motion"), "world": ("photos",),
+          "decoder": ("world",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +75,10 @@ class Hyperparameters:
     motion_rate: float = 3e-3
     spatial_rate: float = 1.5e-3        # of the layers already trained, in the motion stage
     image_share: float = 0.35           # of the motion stage's steps, on single frames
-    decoder_steps: int = 400
-    decoder_rate: float = 1.5e-3
+    decoder_steps: int = 1600
+    decoder_rate: float = 2e-3
     world_clips: int = 12000
-    world_steps: int = 5300
+    world_steps: int = 7200
     world_motion_rate: float = 2.4e-3
     world_spatial_rate: float = 4e-3
     text_rate: float = 5e-4             # of the text encoder in the world stage
@@ -89,14 +90,14 @@ class Hyperparameters:
 
 # ------------------------------------------------------------------------------------- the VAE
 
-def train_vae(folder: Path, plan: Hyperparameters, device: str) -> None:
+def train_vae(folder: Path, photos: Sequence[Path], plan: Hyperparameters, device: str) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(TINY.vae).to(device)
     channels_last(vae)
     trainee = Trainee(vae, lambda name: plan.vae_rate, folder / "vae.pt", plan.ema)
 
     def loss_of(step: int) -> tuple[Tensor, str]:
-        x, _ = pictures(step, plan.vae_batch)
+        x, _ = pictures(step, plan.vae_batch, photos)
         if step < 0.85 * plan.vae_steps:                    # crops cost a quarter
             rng = np.random.default_rng([8, step])
             top, left = rng.integers(0, SIZE // 2 + 1, 2)
@@ -199,8 +200,7 @@ def train_motion(folder: Path, plan: Hyperparameters, device: str) -> None:
     train_on_clips(folder / "motion.pt", model, model.unet, clips, plan, plan.motion_steps)
 
 
-def train_world(folder: Path, start: Path, weights: Path, plan: Hyperparameters, device: str
-                ) -> None:
+def train_world(folder: Path, start: Path, plan: Hyperparameters, device: str) -> None:
     torch.manual_seed(4)
     model = load_model(start, device, "float32")
     both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
@@ -215,7 +215,7 @@ def train_world(folder: Path, start: Path, weights: Path, plan: Hyperparameters,
         model.config, sample=dataclasses.replace(model.config.sample, **DEFAULTS),
         vocabulary=VOCABULARY, sharp_from=SHARP_FROM)
     both.load_state_dict(trainee.average.state_dict())
-    save(model, weights)
+    save(model, folder / "world.safetensors")
 
 
 def learn_words(model: Model) -> None:
@@ -253,25 +253,16 @@ def train_on_clips(file: Path, model: Model, module: nn.Module, clips: Clips,
     return trainee
 
 
-# -------------------------------------------------------------------------------------- export
+# ------------------------------------------------------------------------- the decoder, again
 
-def balanced_vae(folder: Path) -> AutoencoderKL:
-    """The autoencoder whose latents are those that the UNet was trained on."""
-    vae = trained_vae(folder, "cpu")
-    Clips(folder / "latents").balance().fold(vae)
-    return vae
-
-
-def train_decoder(folder: Path, plan: Hyperparameters, device: str) -> None:
+def train_decoder(folder: Path, photos: Sequence[Path], weights: Path, plan: Hyperparameters,
+                  device: str) -> None:
     torch.manual_seed(3)
-    vae = balanced_vae(folder).to(device)
+    model = load_model(folder / "world.safetensors", device, "float32")
+    channels_last(model)
+    vae = model.vae
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     decoder.requires_grad_(True)
-    model = Model(TINY)
-    unet = UNet3D(dataclasses.replace(TINY.unet, motion_modules=False))
-    trained = nn.ModuleDict({"unet": unet, "text_encoder": model.text_encoder}).to(device)
-    trained.load_state_dict(torch.load(folder / "image.pt", weights_only=True)["average"])
-    channels_last(unet.requires_grad_(False))
     trainee = Trainee(decoder, lambda name: plan.decoder_rate, folder / "decoder.pt", plan.ema)
 
     @torch.no_grad()
@@ -283,13 +274,13 @@ def train_decoder(folder: Path, plan: Hyperparameters, device: str) -> None:
         t = torch.from_numpy(rng.integers(20, 350, half)).to(device)
         noise = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(z)
         noisy = model.schedule.add_noise(z[:half], noise[:half], t)
-        eps, _ = unet(noisy[:, :, None], t, text)
+        eps, _ = model.unet(noisy[:, :, None], t, text)
         abar = rearrange(model.schedule.abar(t), "b -> b 1 1 1")
         guess = (noisy - (1 - abar).sqrt() * eps[:, :, 0].float()) / abar.sqrt()
         return torch.cat([guess, z[half:] + 0.05 * noise[half:]])
 
     def loss_of(step: int) -> tuple[Tensor, str]:
-        x, captions = pictures(100_000 + step, plan.vae_batch)
+        x, captions = pictures(100_000 + step, plan.vae_batch, photos)
         x = x.to(device, memory_format=torch.channels_last)
         rng = np.random.default_rng([10, step])
         with autocast(device):
@@ -302,29 +293,31 @@ def train_decoder(folder: Path, plan: Hyperparameters, device: str) -> None:
         return picture_loss(out, x), f"mse {F.mse_loss(out, x):.5f}"
 
     trainee.run(plan.decoder_steps, loss_of)
+    decoder.load_state_dict(trainee.average.state_dict())
+    save(model, weights)
+
+
+# -------------------------------------------------------------------------------------- export
+
+def export(folder: Path, weights: Path) -> None:
+    """Puts the averaged weights of the three networks together."""
+    model = Model(dataclasses.replace(TINY, vocabulary=VOCABULARY))
+    # The autoencoder whose latents are those that the UNet was trained on.
+    model.vae = trained_vae(folder, "cpu")
+    Clips(folder / "latents").balance().fold(model.vae)
+    image, motion = (torch.load(folder / name, weights_only=True)["average"]
+                     for name in ("image.pt", "motion.pt"))
+    model.unet.load_state_dict(motion)
+    model.text_encoder.load_state_dict({
+        name.removeprefix("text_encoder."): value for name, value in image.items()
+        if name.startswith("text_encoder.")})
+    save(model, weights)
 
 
 def save(model: Model, weights: Path) -> None:
     """One self-describing file: float16, and the large matrices int8, for a repository's sake."""
     weights.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, weights, torch.float16, sources={}, pack_from=1 << 16)
-
-
-def export(folder: Path, weights: Path, sample: dict[str, Any]) -> None:
-    """Puts the averaged weights of the three networks together."""
-    config = dataclasses.replace(TINY, sample=dataclasses.replace(TINY.sample, **sample),
-                                 vocabulary=VOCABULARY)
-    model = Model(config)
-    vae = balanced_vae(folder).state_dict()
-    if (folder / "decoder.pt").exists():
-        vae |= torch.load(folder / "decoder.pt", weights_only=True)["average"]
-    model.vae.load_state_dict(vae)
-    model.unet.load_state_dict(torch.load(folder / "motion.pt", weights_only=True)["average"])
-    image = torch.load(folder / "image.pt", weights_only=True)["average"]
-    model.text_encoder.load_state_dict({
-        name.removeprefix("text_encoder."): value for name, value in image.items()
-        if name.startswith("text_encoder.")})
-    save(model, weights)
 
 
 def check_stages(folder: Path, stages: Sequence[str]) -> None:
@@ -360,25 +353,26 @@ def run(args: argparse.Namespace) -> None:
     if not args.out.is_dir():
         check_target(args.out, folder=True)
     check_stages(args.out, args.stage)
-    photos = find_photos(args.photos, held_out=False) if "photos" in args.stage else []
+    drawn = {"vae", "photos", "decoder"} & set(args.stage)
+    photos = find_photos(args.photos, held_out=False) if drawn else []
     for word in EMOJI if photos else ():
         emoji(word)                                         # before anything is trained
     args.out.mkdir(exist_ok=True)
     shapes = args.out / "shapes.safetensors"
     start = args.start or shapes
     stages: dict[str, Callable[[], None]] = {
-        "vae": lambda: train_vae(args.out, plan, device),
+        "vae": lambda: train_vae(args.out, photos, plan, device),
         "latents": lambda: encode_clips(
             args.out / "latents", random_scene, trained_vae(args.out, device), plan.clips,
             device),
         "image": lambda: train_images(args.out, plan, device),
         "motion": lambda: train_motion(args.out, plan, device),
-        "decoder": lambda: train_decoder(args.out, plan, device),
-        "export": lambda: export(args.out, shapes, DEFAULTS),
+        "export": lambda: export(args.out, shapes),
         "photos": lambda: encode_clips(
             args.out / "world", lambda rng, frames: mixed_scene(rng, frames, photos),
             load_model(start, device, "float32").vae, plan.world_clips, device),
-        "world": lambda: train_world(args.out, start, args.weights, plan, device)}
+        "world": lambda: train_world(args.out, start, plan, device),
+        "decoder": lambda: train_decoder(args.out, photos, args.weights, plan, device)}
     for stage in STAGES:
         if stage in args.stage:
             stages[stage]()

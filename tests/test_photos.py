@@ -208,8 +208,8 @@ def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
     monkeypatch.setattr("mcl.tiny.data.SHARD", 4)
     out, weights = tmp_path / "run", tmp_path / "new.safetensors"
     command = ["--out", out, "--stage", "photos", "world", "decoder", "--start", EMBEDDED,
-               "--photos", folder, "--weights", weights, "--world-clips", "4", "--motion-batch", "1",
-               "--vae-batch", "8", "--decoder-steps", "1"]
+               "--photos", folder, "--weights", weights, "--world-clips", "4",
+               "--motion-batch", "1", "--vae-batch", "8", "--decoder-steps", "1"]
     assert train.main([*map(str, command), "--world-steps", "1"]) == 0
     drawn = (out / "world" / "000000.pt").read_bytes()
     start, world, first = (load_model(file, "cpu") for file in (

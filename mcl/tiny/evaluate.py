@@ -178,7 +178,7 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
 
 
 def psnr(frames: Tensor, truth: Tensor) -> float:
-    """Mean over frames (f, 3, H, W) in [-1, 1], in dB: what the autoencoder keeps of a reference."""
+    """Mean over frames (f, 3, H, W) in [-1, 1], in dB: what an autoencoder keeps of them."""
     errors = ((frames - truth) / 2).square().mean(dim=(1, 2, 3))
     return float(-10 * errors.log10().mean())
 

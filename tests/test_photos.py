@@ -12,6 +12,7 @@ from mcl.checkpoint import EMBEDDED, load_model
 from mcl.errors import InputError
 from mcl.tiny import train
 from mcl.tiny.clips import VOCABULARY, caption, tone
+from mcl.tiny.data import pictures
 from mcl.tiny.evaluate import measure, track
 from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.photos import (GROUND, drawn_ground, find_photos, mixed_scene, read_photo,
@@ -221,6 +222,21 @@ def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
     assert torch.load(out / "world.pt", weights_only=True)["step"] == 2
     assert (out / "world" / "000000.pt").read_bytes() == drawn
     assert load_model(weights, "cpu").sha256 != first.sha256
+
+
+def test_pictures_are_those_of_their_captions(folder, drawn_words):
+    photos, checked = find_photos([folder], held_out=False), 0
+    for seed in range(8):
+        x, captions = pictures(seed, 30, photos)
+        assert x.shape == (30, 3, 128, 128) and len(captions) == 30
+        for picture, said in zip(x, captions):
+            grounds = GROUNDS.keys() & set(said.replace(",", "").split())
+            if grounds and not any(texture in said for texture in TEXTURES):
+                corners = (picture[:, [0, 0, -1, -1], [0, -1, 0, -1]].T + 1) / 2
+                near = (corners - torch.tensor(GROUNDS[grounds.pop()])).abs().amax(dim=1) < 0.01
+                checked += 1
+                assert near.sum() >= 2              # a subject may hide the others
+    assert checked > 10
 
 
 def test_new_words_get_vectors_that_learn_and_the_old_ones_keep_theirs(embedded):

@@ -1,4 +1,5 @@
 """What the embedded model is trained on: pictures as they are drawn, clips as latents on disk."""
+import math
 import sys
 from pathlib import Path
 from typing import Callable, Sequence
@@ -27,10 +28,10 @@ def pictures(seed: int, number: int, photos: Sequence[Path]) -> tuple[Tensor, li
     (number, 3, SIZE, SIZE) in [-1, 1]; the clips take turns.
     """
     rng = np.random.default_rng([7, seed])
-    scenes = [mixed_scene(rng, FRAMES, photos) for _ in range(number // EACH)]
+    scenes = [mixed_scene(rng, FRAMES, photos) for _ in range(math.ceil(number / EACH))]
     drawn = [render(at(s, rng.permutation(FRAMES)[:EACH].tolist()), SIZE) for s in scenes]
-    return (rearrange(drawn, "n f c h w -> (f n) c h w"),
-            [caption(s, rng) for _ in range(EACH) for s in scenes])
+    captions = [caption(s, rng) for _ in range(EACH) for s in scenes]
+    return rearrange(drawn, "n f c h w -> (f n) c h w")[:number], captions[:number]
 
 
 def crop(rng: np.random.Generator, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

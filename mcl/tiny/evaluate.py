@@ -260,14 +260,14 @@ def run(args: argparse.Namespace) -> None:
         cases += word_cases(args.photo_clips, config.frames, args.seed, photos)
     records = []
     for case in tqdm(cases, file=sys.stderr):
+        reference = render(case.scene, config.height)
+        latents = model.vae.encode(reference)
+        seen = {"sharpness": sharpness(model, latents),
+                "PSNR": psnr(model.vae.decode(latents), reference)}
         for guided in (True,) if args.guided_only else (True, False):
             began = time.perf_counter()
             frames = clone(model, case, config, guided)
-            figures = measure(frames, case) | {"seconds": time.perf_counter() - began}
-            reference = render(case.scene, config.height)
-            latents = model.vae.encode(reference)
-            figures["sharpness"] = sharpness(model, latents)
-            figures["PSNR"] = psnr(model.vae.decode(latents), reference)
+            figures = measure(frames, case) | {"seconds": time.perf_counter() - began} | seen
             records.append({"kind": case.kind, "motion": case.motion,
                             "prompt": case.prompt, "guided": guided} | figures)
             if args.save:

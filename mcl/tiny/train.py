@@ -211,9 +211,6 @@ def train_world(folder: Path, start: Path, plan: Hyperparameters, device: str) -
                                image_share=plan.world_image_share)
     trainee = train_on_clips(folder / "world.pt", model, both, Clips(folder / "world"), plan,
                              plan.world_steps)
-    model.config = dataclasses.replace(
-        model.config, sample=dataclasses.replace(model.config.sample, **DEFAULTS),
-        vocabulary=VOCABULARY, sharp_from=SHARP_FROM)
     both.load_state_dict(trainee.average.state_dict())
     save(model, folder / "world.safetensors")
 
@@ -301,7 +298,7 @@ def train_decoder(folder: Path, photos: Sequence[Path], weights: Path, plan: Hyp
 
 def export(folder: Path, weights: Path) -> None:
     """Puts the averaged weights of the three networks together."""
-    model = Model(dataclasses.replace(TINY, vocabulary=VOCABULARY))
+    model = Model(TINY)
     # The autoencoder whose latents are those that the UNet was trained on.
     model.vae = trained_vae(folder, "cpu")
     Clips(folder / "latents").balance().fold(model.vae)
@@ -315,7 +312,11 @@ def export(folder: Path, weights: Path) -> None:
 
 
 def save(model: Model, weights: Path) -> None:
-    """One self-describing file: float16, and the large matrices int8, for a repository's sake."""
+    """One self-describing file, with the settings that suit it: float16, and the large matrices
+    int8, for a repository's sake."""
+    model.config = dataclasses.replace(
+        model.config, sample=dataclasses.replace(model.config.sample, **DEFAULTS),
+        vocabulary=VOCABULARY, sharp_from=SHARP_FROM)
     weights.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, weights, torch.float16, sources={}, pack_from=1 << 16)
 

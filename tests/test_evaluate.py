@@ -13,7 +13,7 @@ from mcl.tiny.evaluate import door, measure, psnr, save_strip
 from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
 from mcl.tiny.study import DEFAULT, VARIANTS, measured, sheet, strip_name, study_table
-from mcl.tiny.train import check_stages
+from mcl.tiny.train import GIVEN, check_stages
 from mcl.tiny.words import EMOJI, emoji
 
 
@@ -149,6 +149,7 @@ def test_a_study_goes_on_from_a_line_that_was_cut_off(tmp_path):
 
 def test_a_stage_says_which_comes_before(tmp_path):
     with pytest.raises(InputError, match="--stage motion goes on with image.pt, which --st"):
-        check_stages(tmp_path, ["latents", "motion", "vae"])
+        check_stages(tmp_path, ["latents", "motion", "vae"], ())
+    check_stages(tmp_path, ["latents", "motion"], GIVEN)
     (tmp_path / "image.pt").touch()
-    check_stages(tmp_path, ["latents", "motion", "vae"])
+    check_stages(tmp_path, ["latents", "motion", "vae"], ())

@@ -2,7 +2,7 @@
 import math
 import sys
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..files import atomic
 from ..vae import AutoencoderKL
-from .clips import Rng, at, caption
+from .clips import at, caption
 from .photos import mixed_scene
-from .scenes import TEXTURES, Scene, render
+from .scenes import TEXTURES, render
 from .trainer import autocast
 
 SIZE, FRAMES = 128, 16                  # of the embedded model's clips
@@ -42,10 +42,9 @@ def crop(rng: np.random.Generator, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor
             z[..., top:top + half, left:left + half])
 
 
-def encode_clips(folder: Path, draw: Callable[[Rng, int], Scene], vae: AutoencoderKL, clips: int,
+def encode_clips(folder: Path, photos: Sequence[Path], vae: AutoencoderKL, clips: int,
                  device: str) -> None:
-    """Draws clips, by a random scene of so many frames, and writes their latents to a folder, in
-    files of SHARD."""
+    """Draws clips and writes their latents to a folder, in files of SHARD."""
     folder.mkdir(exist_ok=True)
     for first in range(0, clips, SHARD):
         file = folder / f"{first:06d}.pt"
@@ -54,7 +53,7 @@ def encode_clips(folder: Path, draw: Callable[[Rng, int], Scene], vae: Autoencod
         latents, logvars, captions = [], [], []
         for seed in range(first, first + SHARD):
             rng = np.random.default_rng([1, seed])
-            scene = draw(rng, FRAMES)
+            scene = mixed_scene(rng, FRAMES, photos)
             frames = render(scene, SIZE).to(device, memory_format=torch.channels_last)
             with torch.no_grad(), autocast(device):
                 mean, logvar = vae.moments(frames)

@@ -2,19 +2,17 @@
 
     python -m mcl.tiny.train --out runs/tiny
 
-Eight stages, each of which goes on where it was stopped:
-    vae      the autoencoder, on single frames of shapes, of photographs and of emoji
-    latents  clips of shapes, encoded once and kept on disk
+Five stages, each of which goes on where it was stopped:
+    vae      the autoencoder, on single frames
+    latents  clips, encoded once and kept on disk
     image    the UNet without motion modules and the text encoder, on single frames
-    motion   the motion modules, on clips and on single frames, and the rest at a lower rate
-    export   everything into one file, OUT/shapes.safetensors
-    photos   clips of shapes, of photographs and of emoji, encoded by that model
-    world    its UNet and the emoji's words, on these clips and on many single frames of them:
-             OUT/world.safetensors
-    decoder  its autoencoder's decoder a second time, on latents less exact than the encoder's, and
+    motion   the motion modules, on clips and on single frames, and the rest at a lower rate:
+             OUT/motion.safetensors
+    decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's, and
              everything into weights/tiny.safetensors
 
-`--stage photos world decoder --start FILE` goes on with a model that is there.
+`--stage latents motion decoder --start FILE` goes on with a model that is there, and teaches it the
+words that it does not know.
 """
 import argparse
 import dataclasses
@@ -38,9 +36,9 @@ from ..text_encoder import TextEncoder
 from ..tuned import channels_last
 from ..unet import UNet3D
 from ..vae import AutoencoderKL
-from .clips import VOCABULARY, random_scene
+from .clips import VOCABULARY
 from .data import FRAMES, SIZE, Clips, crop, encode_clips, pictures
-from .photos import FOLDERS, find_photos, mixed_scene
+from .photos import FOLDERS, find_photos
 from .trainer import Trainee, autocast
 from .words import EMOJI, emoji
 
@@ -52,12 +50,12 @@ DEFAULTS: dict[str, Any] = {
     "blocks": ("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
     "block_weights": (1.0, 4.0)}
 SHARP_FROM = 0.26                       # of held-out references, by the evaluation
-STAGES = ("vae", "latents", "image", "motion", "export", "photos", "world", "decoder")
-MADE = {"vae": "vae.pt", "latents": "latents/*.pt", "image": "image.pt", "motion": "motion.pt",
-        "photos": "world/*.pt", "world": "world.safetensors"}
-WANTED = {"latents": ("vae",), "image": ("latents",), "motion": ("latents", "image"),
-          "export": ("vae", "latents", "image", "motion"), "world": ("photos",),
-          "decoder": ("world",)}
+STAGES = ("vae", "latents", "image", "motion", "decoder")
+MADE = {"vae": "vae.pt", "latents": "latents/*.pt", "image": "image.pt",
+        "motion": "motion.safetensors"}
+WANTED = {"latents": ("vae",), "image": ("latents",), "motion": ("vae", "latents", "image"),
+          "decoder": ("motion",)}
+GIVEN = ("vae", "image")                # what a model to start with takes the place of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +64,19 @@ class Hyperparameters:
     vae_steps: int = 2600
     vae_batch: int = 32
     vae_rate: float = 2e-3
-    clips: int = 8000
-    image_steps: int = 1800
+    clips: int = 14000
+    image_steps: int = 3600
     image_batch: int = 64
     image_rate: float = 4e-3
-    motion_steps: int = 10600
+    motion_steps: int = 18000
     motion_batch: int = 6
-    motion_rate: float = 3e-3
-    spatial_rate: float = 1.5e-3        # of the layers already trained, in the motion stage
-    image_share: float = 0.35           # of the motion stage's steps, on single frames
+    motion_rate: float = 2.4e-3
+    spatial_rate: float = 2.4e-3        # of the layers already trained, in the motion stage
+    text_rate: float = 4e-4             # of the text encoder there
+    word_rate: float = 2e-3             # of words that a model to start with did not know
+    image_share: float = 0.6            # of the motion stage's steps, on single frames
     decoder_steps: int = 1600
     decoder_rate: float = 2e-3
-    world_clips: int = 12000
-    world_steps: int = 7200
-    world_motion_rate: float = 2.4e-3
-    world_spatial_rate: float = 4e-3
-    text_rate: float = 5e-4             # of the text encoder in the world stage
-    word_rate: float = 2e-3             # of its new words there
-    world_image_share: float = 0.7      # mostly for the words
     drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
     ema: float = 0.998
 
@@ -188,53 +181,20 @@ def train_images(folder: Path, plan: Hyperparameters, device: str) -> None:
     trainee.run(plan.image_steps, loss_of)
 
 
-def train_motion(folder: Path, plan: Hyperparameters, device: str) -> None:
+def train_motion(folder: Path, start: Path | None, plan: Hyperparameters, device: str) -> None:
     torch.manual_seed(2)
-    model, clips = Model(TINY), Clips(folder / "latents").balance()
-    initialize(model.unet, model.text_encoder, [])
-    trained = torch.load(folder / "image.pt", weights_only=True)["average"]
+    clips = Clips(folder / "latents")
+    model = load_model(start, device, "float32") if start else first_model(folder, clips)
     both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
-    both.load_state_dict(both.state_dict() | trained)
-    channels_last(both.to(device))
-    model.text_encoder.requires_grad_(False)
-    train_on_clips(folder / "motion.pt", model, model.unet, clips, plan, plan.motion_steps)
-
-
-def train_world(folder: Path, start: Path, plan: Hyperparameters, device: str) -> None:
-    torch.manual_seed(4)
-    model = load_model(start, device, "float32")
-    both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
-    channels_last(both.requires_grad_(True).train())
+    channels_last(both.to(device).requires_grad_(True).train())
     learn_words(model)
-    plan = dataclasses.replace(plan, motion_rate=plan.world_motion_rate,
-                               spatial_rate=plan.world_spatial_rate,
-                               image_share=plan.world_image_share)
-    trainee = train_on_clips(folder / "world.pt", model, both, Clips(folder / "world"), plan,
-                             plan.world_steps)
-    both.load_state_dict(trainee.average.state_dict())
-    save(model, folder / "world.safetensors")
 
-
-def learn_words(model: Model) -> None:
-    """Gives the emoji's words vectors where they have none; no gradient moves other words'."""
-    vectors = model.text_encoder.text_model.embeddings.token_embedding.weight
-    tokens = sorted({i for word in EMOJI for i in model.tokenizer.encode(word)})
-    learnt = torch.zeros(len(vectors), 1, device=vectors.device)
-    learnt[tokens] = 1
-    blank = learnt * (vectors.data.abs().amax(dim=1, keepdim=True) == 0)
-    vectors.data += blank * torch.randn(vectors.shape).to(vectors) * 0.5
-    vectors.register_hook(lambda gradient: gradient * learnt)
-
-
-def train_on_clips(file: Path, model: Model, module: nn.Module, clips: Clips,
-                   plan: Hyperparameters, steps: int) -> Trainee:
-    """Trains a model's UNet, or more of it, the motion modules at a rate of their own."""
     def rate_of(name: str) -> float:
         if name.startswith("text_encoder."):
             return plan.word_rate if "token_embedding" in name else plan.text_rate
         return plan.motion_rate if "motion_modules" in name else plan.spatial_rate
 
-    trainee = Trainee(module, rate_of, file, plan.ema)
+    trainee = Trainee(both, rate_of, folder / "motion.pt", plan.ema)
 
     def loss_of(step: int) -> tuple[Tensor, str]:
         rng = np.random.default_rng([3, step])
@@ -243,11 +203,36 @@ def train_on_clips(file: Path, model: Model, module: nn.Module, clips: Clips,
         if rng.random() < plan.image_share:
             number, frames = number * frames, 1
         x0, captions = clips.batch(rng, number, frames, plan.drop_caption)
-        text = model.text_encoder(model.tokenizer(captions).to(model.device))
-        return denoising_loss(model, model.unet, x0.to(model.device), text, rng), ""
+        text = model.text_encoder(model.tokenizer(captions).to(device))
+        return denoising_loss(model, model.unet, x0.to(device), text, rng), ""
 
-    trainee.run(steps, loss_of)
-    return trainee
+    trainee.run(plan.motion_steps, loss_of)
+    both.load_state_dict(trainee.average.state_dict())
+    save(model, folder / "motion.safetensors")
+
+
+def first_model(folder: Path, clips: Clips) -> Model:
+    """What the stages before made, with motion modules that change nothing yet."""
+    model = Model(TINY)
+    # The autoencoder whose latents are those that the UNet was trained on.
+    model.vae = trained_vae(folder, "cpu")
+    clips.balance().fold(model.vae)
+    initialize(model.unet, model.text_encoder, [])
+    both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
+    trained = torch.load(folder / "image.pt", weights_only=True)["average"]
+    both.load_state_dict(both.state_dict() | trained)
+    return model
+
+
+def learn_words(model: Model) -> None:
+    """Gives the words that have no vectors yet some; no gradient moves those of others."""
+    vectors = model.text_encoder.text_model.embeddings.token_embedding.weight
+    tokens = sorted({i for word in VOCABULARY for i in model.tokenizer.encode(word)})
+    new = torch.zeros(len(vectors), 1, device=vectors.device)
+    new[tokens] = 1
+    new *= vectors.data.abs().amax(dim=1, keepdim=True) == 0
+    vectors.data += new * torch.randn(vectors.shape).to(vectors) * 0.5
+    vectors.register_hook(lambda gradient: gradient * new)
 
 
 # ------------------------------------------------------------------------- the decoder, again
@@ -255,7 +240,7 @@ def train_on_clips(file: Path, model: Model, module: nn.Module, clips: Clips,
 def train_decoder(folder: Path, photos: Sequence[Path], weights: Path, plan: Hyperparameters,
                   device: str) -> None:
     torch.manual_seed(3)
-    model = load_model(folder / "world.safetensors", device, "float32")
+    model = load_model(folder / "motion.safetensors", device, "float32")
     channels_last(model)
     vae = model.vae
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
@@ -294,22 +279,7 @@ def train_decoder(folder: Path, photos: Sequence[Path], weights: Path, plan: Hyp
     save(model, weights)
 
 
-# -------------------------------------------------------------------------------------- export
-
-def export(folder: Path, weights: Path) -> None:
-    """Puts the averaged weights of the three networks together."""
-    model = Model(TINY)
-    # The autoencoder whose latents are those that the UNet was trained on.
-    model.vae = trained_vae(folder, "cpu")
-    Clips(folder / "latents").balance().fold(model.vae)
-    image, motion = (torch.load(folder / name, weights_only=True)["average"]
-                     for name in ("image.pt", "motion.pt"))
-    model.unet.load_state_dict(motion)
-    model.text_encoder.load_state_dict({
-        name.removeprefix("text_encoder."): value for name, value in image.items()
-        if name.startswith("text_encoder.")})
-    save(model, weights)
-
+# ----------------------------------------------------------------------------------- the command
 
 def save(model: Model, weights: Path) -> None:
     """One self-describing file, with the settings that suit it: float16, and the large matrices
@@ -321,11 +291,11 @@ def save(model: Model, weights: Path) -> None:
     save_model(model, weights, torch.float16, sources={}, pack_from=1 << 16)
 
 
-def check_stages(folder: Path, stages: Sequence[str]) -> None:
+def check_stages(folder: Path, stages: Sequence[str], given: Sequence[str]) -> None:
     """Raises InputError where a stage goes on with what none of them makes and is not there."""
     for stage in stages:
         for before in WANTED.get(stage, ()):
-            if before not in stages and not any(folder.glob(MADE[before])):
+            if before not in (*stages, *given) and not any(folder.glob(MADE[before])):
                 raise InputError(f"{folder}: --stage {stage} goes on with {MADE[before]}, which "
                                  f"--stage {before} makes")
 
@@ -334,11 +304,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="-m mcl.tiny.train",
                     description="Trains the embedded model, or goes on with it.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
-    parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES)
+    parser.add_argument("--stage", choices=STAGES, nargs="+",
+                        help="all of them, or those that --start leaves, where not given")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=Path, default=EMBEDDED)
-    parser.add_argument("--start", type=Path, help="model that the world's stages go on with; the "
-                                                   "other stages' own where not given")
+    parser.add_argument("--start", type=Path, help="model to go on with, in place of the stages "
+                                                   f"{' and '.join(GIVEN)}")
     parser.add_argument("--photos", type=Path, nargs="+", default=FOLDERS,
                         help="folders of the photographs")
     for f in dataclasses.fields(Hyperparameters):
@@ -353,29 +324,28 @@ def run(args: argparse.Namespace) -> None:
     device = str(pick_device(args.device))
     if not args.out.is_dir():
         check_target(args.out, folder=True)
-    check_stages(args.out, args.stage)
-    drawn = {"vae", "photos", "decoder"} & set(args.stage)
+    given = GIVEN if args.start else ()
+    chosen = args.stage or [stage for stage in STAGES if stage not in given]
+    check_stages(args.out, chosen, given)
+    drawn = {"vae", "latents", "decoder"} & set(chosen)
     photos = find_photos(args.photos, held_out=False) if drawn else []
     for word in EMOJI if photos else ():
         emoji(word)                                         # before anything is trained
     args.out.mkdir(exist_ok=True)
-    shapes = args.out / "shapes.safetensors"
-    start = args.start or shapes
+
+    def encode() -> None:
+        vae = (load_model(args.start, device, "float32").vae if args.start else
+               trained_vae(args.out, device))
+        encode_clips(args.out / "latents", photos, vae, plan.clips, device)
+
     stages: dict[str, Callable[[], None]] = {
         "vae": lambda: train_vae(args.out, photos, plan, device),
-        "latents": lambda: encode_clips(
-            args.out / "latents", random_scene, trained_vae(args.out, device), plan.clips,
-            device),
+        "latents": encode,
         "image": lambda: train_images(args.out, plan, device),
-        "motion": lambda: train_motion(args.out, plan, device),
-        "export": lambda: export(args.out, shapes),
-        "photos": lambda: encode_clips(
-            args.out / "world", lambda rng, frames: mixed_scene(rng, frames, photos),
-            load_model(start, device, "float32").vae, plan.world_clips, device),
-        "world": lambda: train_world(args.out, start, plan, device),
+        "motion": lambda: train_motion(args.out, args.start, plan, device),
         "decoder": lambda: train_decoder(args.out, photos, args.weights, plan, device)}
     for stage in STAGES:
-        if stage in args.stage:
+        if stage in chosen:
             stages[stage]()
 
 

@@ -29,7 +29,7 @@ INSTALL = ("apt-get install gnome-backgrounds plasma-workspace-wallpapers mate-b
 SHORT = 768                             # pixels of a photograph's shorter side, once it is read
 GROUND = 256                            # of a ground: four half widths, at the clips' own scale
 KINDS = (.45, .25, .19, .11)            # shares of plain and textured grounds, cameras, ...
-WORDS = 1 / 3                           # share of the subjects that are emoji
+WORDS = 0.4                             # share of the subjects that are emoji
 DRAWN = 0.4                             # share of the grounds that are no photographs
 
 
@@ -130,7 +130,7 @@ def mixed_scene(rng: Rng, frames: int, photos: Sequence[Path]) -> Scene:
     Over a fifth of all the camera moves, also along one that leans away, and there is no subject;
     before other grounds of that kind one moves, in the most of them under a still camera, else
     under one that is held by hand.
-    A third of the subjects are emoji; before photographs some others are cut out of one.
+    Two fifths of the subjects are emoji; before photographs some others are cut out of one.
     """
     scene = random_scene(rng, frames)
     kind = rng.choice(["shapes", "camera", "still", "by hand"], p=KINDS)

@@ -13,8 +13,12 @@ from ..errors import InputError
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 INSTALL = "apt-get install fonts-noto-color-emoji"
 _PAIRS = """
-    banana 🍌 pineapple 🍍 carrot 🥕 pizza 🍕 cheese 🧀 cat 🐱 fox 🦊 dolphin 🐬 sun ☀️
-    cloud ☁️ fire 🔥 rainbow 🌈 ball ⚽ crown 👑 shirt 👕 skull 💀 face 😀 magnet 🧲 book 📕
+    apple 🍎 banana 🍌 lemon 🍋 pineapple 🍍 strawberry 🍓 watermelon 🍉 carrot 🥕 eggplant 🍆
+    mushroom 🍄 burger 🍔 donut 🍩 pizza 🍕 cheese 🧀 cat 🐱 dog 🐶 fox 🦊 panda 🐼 pig 🐷 frog 🐸 rabbit 🐰
+    chick 🐤 penguin 🐧 bird 🐦 fish 🐟 dolphin 🐬 octopus 🐙 crab 🦀 ladybug 🐞 tree 🌳 cactus 🌵
+    flower 🌸 tulip 🌷 sun ☀️ moon 🌙 earth 🌍 cloud ☁️ rainbow 🌈 fire 🔥 lightning ⚡ drop 💧 bus 🚌
+    rocket 🚀 boat ⛵ umbrella ☂️ basketball 🏀 bell 🔔 key 🔑 lock 🔒 lamp 💡 gift 🎁 gem 💎 magnet 🧲
+    book 📕 flag 🚩 crown 👑 cap 🧢 shirt 👕 dress 👗 skull 💀 face 😀 ghost 👻 alien 👽 hand ✋
 """.split()
 EMOJI = dict(zip(_PAIRS[::2], _PAIRS[1::2]))
 

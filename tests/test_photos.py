@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from mcl.checkpoint import EMBEDDED, load_model
 from mcl.errors import InputError
 from mcl.tiny import train
 from mcl.tiny.clips import VOCABULARY, caption, tone
-from mcl.tiny.data import pictures
+from mcl.tiny.data import Clips, pictures
 from mcl.tiny.evaluate import measure, track
 from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.photos import (GROUND, drawn_ground, find_photos, mixed_scene, read_photo,
@@ -221,6 +222,29 @@ def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
     assert torch.load(out / "motion.pt", weights_only=True)["step"] == 2
     assert (out / "latents" / "000000.pt").read_bytes() == drawn
     assert load_model(weights, "cpu").sha256 != first.sha256
+
+
+def test_the_motion_stage_goes_on_with_what_the_stages_before_it_made(
+        folder, tmp_path, monkeypatch, drawn_words):
+    monkeypatch.setattr("mcl.tiny.data.SHARD", 4)
+    command = ["--out", tmp_path, "--photos", folder, "--stage", "vae", "latents", "image",
+               "--vae-steps", "2", "--vae-batch", "8", "--clips", "4", "--image-steps", "1",
+               "--image-batch", "2"]
+    assert train.main([*map(str, command)]) == 0
+    encoded, clips = Clips(tmp_path / "latents"), Clips(tmp_path / "latents")
+    model = train.first_model(tmp_path, clips)
+    assert not clips.latents.equal(encoded.latents)         # they are balanced, and the VAE so too
+    plain, z = train.trained_vae(tmp_path, "cpu"), clips.latents[0, :2].float()
+    back = plain.decoder(plain.post_quant_conv(encoded.latents[0, :2].float()))
+    found = model.vae.decoder(model.vae.post_quant_conv(z))
+    assert (found - back).abs().max() < 0.02 * back.std()
+    made = torch.load(tmp_path / "image.pt", weights_only=True)["average"]
+    state = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder}).state_dict()
+    assert made and all(state[name].equal(weight) for name, weight in made.items())
+    latents, text = torch.randn(1, 4, 2, 16, 16), model.encode_text(["a red star"])
+    both, _ = model.unet(latents, torch.tensor([500]), text)
+    alone, _ = model.unet(latents[:, :, :1], torch.tensor([500]), text)
+    assert torch.allclose(both[:, :, :1], alone, atol=1e-5)     # no frame sees another yet
 
 
 def test_pictures_are_those_of_their_captions(folder, drawn_words):

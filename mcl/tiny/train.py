@@ -11,8 +11,8 @@ Five stages, each of which goes on where it was stopped:
     decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's, and
              everything into weights/tiny.safetensors
 
-`--stage latents motion decoder --start FILE` goes on with a model that is there, and teaches it the
-words that it does not know.
+`--start FILE` goes on with a model that is there, in place of the stages vae and image, and teaches
+it the words that it does not know.
 """
 import argparse
 import dataclasses

@@ -51,11 +51,8 @@ FOLLOWED = 0.7                          # of a direction, or of a camera's curve
 
 def subject_mask(frames: Tensor, colour: str, ground: str) -> Tensor:
     """Where a clip (f, 3, H, W) in [-1, 1] is nearer to the subject's colour: (f, H, W) bool."""
-    fore, back = (rearrange(torch.tensor(c), "c -> c 1 1") for c in
-                  (COLOURS[colour], GROUNDS[ground]))
-    picture = (frames + 1) / 2
-    to_fore = (picture - fore).square().sum(dim=1)
-    to_back = (picture - back).square().sum(dim=1)
+    to_fore, to_back = ((frames / 2 + 0.5 - torch.tensor(c)[:, None, None]).square().sum(dim=1)
+                        for c in (COLOURS[colour], GROUNDS[ground]))
     return (to_fore < to_back) & (to_fore < 0.15)
 
 
@@ -76,10 +73,6 @@ def direction_agreement(found: Tensor, truth: Tensor, still: float = 0.02) -> fl
     moves = true_step.norm(dim=-1) > still
     cosine = torch.cosine_similarity(step, true_step, dim=-1, eps=1e-6)
     return float(cosine[moves].mean())
-
-
-def nearest(colour: Tensor, named: dict[K, Rgb]) -> K:
-    return min(named, key=lambda name: float((colour - torch.tensor(named[name])).norm()))
 
 
 def commonest(colours: Tensor, named: dict[K, Rgb]) -> K:
@@ -162,7 +155,7 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
             subjects.append(best_subject(frames[i], mask[i], case.ground))
         elif found[i]:
             inside = picture[i][:, mask[i]].median(dim=1).values
-            figures["colour"] += (nearest(inside, COLOURS) == case.colour)
+            figures["colour"] += (commonest(inside[None], COLOURS) == case.colour)
             subjects.append(best_shape(mask[i]))
     figures["shape"] = subjects.count(case.shape)
     figures["steady"] = max(map(subjects.count, subjects), default=0)

@@ -50,9 +50,8 @@ DEFAULTS: dict[str, Any] = {
     "blocks": ("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
     "block_weights": (1.0, 4.0)}
 SHARP_FROM = 0.26                       # of held-out references, by the evaluation
-STAGES = ("vae", "latents", "image", "motion", "decoder")
-MADE = {"vae": "vae.pt", "latents": "latents/*.pt", "image": "image.pt",
-        "motion": "motion.safetensors"}
+STAGES = {"vae": "vae.pt", "latents": "latents/*.pt", "image": "image.pt",     # and what they make
+          "motion": "motion.safetensors", "decoder": "decoder.pt"}
 WANTED = {"latents": ("vae",), "image": ("latents",), "motion": ("vae", "latents", "image"),
           "decoder": ("motion",)}
 GIVEN = ("vae", "image")                # what a model to start with takes the place of
@@ -147,16 +146,27 @@ def denoising_loss(model: Model, unet: UNet3D, x0: Tensor, text: Tensor, rng: np
     return (snr.rsqrt() * (eps.float() - noise).square()).mean()
 
 
-def initialize(unet: UNet3D, text: TextEncoder, tokens: list[int]) -> None:
-    """Residual branches start at zero; so do the embeddings of all words it will never read."""
+def denoising(model: Model, unet: UNet3D, clips: Clips, images: int, share: float,
+              plan: Hyperparameters, device: str) -> Callable[[int], tuple[Tensor, str]]:
+    """The loss of a step: in a share of them that of so many single frames, else that of clips,
+    of as many frames, but of sixteen times fewer scenes (arXiv 2204.03458, section 3.1)."""
+    def loss_of(step: int) -> tuple[Tensor, str]:
+        rng = np.random.default_rng([2, step])
+        number, frames = (images, 1) if rng.random() < share else (images // FRAMES, FRAMES)
+        x0, captions = clips.batch(rng, number, frames, plan.drop_caption)
+        text = model.text_encoder(model.tokenizer(captions).to(device))
+        return denoising_loss(model, unet, x0.to(device), text, rng), ""
+
+    return loss_of
+
+
+def initialize(unet: UNet3D, text: TextEncoder) -> None:
+    """Residual branches start at zero; so do the embeddings of the words, see learn_words."""
     for name, module in unet.named_modules():
         if name.endswith(("conv_out", "proj_out", "conv2")):
             for p in module.parameters():
                 nn.init.zeros_(p)
-    embedding = text.text_model.embeddings.token_embedding.weight.data
-    used = torch.randn(len(tokens), embedding.shape[1]) * 0.5
-    embedding.zero_()
-    embedding[tokens] = used
+    nn.init.zeros_(text.text_model.embeddings.token_embedding.weight)
     text.text_model.embeddings.position_embedding.weight.data.mul_(0.1)
 
 
@@ -164,21 +174,13 @@ def train_images(folder: Path, plan: Hyperparameters, device: str) -> None:
     torch.manual_seed(1)
     model, clips = Model(TINY), Clips(folder / "latents").balance()
     unet = UNet3D(dataclasses.replace(TINY.unet, motion_modules=False))
-    words = (*VOCABULARY, ",", "<|startoftext|>", "<|endoftext|>")
-    tokens = sorted({i for word in words for i in model.tokenizer.encode(word)})
-    initialize(unet, model.text_encoder, tokens)
+    initialize(unet, model.text_encoder)
     both = nn.ModuleDict({"unet": unet, "text_encoder": model.text_encoder})
     channels_last(both.to(device))
+    learn_words(model)
     trainee = Trainee(both, lambda name: plan.image_rate, folder / "image.pt", plan.ema)
-
-    def loss_of(step: int) -> tuple[Tensor, str]:
-        rng = np.random.default_rng([2, step])
-        x0, captions = clips.batch(rng, plan.image_batch, 1, plan.drop_caption)
-        with autocast(device):
-            text = model.text_encoder(model.tokenizer(captions).to(device))
-        return denoising_loss(model, unet, x0.to(device), text, rng), ""
-
-    trainee.run(plan.image_steps, loss_of)
+    trainee.run(plan.image_steps,
+                denoising(model, unet, clips, plan.image_batch, 1, plan, device))
 
 
 def train_motion(folder: Path, start: Path | None, plan: Hyperparameters, device: str) -> None:
@@ -195,18 +197,8 @@ def train_motion(folder: Path, start: Path | None, plan: Hyperparameters, device
         return plan.motion_rate if "motion_modules" in name else plan.spatial_rate
 
     trainee = Trainee(both, rate_of, folder / "motion.pt", plan.ema)
-
-    def loss_of(step: int) -> tuple[Tensor, str]:
-        rng = np.random.default_rng([3, step])
-        # As many frames, of sixteen times as many scenes (arXiv 2204.03458, section 3.1).
-        number, frames = plan.motion_batch, FRAMES
-        if rng.random() < plan.image_share:
-            number, frames = number * frames, 1
-        x0, captions = clips.batch(rng, number, frames, plan.drop_caption)
-        text = model.text_encoder(model.tokenizer(captions).to(device))
-        return denoising_loss(model, model.unet, x0.to(device), text, rng), ""
-
-    trainee.run(plan.motion_steps, loss_of)
+    trainee.run(plan.motion_steps, denoising(model, model.unet, clips, plan.motion_batch * FRAMES,
+                                             plan.image_share, plan, device))
     both.load_state_dict(trainee.average.state_dict())
     save(model, folder / "motion.safetensors")
 
@@ -217,7 +209,7 @@ def first_model(folder: Path, clips: Clips) -> Model:
     # The autoencoder whose latents are those that the UNet was trained on.
     model.vae = trained_vae(folder, "cpu")
     clips.balance().fold(model.vae)
-    initialize(model.unet, model.text_encoder, [])
+    initialize(model.unet, model.text_encoder)
     both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
     trained = torch.load(folder / "image.pt", weights_only=True)["average"]
     both.load_state_dict(both.state_dict() | trained)
@@ -227,7 +219,8 @@ def first_model(folder: Path, clips: Clips) -> Model:
 def learn_words(model: Model) -> None:
     """Gives the words that have no vectors yet some; no gradient moves those of others."""
     vectors = model.text_encoder.text_model.embeddings.token_embedding.weight
-    tokens = sorted({i for word in VOCABULARY for i in model.tokenizer.encode(word)})
+    words = (*VOCABULARY, ",", "<|startoftext|>", "<|endoftext|>")
+    tokens = sorted({i for word in words for i in model.tokenizer.encode(word)})
     new = torch.zeros(len(vectors), 1, device=vectors.device)
     new[tokens] = 1
     new *= vectors.data.abs().amax(dim=1, keepdim=True) == 0
@@ -295,8 +288,8 @@ def check_stages(folder: Path, stages: Sequence[str], given: Sequence[str]) -> N
     """Raises InputError where a stage goes on with what none of them makes and is not there."""
     for stage in stages:
         for before in WANTED.get(stage, ()):
-            if before not in (*stages, *given) and not any(folder.glob(MADE[before])):
-                raise InputError(f"{folder}: --stage {stage} goes on with {MADE[before]}, which "
+            if before not in (*stages, *given) and not any(folder.glob(STAGES[before])):
+                raise InputError(f"{folder}: --stage {stage} goes on with {STAGES[before]}, which "
                                  f"--stage {before} makes")
 
 

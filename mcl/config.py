@@ -265,7 +265,9 @@ class ModelConfig(Checked):
     sample: SampleConfig = field(default_factory=SampleConfig)
     fps: int = within(8, 1, 1000)
     vocabulary: tuple[str, ...] = ()    # the words it was trained on, if they can be listed
-    sharp_from: float = within(0.0, 0, 1)       # `sharpness` of clips that it follows; 0: unknown
+    # What the clips that it follows have, as measure/door.py says; sharp_from 0: it is unknown.
+    sharp_from: float = within(0.0, 0, 1)
+    error_to: float = within(1.0, 0)
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         unet, control = self.unet, self.sparsectrl

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mcl import InputError
+from mcl.config import TINY
 from mcl.tiny import evaluate
 from mcl.tiny.clips import tone
 from mcl.tiny.evaluate import door, measure, psnr, save_strip
@@ -46,12 +47,14 @@ def test_a_perfect_clone_of_a_camera_is_measured_as_one(case):
 
 
 def test_the_door_counts_who_passes_and_who_is_followed():
-    found = [("zigzag", .5, {"direction": .9}), ("zigzag", .5, {"direction": .6}),
-             ("pan", .3, {"direction": .2, "camera": .8}), ("still", .5, {"direction": .9})]
-    records = [{"motion": motion, "sharpness": sharp, "guided": guided, **figures}
-               for motion, sharp, figures in found for guided in (True, False)]
-    assert door(records, 0.4) == ("sharpness 0.4 or more: 2 of 3 references, of which 1 are "
-                                  "followed; of the others 1 are")
+    found = [("zigzag", .5, .1, {"direction": .9}), ("zigzag", .5, .1, {"direction": .6}),
+             ("pan", .3, .1, {"direction": .2, "camera": .8}), ("still", .5, .1, {"direction": .9}),
+             ("zigzag", .5, .2, {"direction": .6})]
+    records = [{"motion": motion, "sharpness": sharp, "denoising error": error, "guided": guided,
+                **figures} for motion, sharp, error, figures in found for guided in (True, False)]
+    wanted = dataclasses.replace(TINY, sharp_from=.4, error_to=.15)
+    assert door(records, wanted) == ("not warned of: 2 of 4 references, of which 1 are followed; "
+                                     "of the others 1 are")
 
 
 def test_a_perfect_clone_with_an_emoji_is_measured_as_one_and_another_as_none(drawn_words):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mcl.files import finite
-from mcl.measure.door import sharpness, told_sharpness
+from mcl.measure.door import denoising_error, sharpness, told
 from mcl.measure.metrics import (camera_curves, change_path, curve_correlation, fidelity,
                                  flicker, motion_fidelity, top1_agreement, trajectory_distance)
 from mcl.measure.report import measure, table, verdict
@@ -158,12 +158,24 @@ def test_a_motion_is_seen_more_sharply_than_none(embedded):
     assert moves > embedded.config.sharp_from > max(still, noise)
 
 
-def test_what_is_less_sharp_than_the_model_wants_is_told(small):
+def test_what_the_model_will_hardly_follow_is_told(small):
     model, latents = copy.copy(small), torch.zeros(1, 4, 4, 8, 8)
-    found = sharpness(small, latents)
-    for least, told in ((0.0, 0), (found, 0), (found + 0.01, 1)):
-        model.config = dataclasses.replace(small.config, sharp_from=least)
+    found = {"sharpness": sharpness(small, latents),
+             "denoising_error": denoising_error(small, latents)}
+    sharp, error = found.values()
+    for least, most, why in ((0.0, 0.0, ""), (sharp, error, ""), (sharp + .01, error, "moves"),
+                             (sharp, error - .01, "looks"), (sharp + .01, 0.0, "moves")):
+        model.config = dataclasses.replace(small.config, sharp_from=least, error_to=most)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert told_sharpness(model, Path("v.mp4"), latents) == (found if least else None)
-        assert [str(w.message).startswith("v.mp4: ") for w in caught] == [True] * told
+            assert told(model, Path("v.mp4"), latents) == (found if least else {})
+        assert [why in str(w.message) for w in caught] == [True] * bool(why)
+
+
+def test_what_a_model_knows_is_denoised_better_than_what_it_does_not(embedded):
+    known = embedded.vae.encode(clip(path("figure eight")))
+    strange = torch.randn(known.shape, generator=torch.Generator().manual_seed(1))
+    assert denoising_error(embedded, known) < embedded.config.error_to
+    assert denoising_error(embedded, strange) > 2 * embedded.config.error_to
+    longer = torch.cat([known, known], dim=2)               # read in windows
+    assert denoising_error(embedded, longer) < embedded.config.error_to

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..model import Model
 from ..motion import extract_motion
+from ..windows import blend, windows_of
 
 
 def sharpness(model: Model, latents: Tensor) -> float:
@@ -23,14 +24,36 @@ def sharpness(model: Model, latents: Tensor) -> float:
     return float(torch.cat([v.flatten().float() for v in motion.values.values()]).mean())
 
 
-def told_sharpness(model: Model, reference: Path, latents: Tensor) -> float | None:
-    """`sharpness`, where it is known what this model wants; warns of a reference that has less."""
-    least = model.config.sharp_from
+@torch.no_grad()
+def denoising_error(model: Model, latents: Tensor) -> float:
+    """How unlike what a model knows a clip looks, latents (1, c, f, h, w), scaled: the mean square
+    error of the noise that it finds in it, without a prompt, where it reads its motion. A model
+    that finds none has 1."""
+    config, z = model.config.sample, latents.to(model.device).float()
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    noisy = model.schedule.add_noise(z, noise, config.extract_t).to(model.dtype)
+    windows = windows_of(z.shape[2], config, model.config.unet.max_frames)
+    null = model.encode_text([""])
+    parts = [model.unet(noisy[:, :, windows.at(start)], config.extract_t, null)[0].float()
+             for start in windows.starts]
+    return float((blend(parts, windows) - noise).square().mean())
+
+
+def told(model: Model, reference: Path, latents: Tensor) -> dict[str, float]:
+    """`sharpness` and `denoising_error`, where it is known what this model wants of them; warns of
+    a reference that misses it."""
+    least, most = model.config.sharp_from, model.config.error_to
     if not least:
-        return None
-    found = sharpness(model, latents)
-    if found < least:
-        warnings.warn(f"{reference}: this model will hardly follow it: it hardly moves, or looks "
-                      f"unlike what the model knows (its strongest attention along time is "
-                      f"{found:.3f} in the mean, where {least:.3f} is wanted)")
+        return {}
+    found = {"sharpness": sharpness(model, latents),
+             "denoising_error": denoising_error(model, latents)}
+    if found["sharpness"] < least:
+        why = (f"it hardly moves, or looks unlike what the model knows (its strongest attention "
+               f"along time is {found['sharpness']:.3f} in the mean, where {least:.3f} is wanted)")
+    elif found["denoising_error"] > most:
+        why = (f"it looks unlike what the model knows (the noise in it is found with an error of "
+               f"{found['denoising_error']:.3f}, where {most:.3f} at the most is wanted)")
+    else:
+        return found
+    warnings.warn(f"{reference}: this model will hardly follow it: {why}")
     return found

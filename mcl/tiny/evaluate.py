@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from ..checkpoint import load_model
 from ..command import Parser, answer, carry_out
-from ..config import SampleConfig, from_dict, to_dict
+from ..config import ModelConfig, SampleConfig, from_dict, to_dict
 from ..files import atomic, check_target
 from ..inversion import inversion_guide, invert_motion
-from ..measure.door import sharpness
+from ..measure.door import denoising_error, sharpness
 from ..measure.metrics import camera_curves, curve_correlation, flicker
 from ..model import Model
 from ..motion import extract_motion
@@ -256,6 +256,7 @@ def run(args: argparse.Namespace) -> None:
         reference = render(case.scene, config.height)
         latents = model.vae.encode(reference)
         seen = {"sharpness": sharpness(model, latents),
+                "denoising error": denoising_error(model, latents),
                 "PSNR": psnr(model.vae.decode(latents), reference)}
         for guided in (True,) if args.guided_only else (True, False):
             began = time.perf_counter()
@@ -271,19 +272,20 @@ def run(args: argparse.Namespace) -> None:
             some = [r for r in records if r["kind"] == kind and r["guided"] == guided]
             if some:
                 print(summary(some, f"{kind} clips, {'guided' if guided else 'unguided'}"))
-    print(door(records, model.config.sharp_from))
+    print(door(records, model.config))
     if args.json:
         with atomic(args.json) as temporary:
             temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
-def door(records: list[dict], least: float) -> str:
-    """One line: how many references are as sharp as the model wants, and how many are followed.
-    Those without any motion count for neither."""
-    some = [(r["sharpness"] >= least, r.get("camera", r["direction"]) >= FOLLOWED)
+def door(records: list[dict], model: ModelConfig) -> str:
+    """One line: how many references are as the model wants them, and how many are followed. Those
+    without any motion count for neither."""
+    some = [(r["sharpness"] >= model.sharp_from and r["denoising error"] <= model.error_to,
+             r.get("camera", r["direction"]) >= FOLLOWED)
             for r in records if r["guided"] and r["motion"] not in STILL]
     passed = [follows for passes, follows in some if passes]
-    return (f"sharpness {least} or more: {len(passed)} of {len(some)} references, of which "
+    return (f"not warned of: {len(passed)} of {len(some)} references, of which "
             f"{sum(passed)} are followed; of the others {sum(f for p, f in some if not p)} are")
 
 

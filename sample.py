@@ -38,7 +38,7 @@ from mcl.errors import InputError
 from mcl.files import write_json
 from mcl.inversion import Inversion, inversion_guide
 from mcl.machine import keep_freed_memory, off_the_accelerator, pick_recompute
-from mcl.measure.door import told
+from mcl.measure.door import check_reference
 from mcl.measure.look import measured, shown_clips, shown_reference, unguided
 from mcl.measure.page import write_page
 from mcl.measure.report import table
@@ -94,7 +94,7 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
 
     began = clock()
     latents = None if reference is None else model.vae.encode(reference)
-    seen = {} if latents is None else told(model, args.ref, latents)
+    seen = {} if latents is None else check_reference(model, args.ref, latents)
     read = (Motion.load(args.motion) if reference is None or latents is None
             else read_reference(args, model, reference, latents, config))
     subject = read_subject(args, model, read, latents, config)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mcl.files import finite
-from mcl.measure.door import denoising_error, sharpness, told
+from mcl.measure.door import check_reference, denoising_error, sharpness
 from mcl.measure.metrics import (camera_curves, change_path, curve_correlation, fidelity,
                                  flicker, motion_fidelity, top1_agreement, trajectory_distance)
 from mcl.measure.report import measure, table, verdict
@@ -168,8 +168,9 @@ def test_what_the_model_will_hardly_follow_is_told(small):
         model.config = dataclasses.replace(small.config, sharp_from=least, error_to=most)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert told(model, Path("v.mp4"), latents) == (found if least else {})
-        assert [why in str(w.message) for w in caught] == [True] * bool(why)
+            assert check_reference(model, Path("v.mp4"), latents) == (found if least else {})
+        said = [str(w.message) for w in caught]
+        assert [text.startswith("v.mp4: ") and why in text for text in said] == [True] * bool(why)
 
 
 def test_what_a_model_knows_is_denoised_better_than_what_it_does_not(embedded):

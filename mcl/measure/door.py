@@ -27,8 +27,12 @@ def sharpness(model: Model, latents: Tensor) -> float:
 @torch.no_grad()
 def denoising_error(model: Model, latents: Tensor) -> float:
     """How unlike what a model knows a clip looks, latents (1, c, f, h, w), scaled: the mean square
-    error of the noise that it finds in it, without a prompt, where it reads its motion. A model
-    that finds none has 1."""
+    error of the noise that it finds in it, without a prompt, at its own extract_t, 0 for perfect
+    and 1 for a model that finds none.
+
+    Where much changes that the model does not know, each frame looks at itself: that is sharp, but
+    no motion. A long clip is denoised in the windows that `sample` sees it in.
+    """
     config, z = model.config.sample, latents.to(model.device).float()
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
     noisy = model.schedule.add_noise(z, noise, config.extract_t).to(model.dtype)
@@ -39,9 +43,9 @@ def denoising_error(model: Model, latents: Tensor) -> float:
     return float((blend(parts, windows) - noise).square().mean())
 
 
-def told(model: Model, reference: Path, latents: Tensor) -> dict[str, float]:
-    """`sharpness` and `denoising_error`, where it is known what this model wants of them; warns of
-    a reference that misses it."""
+def check_reference(model: Model, reference: Path, latents: Tensor) -> dict[str, float]:
+    """The `sharpness` and `denoising_error` of a clip, latents (1, c, f, h, w), scaled; warns, by
+    the reference's name, where the model wants others. Empty where it is unknown what it wants."""
     least, most = model.config.sharp_from, model.config.error_to
     if not least:
         return {}

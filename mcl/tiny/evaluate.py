@@ -278,10 +278,10 @@ def run(args: argparse.Namespace) -> None:
             temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
-def door(records: list[dict], model: ModelConfig) -> str:
+def door(records: list[dict], wanted: ModelConfig) -> str:
     """One line: how many references are as the model wants them, and how many are followed. Those
     without any motion count for neither."""
-    some = [(r["sharpness"] >= model.sharp_from and r["denoising error"] <= model.error_to,
+    some = [(r["sharpness"] >= wanted.sharp_from and r["denoising error"] <= wanted.error_to,
              r.get("camera", r["direction"]) >= FOLLOWED)
             for r in records if r["guided"] and r["motion"] not in STILL]
     passed = [follows for passes, follows in some if passes]

@@ -265,8 +265,8 @@ class ModelConfig(Checked):
     sample: SampleConfig = field(default_factory=SampleConfig)
     fps: int = within(8, 1, 1000)
     vocabulary: tuple[str, ...] = ()    # the words it was trained on, if they can be listed
-    # What the clips that it follows have, as measure/door.py says; sharp_from 0: it is unknown.
-    sharp_from: float = within(0.0, 0, 1)
+    # What the clips that it follows have, as measure/door.py says; moves_from 0: it is unknown.
+    moves_from: float = within(0.0, 0)
     error_to: float = within(1.0, 0)
 
     def rules(self) -> dict[str, tuple[bool, str]]:

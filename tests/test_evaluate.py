@@ -50,9 +50,9 @@ def test_the_door_counts_who_passes_and_who_is_followed():
     found = [("zigzag", .5, .1, {"direction": .9}), ("zigzag", .5, .1, {"direction": .6}),
              ("pan", .3, .1, {"direction": .2, "camera": .8}), ("still", .5, .1, {"direction": .9}),
              ("zigzag", .5, .2, {"direction": .6})]
-    records = [{"motion": motion, "sharpness": sharp, "denoising error": error, "guided": guided,
-                **figures} for motion, sharp, error, figures in found for guided in (True, False)]
-    wanted = dataclasses.replace(TINY, sharp_from=.4, error_to=.15)
+    records = [{"motion": motion, "movement": moved, "denoising error": error, "guided": guided,
+                **figures} for motion, moved, error, figures in found for guided in (True, False)]
+    wanted = dataclasses.replace(TINY, moves_from=.4, error_to=.15)
     assert door(records, wanted) == ("not warned of: 2 of 4 references, of which 1 are followed; "
                                      "of the others 1 are")
 

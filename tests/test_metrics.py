@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mcl.files import finite
-from mcl.measure.door import check_reference, denoising_error, sharpness
+from mcl.measure.door import check_reference, denoising_error, movement
 from mcl.measure.metrics import (camera_curves, change_path, curve_correlation, fidelity,
                                  flicker, motion_fidelity, top1_agreement, trajectory_distance)
 from mcl.measure.report import measure, table, verdict
@@ -151,21 +151,33 @@ def test_half_the_size_by_interpolation_keeps_the_tracks():
     assert motion_fidelity(big, small)[1] > 0.95
 
 
-def test_a_motion_is_seen_more_sharply_than_none(embedded):
-    moves, still, noise = (sharpness(embedded, embedded.vae.encode(frames)) for frames in (
-        clip(path("figure eight")), clip(None),
-        torch.rand(FRAMES, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1))
-    assert moves > embedded.config.sharp_from > max(still, noise)
+def test_movement_is_how_far_a_tenth_of_the_places_change():
+    z = torch.randn(1, 4, 1, 10, 10, generator=torch.Generator().manual_seed(0)).repeat(
+        1, 1, 16, 1, 1)
+    assert movement(z) < 1e-5 and movement(torch.ones(z.shape)) == 0
+    wave = torch.tensor([2.0, -2.0] * 8).reshape(16, 1)
+    moved = {}
+    for places in (9, 11, 30):
+        clip_ = z.clone()
+        clip_.flatten(3)[0, :, :, :places] += wave
+        moved[places] = movement(clip_)
+        assert movement(7 * clip_ + 1) == pytest.approx(moved[places], abs=1e-4)
+    assert moved[9] < 0.01 and 1 < moved[11] < 2 / z.std() and moved[30] > 1
+
+
+def test_a_clip_in_which_something_moves_passes_and_one_at_rest_does_not(embedded):
+    moves, still = (movement(embedded.vae.encode(clip(p))) for p in (path("figure eight"), None))
+    assert moves > embedded.config.moves_from > 2 * still
 
 
 def test_what_the_model_will_hardly_follow_is_told(small):
-    model, latents = copy.copy(small), torch.zeros(1, 4, 4, 8, 8)
-    found = {"sharpness": sharpness(small, latents),
-             "denoising_error": denoising_error(small, latents)}
-    sharp, error = found.values()
-    for least, most, why in ((0.0, 0.0, ""), (sharp, error, ""), (sharp + .01, error, "moves"),
-                             (sharp, error - .01, "looks"), (sharp + .01, 0.0, "moves")):
-        model.config = dataclasses.replace(small.config, sharp_from=least, error_to=most)
+    model, latents = copy.copy(small), torch.randn(
+        1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = {"movement": movement(latents), "denoising_error": denoising_error(small, latents)}
+    moved, error = found.values()
+    for least, most, why in ((0.0, 0.0, ""), (moved, error, ""), (moved + .01, error, "moves"),
+                             (moved, error - .01, "looks"), (moved + .01, 0.0, "moves")):
+        model.config = dataclasses.replace(small.config, moves_from=least, error_to=most)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert check_reference(model, Path("v.mp4"), latents) == (found if least else {})

@@ -1,5 +1,4 @@
 """Whether a model will follow a reference, as far as the reference alone can tell."""
-import dataclasses
 import warnings
 from pathlib import Path
 
@@ -7,21 +6,19 @@ import torch
 from torch import Tensor
 
 from ..model import Model
-from ..motion import extract_motion
 from ..windows import blend, windows_of
 
 
-def sharpness(model: Model, latents: Tensor) -> float:
-    """How sharply a model sees the motion of a clip, latents (1, c, f, h, w), scaled: the mean, in
-    [1/f, 1], of the strongest attention of every row.
+def movement(latents: Tensor) -> float:
+    """How much of a clip changes, latents (1, c, f, h, w): the standard deviation in time at a
+    place, of which a tenth of the places have more, as a share of that of the whole.
 
-    It is read as the model's own settings say, as `ModelConfig.sharp_from` belongs to them. Where
-    little moves, or the model knows little of what it sees, every frame looks at all alike, and
-    there is nothing to guide by.
+    Where hardly anything moves, or a camera passes over what looks the same everywhere, there is
+    nothing to guide by.
     """
-    config = dataclasses.replace(model.config.sample, top_k=1, frames=latents.shape[2])
-    motion = extract_motion(model, latents, config, generator=torch.Generator().manual_seed(0))
-    return float(torch.cat([v.flatten().float() for v in motion.values.values()]).mean())
+    z = latents.float()
+    change = (z - z.mean(dim=2, keepdim=True)).square().mean(dim=(0, 1, 2)).sqrt()
+    return float(change.quantile(0.9) / z.std().clamp(min=1e-6))
 
 
 @torch.no_grad()
@@ -30,8 +27,8 @@ def denoising_error(model: Model, latents: Tensor) -> float:
     error of the noise that it finds in it, without a prompt, at its own extract_t, 0 for perfect
     and 1 for a model that finds none.
 
-    Where much changes that the model does not know, each frame looks at itself: that is sharp, but
-    no motion. A long clip is denoised in the windows that `sample` sees it in.
+    Of what a model does not know, no motion is read. A long clip is denoised in the windows that
+    `sample` sees it in.
     """
     config, z = model.config.sample, latents.to(model.device).float()
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
@@ -44,16 +41,15 @@ def denoising_error(model: Model, latents: Tensor) -> float:
 
 
 def check_reference(model: Model, reference: Path, latents: Tensor) -> dict[str, float]:
-    """The `sharpness` and `denoising_error` of a clip, latents (1, c, f, h, w), scaled; warns, by
+    """The `movement` and `denoising_error` of a clip, latents (1, c, f, h, w), scaled; warns, by
     the reference's name, where the model wants others. Empty where it is unknown what it wants."""
-    least, most = model.config.sharp_from, model.config.error_to
+    least, most = model.config.moves_from, model.config.error_to
     if not least:
         return {}
-    found = {"sharpness": sharpness(model, latents),
-             "denoising_error": denoising_error(model, latents)}
-    if found["sharpness"] < least:
-        why = (f"it hardly moves, or looks unlike what the model knows (its strongest attention "
-               f"along time is {found['sharpness']:.3f} in the mean, where {least:.3f} is wanted)")
+    found = {"movement": movement(latents), "denoising_error": denoising_error(model, latents)}
+    if found["movement"] < least:
+        why = (f"it hardly moves (its latents change by {found['movement']:.3f} of their spread, "
+               f"where {least:.3f} is wanted)")
     elif found["denoising_error"] > most:
         why = (f"it looks unlike what the model knows (the noise in it is found with an error of "
                f"{found['denoising_error']:.3f}, where {most:.3f} at the most is wanted)")

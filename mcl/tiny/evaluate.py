@@ -31,7 +31,7 @@ from ..command import Parser, answer, carry_out
 from ..config import ModelConfig, SampleConfig, from_dict, to_dict
 from ..files import atomic, check_target
 from ..inversion import inversion_guide, invert_motion
-from ..measure.door import denoising_error, sharpness
+from ..measure.door import denoising_error, movement
 from ..measure.metrics import camera_curves, curve_correlation, flicker
 from ..model import Model
 from ..motion import extract_motion
@@ -255,7 +255,7 @@ def run(args: argparse.Namespace) -> None:
     for case in tqdm(cases, file=sys.stderr):
         reference = render(case.scene, config.height)
         latents = model.vae.encode(reference)
-        seen = {"sharpness": sharpness(model, latents),
+        seen = {"movement": movement(latents),
                 "denoising error": denoising_error(model, latents),
                 "PSNR": psnr(model.vae.decode(latents), reference)}
         for guided in (True,) if args.guided_only else (True, False):
@@ -281,7 +281,7 @@ def run(args: argparse.Namespace) -> None:
 def door(records: list[dict], wanted: ModelConfig) -> str:
     """One line: how many references are as the model wants them, and how many are followed. Those
     without any motion count for neither."""
-    some = [(r["sharpness"] >= wanted.sharp_from and r["denoising error"] <= wanted.error_to,
+    some = [(r["movement"] >= wanted.moves_from and r["denoising error"] <= wanted.error_to,
              r.get("camera", r["direction"]) >= FOLLOWED)
             for r in records if r["guided"] and r["motion"] not in STILL]
     passed = [follows for passes, follows in some if passes]
@@ -297,8 +297,8 @@ def summary(records: list[dict], title: str) -> str:
         values = np.array([r[name] for r in records if not math.isnan(r[name])])
         if not len(values):
             continue
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        columns.append(f"{name} {values.mean():.3f} ±{error:.3f}")
+        error = f" ±{values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+        columns.append(f"{name} {values.mean():.3f}{error}")
     return f"{title} ({len(records)}): " + ", ".join(columns)
 
 

@@ -48,8 +48,8 @@ def check_reference(model: Model, reference: Path, latents: Tensor) -> dict[str,
         return {}
     found = {"movement": movement(latents), "denoising_error": denoising_error(model, latents)}
     if found["movement"] < least:
-        why = (f"it hardly moves (its latents change by {found['movement']:.3f} of their spread, "
-               f"where {least:.3f} is wanted)")
+        why = (f"little of it moves (its latents change by {found['movement']:.3f} of their "
+               f"spread, where {least:.3f} is wanted)")
     elif found["denoising_error"] > most:
         why = (f"it looks unlike what the model knows (the noise in it is found with an error of "
                f"{found['denoising_error']:.3f}, where {most:.3f} at the most is wanted)")

@@ -1,5 +1,6 @@
 """The measures of cloning: what they say to a perfect clone, and to one of another motion."""
 import dataclasses
+import math
 import json
 
 import imageio.v3 as imageio
@@ -10,7 +11,7 @@ from mcl import InputError
 from mcl.config import TINY
 from mcl.tiny import evaluate
 from mcl.tiny.clips import tone
-from mcl.tiny.evaluate import door, measure, psnr, save_strip
+from mcl.tiny.evaluate import door, measure, psnr, save_strip, summary
 from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
 from mcl.tiny.study import DEFAULT, VARIANTS, measured, sheet, strip_name, study_table
@@ -55,6 +56,12 @@ def test_the_door_counts_who_passes_and_who_is_followed():
     wanted = dataclasses.replace(TINY, moves_from=.4, error_to=.15)
     assert door(records, wanted) == ("not warned of: 2 of 4 references, of which 1 are followed; "
                                      "of the others 1 are")
+
+
+def test_a_mean_has_an_error_where_there_are_clips_to_tell_it_by():
+    one, two = {"direction": .5, "camera": math.nan}, {"direction": .7, "camera": .25}
+    assert summary([one], "a") == "a (1): direction 0.500"
+    assert summary([one, two], "b") == "b (2): direction 0.600 ±0.100, camera 0.250"
 
 
 def test_a_perfect_clone_with_an_emoji_is_measured_as_one_and_another_as_none(drawn_words):

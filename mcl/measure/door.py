@@ -11,7 +11,7 @@ from ..windows import blend, windows_of
 
 def movement(latents: Tensor) -> float:
     """How much of a clip changes, latents (1, c, f, h, w): the standard deviation in time at a
-    place, of which a tenth of the places have more, as a share of that of the whole.
+    place, of which a tenth of the places have more, as a share of that of the whole; 0 at rest.
 
     Where hardly anything moves, or a camera passes over what looks the same everywhere, there is
     nothing to guide by.

@@ -49,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
     # The second module of the block tells the sense of a camera's move, the first hardly does.
     "blocks": ("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
     "block_weights": (1.0, 4.0)}
-MOVES_FROM, ERROR_TO = 0.38, 0.08       # of held-out references, by the evaluation
+MOVES_FROM, ERROR_TO = 0.38, 0.08       # of held-out references and real clips: BENCHMARKS.md
 STAGES = {"vae": "vae.pt", "latents": "latents/*.pt", "image": "image.pt",     # and what they make
           "motion": "motion.safetensors", "decoder": "decoder.pt"}
 WANTED = {"latents": ("vae",), "image": ("latents",), "motion": ("vae", "latents", "image"),

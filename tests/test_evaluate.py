@@ -1,7 +1,7 @@
 """The measures of cloning: what they say to a perfect clone, and to one of another motion."""
 import dataclasses
-import math
 import json
+import math
 
 import imageio.v3 as imageio
 import pytest

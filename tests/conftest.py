@@ -10,7 +10,7 @@ from torch import nn
 
 from mcl import Model, ModelConfig, load_model
 from mcl.config import SampleConfig, TextConfig, UNetConfig, VAEConfig
-from mcl.tiny.evaluate import portrait
+from mcl.tiny.figures import portrait
 
 if "PYTEST_XDIST_WORKER" in os.environ:     # one of several, which share the cores
     torch.set_num_threads(1)
@@ -62,7 +62,7 @@ def drawn_words(monkeypatch):
         return F.pad(torch.cat([patches, torch.ones(1, 38, 57)]), (20, 19, 29, 29))
 
     portrait.cache_clear()
-    for module in ("photos", "held_out", "evaluate", "train"):
+    for module in ("photos", "held_out", "figures", "train"):
         monkeypatch.setattr(f"mcl.tiny.{module}.emoji", picture)
     yield picture
     portrait.cache_clear()

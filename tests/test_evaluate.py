@@ -11,11 +11,10 @@ from mcl import InputError
 from mcl.config import TINY
 from mcl.tiny import evaluate
 from mcl.tiny.clips import tone
-from mcl.tiny.evaluate import door, measure, psnr, save_strip, summary
+from mcl.tiny.evaluate import VARIANTS, door, measured, save_strip, sheet, strip_name, table
+from mcl.tiny.figures import measure, psnr
 from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
-from mcl.tiny.study import DEFAULT, VARIANTS, measured, sheet, strip_name, study_table
-from mcl.tiny.train import GIVEN, check_stages
 from mcl.tiny.words import EMOJI, emoji
 
 
@@ -48,20 +47,16 @@ def test_a_perfect_clone_of_a_camera_is_measured_as_one(case):
 
 
 def test_the_door_counts_who_passes_and_who_is_followed():
-    found = [("zigzag", .5, .1, {"direction": .9}), ("zigzag", .5, .1, {"direction": .6}),
-             ("pan", .3, .1, {"direction": .2, "camera": .8}), ("still", .5, .1, {"direction": .9}),
-             ("zigzag", .5, .2, {"direction": .6})]
-    records = [{"motion": motion, "movement": moved, "denoising error": error, "guided": guided,
-                **figures} for motion, moved, error, figures in found for guided in (True, False)]
+    found = [("object", .5, .1, {"direction": .9}), ("object", .5, .1, {"direction": .6}),
+             ("camera", .3, .1, {"direction": .2, "camera": .8}),
+             ("still", .5, .1, {"direction": .9}),
+             ("object", .5, .2, {"direction": .6})]
+    records = [{"kind": kind, "movement": moved, "denoising error": error, "variant": variant,
+                **figures} for kind, moved, error, figures in found
+               for variant in ("default", "unguided")]
     wanted = dataclasses.replace(TINY, moves_from=.4, error_to=.15)
     assert door(records, wanted) == ("not warned of: 2 of 4 references, of which 1 are followed; "
                                      "of the others 1 are")
-
-
-def test_a_mean_has_an_error_where_there_are_clips_to_tell_it_by():
-    one, two = {"direction": .5, "camera": math.nan}, {"direction": .7, "camera": .25}
-    assert summary([one], "a") == "a (1): direction 0.500"
-    assert summary([one, two], "b") == "b (2): direction 0.600 ±0.100, camera 0.250"
 
 
 def test_a_perfect_clone_with_an_emoji_is_measured_as_one_and_another_as_none(drawn_words):
@@ -106,19 +101,21 @@ def test_a_camera_keeps_its_texture_or_is_given_another():
 
 
 def test_the_table_has_means_over_clips_and_their_intervals():
-    base = {"variant": "unguided", "kind": "object", "colour": 1.0, "ground": 1.0, "flicker": 0.0,
-            "seconds": 90.0}
+    base = {"variant": "unguided", "kind": "object", "colour": 1.0, "ground": 1.0, "flicker": 0.0}
     records = [base | {"clip": clip, "seed": seed, "direction": d, "position error": 0.5,
-                       "shape": shape, "seconds": 2.0}
+                       "shape": shape}
                for clip, seed, d, shape in (("a", 0, 0.0, 1.0), ("a", 1, 0.4, 1.0),
                                             ("b", 0, 0.6, 0.4))]
     records.append(base | {"clip": "c", "seed": 0, "kind": "camera", "camera": 0.9, "shape": 1.0,
                            "direction": 9.0, "position error": 9.0})
-    row = study_table(records).splitlines()[2].split(" | ")
-    assert row[0] == "| unguided"
-    assert row[1] == "0.400 ± 0.392"        # clips 0.2 and 0.6; 1.96 * 0.283 / sqrt(2)
-    assert row[2] == "0.500 ± 0.000" and row[3] == ""       # one camera clip has no interval
-    assert row[4].startswith("0.933") and row[6:] == ["2", "3 x 1.3 |"]
+    records.append(base | {"clip": "d", "seed": 0, "kind": "still", "direction": math.nan,
+                           "position error": 0.1, "shape": 1.0})
+    first, second = (line.split(" | ") for line in table(records).splitlines()[2:])
+    assert first[0] == "| unguided" and second[0] == "| unguided, still"
+    assert first[1] == "0.400 ± 2.541"      # clips 0.2 and 0.6; 12.706 * 0.283 / sqrt(2)
+    assert first[2:4] == ["0.500 ± 0.000", "0.900"]         # one camera clip has no interval
+    assert first[4].startswith("0.933") and first[-1] == "3 x 1.3 |"
+    assert second[1:4] == ["-", "0.100", "-"] and second[-1] == "1 x 1.0 |"
 
 
 def test_the_study_s_variants_are_possible_and_differ(embedded):
@@ -128,7 +125,8 @@ def test_the_study_s_variants_are_possible_and_differ(embedded):
 
 
 def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path):
-    records = [{"variant": DEFAULT, "clip": f"a {i}", "seed": 0, "kind": kind, name: score}
+    records = [{"variant": "default", "clip": f"a {i}", "seed": 0, "kind": kind, "direction": .7,
+                name: score}
                for i, (kind, name, score) in enumerate([("object", "direction", .5),
                                                         ("camera", "camera", .9),
                                                         ("object", "direction", -.2)])]
@@ -137,29 +135,45 @@ def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path)
         save_strip(tmp_path / strip_name(r), [torch.full_like(clip, -1.0), clip])
     sheet(records + [records[2] | {"variant": "unguided"}], tmp_path, tmp_path / "s.png", 1)
     picture = imageio.imread(tmp_path / "s.png")
-    assert picture.shape == (2 * 8 + 8, 2 * (2 * 8 + 8), 3)     # two frames of four, at half size
+    assert picture.shape == (2 * 8 + 8, 2 * (4 * 8 + 8), 3)     # four frames at half size
     reference, clone = picture[6, :, 0], picture[14, :, 0]
-    assert reference[6] == 0 and clone[6] == 128 and clone[24 + 6] == 191
+    assert reference[6] == 0 and clone[6] == 128 and clone[40 + 6] == 191
 
 
-def test_a_study_goes_on_from_a_line_that_was_cut_off(tmp_path):
-    whole = {"model": "m", "variant": DEFAULT, "clip": "circle 200", "seed": 0}
+def test_an_evaluation_goes_on_from_a_line_that_was_cut_off(tmp_path):
+    whole = {"model": "m", "variant": "default", "kind": "object", "clip": "circle", "seed": 0}
     path = tmp_path / "study.jsonl"
-    assert measured(path, "m") == []
+    assert measured(path, {"model": "m"}) == []
     path.write_text(json.dumps(whole) + "\n" + json.dumps(whole)[:30])
-    assert measured(path, "m") == [whole]
+    assert measured(path, {"model": "m"}) == [whole]
     with pytest.raises(InputError, match="figures of another model"):
-        measured(path, "n")
+        measured(path, {"model": "n"})
     for content, message in (('{"mod\n{}\n', "line 1: is cut off"),
-                             ("[1]\n", "no figures of a study")):
+                             ("[1]\n", "no figures of an evaluation")):
         path.write_text(content)
         with pytest.raises(InputError, match=message):
-            measured(path, "m")
+            measured(path, {"model": "m"})
 
 
-def test_a_stage_says_which_comes_before(tmp_path):
-    with pytest.raises(InputError, match="--stage motion goes on with image.pt, which --st"):
-        check_stages(tmp_path, ["latents", "motion", "vae"], ())
-    check_stages(tmp_path, ["latents", "motion"], GIVEN)
-    (tmp_path / "image.pt").touch()
-    check_stages(tmp_path, ["latents", "motion", "vae"], ())
+def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def clone(model, case, config, guided, seed):
+        made.append((case.motion, guided, seed))
+        return perfect(case) if guided else perfect(case).flip(0, -1, -2)
+
+    monkeypatch.setattr(evaluate, "clone", clone)
+    command = ["--clips", "1", "--camera-clips", "1", "--still-clips", "0", "--out",
+               str(tmp_path / "f.jsonl"), "--save", str(tmp_path),
+               "--sheet", str(tmp_path / "s.png")]
+    assert evaluate.main(command) == 0
+    assert sorted(made) == [(m, g, 0) for m in ("figure eight", "pan") for g in (False, True)]
+    said, clips = capsys.readouterr().out, len(list(tmp_path.glob("*, 0.png")))
+    assert "not warned of: 2 of 2 references, of which 2 are followed" in said and clips == 4
+    assert evaluate.main(command) == 0 and len(made) == 4
+    assert capsys.readouterr().out == said
+    assert evaluate.main([*command, "--seeds", "2", "--variants", "default"]) == 0
+    assert sorted(made[4:]) == [("figure eight", True, 1), ("pan", True, 1)]
+    capsys.readouterr()
+    assert evaluate.main([*command, "--set", "steps=33"]) == 2
+    assert "of other settings" in capsys.readouterr().err

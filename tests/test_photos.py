@@ -14,7 +14,7 @@ from mcl.errors import InputError
 from mcl.tiny import train
 from mcl.tiny.clips import VOCABULARY, caption, tone
 from mcl.tiny.data import Clips, pictures
-from mcl.tiny.evaluate import measure, track
+from mcl.tiny.figures import measure, track
 from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.photos import (GROUND, drawn_ground, find_photos, mixed_scene, read_photo,
                              shake)
@@ -195,8 +195,7 @@ def test_a_perfect_clone_of_a_reference_over_a_photograph_is_measured_as_one(fol
 def test_without_photographs_one_line_says_what_to_install(tmp_path, capsys):
     with pytest.raises(InputError, match="apt-get install gnome-backgrounds"):
         find_photos([tmp_path], held_out=False)
-    code = train.main(["--out", str(tmp_path / "run"), "--stage", "vae", "--photos",
-                       str(tmp_path)])
+    code = train.main(["--out", str(tmp_path / "run"), "--photos", str(tmp_path)])
     assert code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -227,9 +226,9 @@ def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
 def test_the_motion_stage_goes_on_with_what_the_stages_before_it_made(
         folder, tmp_path, monkeypatch, drawn_words):
     monkeypatch.setattr("mcl.tiny.data.SHARD", 4)
-    command = ["--out", tmp_path, "--photos", folder, "--stage", "vae", "latents", "image",
+    command = ["--out", tmp_path, "--photos", folder, "--weights", tmp_path / "new.safetensors",
                "--vae-steps", "2", "--vae-batch", "8", "--clips", "4", "--image-steps", "1",
-               "--image-batch", "2"]
+               "--image-batch", "2", "--motion-steps", "0", "--decoder-steps", "0"]
     assert train.main([*map(str, command)]) == 0
     encoded, clips = Clips(tmp_path / "latents"), Clips(tmp_path / "latents")
     model = train.first_model(tmp_path, clips)

@@ -1,21 +1,25 @@
 """What trains the embedded model: the optimizer, and going on where it was stopped."""
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
 from mcl.tiny.data import FRAMES, Clips
-from mcl.tiny.trainer import Trainee, orthogonal
+from mcl.tiny.trainer import Muon, Trainee
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (16, 80), (80, 16)])
-def test_orthogonal_keeps_the_directions_and_evens_out_the_sizes(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    found = u.T @ orthogonal(x) @ vt.T
-    assert s.max() / s.min() > 1.5
-    assert 0.6 < found.diagonal().min() and found.diagonal().max() < 1.3
-    assert (found - found.diagonal().diag()).abs().max() < 1e-3
+def test_matrices_and_kernels_take_steps_of_one_size_whatever_their_gradients_are():
+    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Linear(16, 24))
+    net.to(memory_format=torch.channels_last)
+    before = [net[i].weight.detach().clone() for i in (0, 1)]
+    optimizer = Muon([{"params": [layer.weight], "lr": 1e-2} for layer in net])
+    for layer, scale in zip(net, (1e-3, 1e3)):
+        layer.weight.grad = scale * torch.randn_like(layer.weight)
+    optimizer.step()
+    for layer, old in zip(net, before):
+        step = ((old * (1 - 1e-4) - layer.weight) / 2e-3).detach().flatten(1)
+        sizes = torch.linalg.svdvals(step) / max(step.shape) ** 0.5
+        assert 0.6 < sizes.min() and sizes.max() < 1.3      # of all directions alike
+        assert (step * layer.weight.grad.flatten(1)).sum() > 0
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from ..checkpoint import EMBEDDED, load_model, save_model
 from ..command import Parser, answer, carry_out
 from ..config import TINY
-from ..errors import InputError
 from ..files import check_target
 from ..machine import pick_device
 from ..model import Model
@@ -37,7 +36,7 @@ from ..tuned import channels_last
 from ..unet import UNet3D
 from ..vae import AutoencoderKL
 from .clips import VOCABULARY
-from .data import FRAMES, SIZE, Clips, crop, encode_clips, pictures
+from .data import FRAMES, Clips, encode_clips, parts, pictures
 from .photos import FOLDERS, find_photos
 from .trainer import Trainee, autocast
 from .words import EMOJI, emoji
@@ -50,11 +49,6 @@ DEFAULTS: dict[str, Any] = {
     "blocks": ("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
     "block_weights": (1.0, 4.0)}
 MOVES_FROM, ERROR_TO = 0.38, 0.08       # of held-out references and real clips: BENCHMARKS.md
-STAGES = {"vae": "vae.pt", "latents": "latents/*.pt", "image": "image.pt",     # and what they make
-          "motion": "motion.safetensors", "decoder": "decoder.pt"}
-WANTED = {"latents": ("vae",), "image": ("latents",), "motion": ("vae", "latents", "image"),
-          "decoder": ("motion",)}
-GIVEN = ("vae", "image")                # what a model to start with takes the place of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +84,7 @@ def train_vae(folder: Path, photos: Sequence[Path], plan: Hyperparameters, devic
 
     def loss_of(step: int) -> tuple[Tensor, str]:
         x, _ = pictures(step, plan.vae_batch, photos)
-        if step < 0.85 * plan.vae_steps:                    # crops cost a quarter
-            rng = np.random.default_rng([8, step])
-            top, left = rng.integers(0, SIZE // 2 + 1, 2)
-            x = x[..., top:top + SIZE // 2, left:left + SIZE // 2]
-        else:
-            x = x[:plan.vae_batch // 3]
+        x, = parts(np.random.default_rng([8, step]), step / plan.vae_steps, x)
         x = x.to(device, memory_format=torch.channels_last)
         with autocast(device):
             mean, logvar = (y.float() for y in vae.moments(x))
@@ -259,11 +248,7 @@ def train_decoder(folder: Path, photos: Sequence[Path], weights: Path, plan: Hyp
         x = x.to(device, memory_format=torch.channels_last)
         rng = np.random.default_rng([10, step])
         with autocast(device):
-            z = latents(x, captions, rng)
-            if step < 0.85 * plan.decoder_steps:            # crops cost a quarter
-                x, z = crop(rng, x, z)
-            else:
-                x, z = x[::3], z[::3]
+            x, z = parts(rng, step / plan.decoder_steps, x, latents(x, captions, rng))
             out = vae.decoder(vae.post_quant_conv(z)).float()
         return picture_loss(out, x), f"mse {F.mse_loss(out, x):.5f}"
 
@@ -284,25 +269,14 @@ def save(model: Model, weights: Path) -> None:
     save_model(model, weights, torch.float16, sources={}, pack_from=1 << 16)
 
 
-def check_stages(folder: Path, stages: Sequence[str], given: Sequence[str]) -> None:
-    """Raises InputError where a stage goes on with what none of them makes and is not there."""
-    for stage in stages:
-        for before in WANTED.get(stage, ()):
-            if before not in (*stages, *given) and not any(folder.glob(STAGES[before])):
-                raise InputError(f"{folder}: --stage {stage} goes on with {STAGES[before]}, which "
-                                 f"--stage {before} makes")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="-m mcl.tiny.train",
                     description="Trains the embedded model, or goes on with it.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
-    parser.add_argument("--stage", choices=STAGES, nargs="+",
-                        help="all of them, or those that --start leaves, where not given")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=Path, default=EMBEDDED)
     parser.add_argument("--start", type=Path, help="model to go on with, in place of the stages "
-                                                   f"{' and '.join(GIVEN)}")
+                                                   "vae and image")
     parser.add_argument("--photos", type=Path, nargs="+", default=FOLDERS,
                         help="folders of the photographs")
     for f in dataclasses.fields(Hyperparameters):
@@ -317,29 +291,20 @@ def run(args: argparse.Namespace) -> None:
     device = str(pick_device(args.device))
     if not args.out.is_dir():
         check_target(args.out, folder=True)
-    given = GIVEN if args.start else ()
-    chosen = args.stage or [stage for stage in STAGES if stage not in given]
-    check_stages(args.out, chosen, given)
-    drawn = {"vae", "latents", "decoder"} & set(chosen)
-    photos = find_photos(args.photos, held_out=False) if drawn else []
-    for word in EMOJI if photos else ():
+    photos = find_photos(args.photos, held_out=False)
+    for word in EMOJI:
         emoji(word)                                         # before anything is trained
     args.out.mkdir(exist_ok=True)
-
-    def encode() -> None:
-        vae = (load_model(args.start, device, "float32").vae if args.start else
-               trained_vae(args.out, device))
-        encode_clips(args.out / "latents", photos, vae, plan.clips, device)
-
-    stages: dict[str, Callable[[], None]] = {
-        "vae": lambda: train_vae(args.out, photos, plan, device),
-        "latents": encode,
-        "image": lambda: train_images(args.out, plan, device),
-        "motion": lambda: train_motion(args.out, args.start, plan, device),
-        "decoder": lambda: train_decoder(args.out, photos, args.weights, plan, device)}
-    for stage in STAGES:
-        if stage in chosen:
-            stages[stage]()
+    if args.start:
+        vae = load_model(args.start, device, "float32").vae
+    else:
+        train_vae(args.out, photos, plan, device)
+        vae = trained_vae(args.out, device)
+    encode_clips(args.out / "latents", photos, vae, plan.clips, device)
+    if not args.start:
+        train_images(args.out, plan, device)
+    train_motion(args.out, args.start, plan, device)
+    train_decoder(args.out, photos, args.weights, plan, device)
 
 
 if __name__ == "__main__":

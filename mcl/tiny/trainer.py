@@ -1,5 +1,6 @@
 """What every stage of the training shares: the steps, the running average, the checkpoints."""
 import copy
+import itertools
 import math
 import sys
 import time
@@ -12,45 +13,25 @@ from torch import Tensor, nn
 from ..files import atomic
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal before they are applied.
-
-    K. Jordan et al., "Muon" (2024), with the step's size of arXiv 2502.16982, section 2.2, which
-    lets it share AdamW's rates. A convolution's weight counts as one matrix, a row per output.
-    BENCHMARKS.md has what it gains over AdamW.
-    """
+class Muon(torch.optim.Muon):
+    """torch's (from 2.9 on), with AdamW's rates, for convolutions as well: the weights of one count
+    as one matrix, a row per output. BENCHMARKS.md has what it gains over AdamW."""
 
     def __init__(self, groups: list[dict[str, Any]]):
-        super().__init__(groups, {"momentum": 0.95, "weight_decay": 0.01})
+        self.pairs = [[(p, nn.Parameter(p.detach().flatten(1))) for p in group["params"]]
+                      for group in groups]
+        super().__init__([group | {"params": [matrix for _, matrix in pairs]}
+                          for group, pairs in zip(groups, self.pairs)],
+                         weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self) -> None:     # type: ignore[override]
-        for group in self.param_groups:
-            rate, momentum = group["lr"], group["momentum"]
-            for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - momentum)
-                update = orthogonal(p.grad.lerp(mean, momentum).flatten(1)).view_as(p)
-                p.mul_(1 - rate * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * rate * max(p.flatten(1).shape) ** 0.5)
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """Nearly U V^T of a matrix's U S V^T, by five steps of the Newton-Schulz iteration.
-
-    The steps X <- (a + b A + c A^2) X, with A = X X^T, are taken on the small square A alone.
-    """
-    if x.shape[0] > x.shape[1]:
-        return orthogonal(x.T).T
-    x = x / (x.norm() + 1e-7)
-    square = x @ x.T
-    product = torch.eye(len(x), device=x.device)
-    for _ in range(5):
-        step = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        step.diagonal().add_(3.4445)
-        product = step @ product
-        square = step @ square @ step
-    return product @ x
+        for p, matrix in itertools.chain(*self.pairs):
+            matrix.copy_(p.flatten(1))
+            matrix.grad = p.grad.flatten(1)
+        super().step()
+        for p, matrix in itertools.chain(*self.pairs):
+            p.copy_(matrix.view_as(p))
 
 
 class Trainee:

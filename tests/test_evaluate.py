@@ -11,7 +11,7 @@ from mcl import InputError
 from mcl.config import TINY
 from mcl.tiny import evaluate
 from mcl.tiny.clips import tone
-from mcl.tiny.evaluate import VARIANTS, door, measured, save_strip, sheet, strip_name, table
+from mcl.tiny.evaluate import door, measured, save_strip, sheet, strip_name, table
 from mcl.tiny.figures import measure, psnr
 from mcl.tiny.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from mcl.tiny.scenes import COLOURS, GROUNDS, render
@@ -47,13 +47,10 @@ def test_a_perfect_clone_of_a_camera_is_measured_as_one(case):
 
 
 def test_the_door_counts_who_passes_and_who_is_followed():
-    found = [("object", .5, .1, {"direction": .9}), ("object", .5, .1, {"direction": .6}),
-             ("camera", .3, .1, {"direction": .2, "camera": .8}),
-             ("still", .5, .1, {"direction": .9}),
-             ("object", .5, .2, {"direction": .6})]
-    records = [{"kind": kind, "movement": moved, "denoising error": error, "variant": variant,
-                **figures} for kind, moved, error, figures in found
-               for variant in ("default", "unguided")]
+    found = [(.5, .1, {"direction": .9}), (.5, .1, {"direction": .6}),
+             (.3, .1, {"direction": .2, "camera": .8}), (.5, .2, {"direction": .6})]
+    records = [{"movement": moved, "denoising error": error, **figures}
+               for moved, error, figures in found]
     wanted = dataclasses.replace(TINY, moves_from=.4, error_to=.15)
     assert door(records, wanted) == ("not warned of: 2 of 4 references, of which 1 are followed; "
                                      "of the others 1 are")
@@ -101,7 +98,7 @@ def test_a_camera_keeps_its_texture_or_is_given_another():
 
 
 def test_the_table_has_means_over_clips_and_their_intervals():
-    base = {"variant": "unguided", "kind": "object", "colour": 1.0, "ground": 1.0, "flicker": 0.0}
+    base = {"row": "unguided", "kind": "object", "colour": 1.0, "ground": 1.0, "flicker": 0.0}
     records = [base | {"clip": clip, "seed": seed, "direction": d, "position error": 0.5,
                        "shape": shape}
                for clip, seed, d, shape in (("a", 0, 0.0, 1.0), ("a", 1, 0.4, 1.0),
@@ -111,21 +108,15 @@ def test_the_table_has_means_over_clips_and_their_intervals():
     records.append(base | {"clip": "d", "seed": 0, "kind": "still", "direction": math.nan,
                            "position error": 0.1, "shape": 1.0})
     first, second = (line.split(" | ") for line in table(records).splitlines()[2:])
-    assert first[0] == "| unguided" and second[0] == "| unguided, still"
+    assert first[0] == "| unguided" and second[0] == "| unguided: still"
     assert first[1] == "0.400 ± 2.541"      # clips 0.2 and 0.6; 12.706 * 0.283 / sqrt(2)
     assert first[2:4] == ["0.500 ± 0.000", "0.900"]         # one camera clip has no interval
     assert first[4].startswith("0.933") and first[-1] == "3 x 1.3 |"
     assert second[1:4] == ["-", "0.100", "-"] and second[-1] == "1 x 1.0 |"
 
 
-def test_the_study_s_variants_are_possible_and_differ(embedded):
-    own = embedded.config.sample
-    found = [(variant.guided, variant.of(own)) for variant in VARIANTS.values()]
-    assert len(set(found)) == len(found) and (True, own) in found
-
-
 def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path):
-    records = [{"variant": "default", "clip": f"a {i}", "seed": 0, "kind": kind, "direction": .7,
+    records = [{"row": "default", "clip": f"a {i}", "seed": 0, "kind": kind, "direction": .7,
                 name: score}
                for i, (kind, name, score) in enumerate([("object", "direction", .5),
                                                         ("camera", "camera", .9),
@@ -133,7 +124,7 @@ def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path)
     for i, r in enumerate(records):
         clip = torch.full((4, 3, 16, 16), -0.5 + 0.5 * i)
         save_strip(tmp_path / strip_name(r), [torch.full_like(clip, -1.0), clip])
-    sheet(records + [records[2] | {"variant": "unguided"}], tmp_path, tmp_path / "s.png", 1)
+    sheet(records, tmp_path, tmp_path / "s.png", 1)
     picture = imageio.imread(tmp_path / "s.png")
     assert picture.shape == (2 * 8 + 8, 2 * (4 * 8 + 8), 3)     # four frames at half size
     reference, clone = picture[6, :, 0], picture[14, :, 0]
@@ -141,7 +132,7 @@ def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path)
 
 
 def test_an_evaluation_goes_on_from_a_line_that_was_cut_off(tmp_path):
-    whole = {"model": "m", "variant": "default", "kind": "object", "clip": "circle", "seed": 0}
+    whole = {"model": "m", "row": "default", "kind": "object", "clip": "circle", "seed": 0}
     path = tmp_path / "study.jsonl"
     assert measured(path, {"model": "m"}) == []
     path.write_text(json.dumps(whole) + "\n" + json.dumps(whole)[:30])
@@ -172,8 +163,14 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     assert "not warned of: 2 of 2 references, of which 2 are followed" in said and clips == 4
     assert evaluate.main(command) == 0 and len(made) == 4
     assert capsys.readouterr().out == said
-    assert evaluate.main([*command, "--seeds", "2", "--variants", "default"]) == 0
+    assert evaluate.main([*command, "--seeds", "2", "--guided-only"]) == 0
     assert sorted(made[4:]) == [("figure eight", True, 1), ("pan", True, 1)]
     capsys.readouterr()
-    assert evaluate.main([*command, "--set", "steps=33"]) == 2
-    assert "of other settings" in capsys.readouterr().err
+    assert evaluate.main([*command, "--set", "top_k=8", "frames=8"]) == 0
+    assert sorted(made[6:]) == [(m, g, 0) for m in ("figure eight", "pan") for g in (False, True)]
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:6]] == [
+        "| default", "| default, unguided", "| top_k = 8, frames = 8",
+        "| top_k = 8, frames = 8, unguided"]
+    assert evaluate.main([*command, "--dtype", "bfloat16"]) == 2
+    assert "figures of another model or dtype" in capsys.readouterr().err

@@ -1,13 +1,13 @@
-"""Measures cloning on held-out clips, and variants of the method against each other.
+"""Measures cloning on held-out clips, by the model's settings or by others.
 
     python -m mcl.tiny.evaluate [--clips 12] [--camera-clips 6] [--still-clips 3]
                                 [--photo-clips 0] [--word-clips 0] [--out FILE]
 
 A quarter of a minute a clip on one core. Every clip's figures are added to --out as they are
-measured, and those that it has are not measured again; the table is printed at the end.
+measured, and those that it has are not measured again; the table of all in it, of these settings
+and of others, is printed at the end.
 """
 import argparse
-import dataclasses
 import json
 import math
 import statistics
@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from ..checkpoint import load_model
 from ..command import Parser, answer, carry_out
-from ..command.options import PUBLISHED_SEMANTIC_SHARE
 from ..config import ModelConfig, SampleConfig, from_dict, to_dict
 from ..errors import InputError
 from ..files import atomic, check_target, read_lines, write_lines
@@ -45,42 +44,6 @@ from .scenes import render
 COLUMNS = ("direction", "position error", "camera", "prompt", "shape", "steady", "flicker", "PSNR",
            "seconds")
 FOLLOWED = 0.7                          # of a direction, or of a camera's curves, at the least
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """Settings other than the model's own, and the weights of the losses relative to its own."""
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    weight: float = 1.0
-    semantic: bool = False
-    guided: bool = True
-
-    def of(self, default: SampleConfig) -> SampleConfig:
-        scale = self.weight * default.motion_weight
-        return from_dict(SampleConfig, to_dict(default) | self.settings | {
-            "motion_weight": scale,
-            "semantic_scale": PUBLISHED_SEMANTIC_SHARE * scale if self.semantic else 0.0})
-
-
-VARIANTS = {
-    "unguided": Variant(guided=False),
-    "default": Variant(),
-    "k = all": Variant({"top_k": 16}),
-    "inversion": Variant({"inversion_steps": 100}),
-    "inversion, semantic": Variant({"inversion_steps": 100}, semantic=True),
-    **{f"t = {t}": Variant({"extract_t": t}) for t in (400, 600, 800)},
-    **{f"{block} alone": Variant({"blocks": [block], "block_weights": []}) for block in (
-        "down_blocks.1", "down_blocks.2", "up_blocks.0", "up_blocks.1", "up_blocks.2")},
-    "half the weight": Variant(weight=0.5),
-    "double weight": Variant(weight=2.0),
-    "8 frames": Variant({"frames": 8}),
-    "64x64": Variant({"height": 64, "width": 64}),
-    **{f"a gradient every {n} steps": Variant({"guidance_every": n}) for n in (2, 3)},
-    **{f"CFG in {share:.0%} of the steps": Variant({"cfg_share": share}) for share in (.7, .4)},
-    **{f"{steps} steps": Variant({"steps": steps, "guidance_steps": steps // 2,
-                                  "warmup": steps // 7, "cooldown": steps // 7})
-       for steps in (24, 16)},
-}
 
 
 def clone(model: Model, case: Case, config: SampleConfig, guided: bool = True, seed: int = 0
@@ -128,13 +91,13 @@ def main(argv: list[str] | None = None) -> int:
                    help="of the first clip; the settings were chosen on others than 200 to 217")
     p.add_argument("--seeds", type=int, default=1,
                    help="noises that each clip is made of; with 0 nothing is measured")
-    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default", "unguided"])
+    p.add_argument("--guided-only", action="store_true", help="leave out the unguided samples")
     p.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=JSON",
                    help="settings other than the model's own, e.g. steps=50")
     p.add_argument("--out", type=Path, help="file of the figures, gone on from")
     p.add_argument("--save", type=Path, help="folder for the clips, as PNG strips")
     p.add_argument("--sheet", type=Path, metavar="PNG",
-                   help="draw the default's best and worst clips; needs --save")
+                   help="draw the best and worst clips of these settings; needs --save")
     return answer(lambda: run(p.parse_args(argv)))
 
 
@@ -156,28 +119,24 @@ def run(args: argparse.Namespace) -> None:
             check_target(path)
     photos = find_photos(args.photos, held_out=True) if args.photo_clips else []
     model = load_model(args.weights, dtype=args.dtype)
-    own = from_dict(SampleConfig, to_dict(model.config.sample) | dict(args.set))
-    of = {"model": model.sha256, "dtype": args.dtype, "settings": dict(args.set),
-          "other textures": args.other_textures}
+    config = from_dict(SampleConfig, to_dict(model.config.sample) | dict(args.set))
+    own = ", ".join(f"{name} = {json.dumps(value)}" for name, value in args.set) or "default"
+    of = {"model": model.sha256, "dtype": args.dtype}
     records = measured(args.out, of) if args.out else []
-    done = {(r["variant"], r["clip"], r["seed"]) for r in records}
-    runs = []
-    for name in args.variants:
-        config = VARIANTS[name].of(own)
-        cases = asked_for(args, config.frames, photos)
-        order = np.random.default_rng(0).permutation(len(cases)).tolist()
-        runs += [(seed, i, name, config, case) for i, case in zip(order, cases)
-                 for seed in range(args.seeds) if (name, clip_name(case), seed) not in done]
-    # Whenever it is stopped, all variants have been given the same clips, of all kinds.
-    runs.sort(key=lambda run: run[:2])
-    for seed, _, name, config, case in tqdm(runs, file=sys.stderr):
+    done = {(r["row"], r["clip"], r["seed"]) for r in records}
+    cases = asked_for(args, config.frames, photos)
+    # In any order, so that all kinds have had their share whenever it is stopped.
+    order = np.random.default_rng(0).permutation(len(cases))
+    runs = [(seed, cases[i], row) for seed in range(args.seeds) for i in order
+            for row in (own, f"{own}, unguided")[:1 if args.guided_only else 2]
+            if (row, clip_name(cases[i]), seed) not in done]
+    for seed, case, row in tqdm(runs, file=sys.stderr):
         began = time.perf_counter()
-        frames = clone(model, case, config, VARIANTS[name].guided, seed)
-        record = of | {"variant": name, "clip": clip_name(case), "seed": seed, "kind": case.kind,
-                       "motion": case.motion, "seconds": time.perf_counter() - began}
-        record |= measure(frames, case)
+        frames = clone(model, case, config, row == own, seed)
+        record = of | {"row": row, "clip": clip_name(case), "seed": seed, "kind": case.kind,
+                       "seconds": time.perf_counter() - began} | measure(frames, case)
         reference = render(case.scene, config.height)
-        if name == "default":
+        if row == own:
             latents = model.vae.encode(reference)
             record |= {"movement": movement(latents),
                        "denoising error": denoising_error(model, latents),
@@ -188,9 +147,10 @@ def run(args: argparse.Namespace) -> None:
         if args.save:
             save_strip(args.save / strip_name(record), [reference, frames])
     print(table(records))
-    print(door(records, model.config))
+    ours = [r for r in records if r["row"] == own and r["kind"] not in STILL]
+    print(door(ours, model.config))
     if args.sheet:
-        sheet(records, args.save, args.sheet)
+        sheet(ours, args.save, args.sheet)
 
 
 def asked_for(args: argparse.Namespace, frames: int, photos: list[Path]) -> list[Case]:
@@ -209,19 +169,18 @@ def clip_name(case: Case) -> str:
 
 
 def strip_name(record: dict[str, Any]) -> str:
-    return "{variant}, {clip}, {seed}.png".format(**record)
+    return "{row}, {clip}, {seed}.png".format(**record)
 
 
 def measured(path: Path, of: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a file has `of` a model and settings; a last line that was cut off is left out.
+    """What a file has `of` a model; a last line that was cut off is left out.
 
-    Raises InputError for a file of others, and for one that has no such figures.
+    Raises InputError for a file of another, and for one that has no such figures.
     """
     records = read_lines(path, "an evaluation", lambda record: isinstance(record, dict) and (
-        {*of, "variant", "clip", "seed", "kind"} <= set(record)))
+        {*of, "row", "clip", "seed", "kind"} <= set(record)))
     if any(record[name] != value for record in records for name, value in of.items()):
-        raise InputError(f"{path}: has figures of another model, or of other settings; give "
-                         "another file")
+        raise InputError(f"{path}: has figures of another model or dtype; give another file")
     return records
 
 
@@ -230,9 +189,9 @@ def table(records: list[dict[str, Any]]) -> str:
     the 95 % confidence interval by Student's t. A row has what moves on plain and textured grounds;
     other kinds have rows of their own."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for r in sorted(records, key=lambda r: list(VARIANTS).index(r["variant"])):
+    for r in records:
         plain = r["kind"] in ("object", "camera")
-        rows.setdefault(r["variant"] + ("" if plain else f", {r['kind']}"), []).append(r)
+        rows.setdefault(r["row"] + ("" if plain else f": {r['kind']}"), []).append(r)
     lines = ["| | " + " | ".join((*COLUMNS, "clips x seeds")) + " |",
              "|---" * (len(COLUMNS) + 2) + "|"]
     for name, some in rows.items():
@@ -254,11 +213,9 @@ def figure(record: dict[str, Any], column: str) -> list[float]:
 
 
 def door(records: list[dict[str, Any]], wanted: ModelConfig) -> str:
-    """One line: how many references are as the model wants them, and how many are followed. Those
-    without any motion count for neither."""
+    """One line: how many references are as the model wants them, and how many are followed."""
     some = [(r["movement"] >= wanted.moves_from and r["denoising error"] <= wanted.error_to,
-             r.get("camera", r["direction"]) >= FOLLOWED)
-            for r in records if r["variant"] == "default" and r["kind"] not in STILL]
+             r.get("camera", r["direction"]) >= FOLLOWED) for r in records]
     passed = [follows for passes, follows in some if passes]
     return (f"not warned of: {len(passed)} of {len(some)} references, of which "
             f"{sum(passed)} are followed; of the others {sum(f for p, f in some if not p)} are")
@@ -272,10 +229,9 @@ def save_strip(path: Path, clips: list[Tensor]) -> None:
 
 
 def sheet(records: list[dict[str, Any]], strips: Path, path: Path, number: int = 5) -> None:
-    """One PNG of the default's clips at half size, each below its reference: the `number` that
-    follow best on the left, those that follow worst on the right."""
-    ranked = sorted((r for r in records if r["variant"] == "default" and r["kind"] not in STILL),
-                    key=lambda r: -r.get("camera", r["direction"]))
+    """One PNG of clips at half size, each below its reference: the `number` that follow best on the
+    left, those that follow worst on the right."""
+    ranked = sorted(records, key=lambda r: -r.get("camera", r["direction"]))
     columns = [[np.pad(imageio.imread(strips / strip_name(r))[::2, ::2],
                        ((4, 4), (4, 4), (0, 0)), constant_values=255) for r in some]
                for some in (ranked[:number], ranked[-number:])]

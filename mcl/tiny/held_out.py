@@ -126,6 +126,7 @@ def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = Fa
         ground = f"{texture} {grounds[i]}" if camera else str(grounds[i])
         prompts.append(f"{an(str(colours[i]))} {shapes[i]} on {an(ground)} background")
     kind = "camera" if camera else "still" if motion in STILL else "object"
+    kind += ", another texture" if camera and other_textures else ""
     if photos:
         rng = np.random.default_rng([11, seed])
         scene = dataclasses.replace(scene, shape="" if camera else scene.shape, texture="plain",

@@ -6,8 +6,7 @@ Five stages, each of which goes on where it was stopped:
     vae      the autoencoder, on single frames
     latents  clips, encoded once and kept on disk
     image    the UNet without motion modules and the text encoder, on single frames
-    motion   the motion modules, on clips and on single frames, and the rest at a lower rate:
-             OUT/motion.safetensors
+    motion   the motion modules, on clips and on single frames, and the rest
     decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's, and
              everything into weights/tiny.safetensors
 
@@ -31,9 +30,7 @@ from ..config import TINY
 from ..files import check_target
 from ..machine import pick_device
 from ..model import Model
-from ..text_encoder import TextEncoder
 from ..tuned import channels_last
-from ..unet import UNet3D
 from ..vae import AutoencoderKL
 from .clips import VOCABULARY
 from .data import FRAMES, Clips, encode_clips, parts, pictures
@@ -76,7 +73,8 @@ class Hyperparameters:
 
 # ------------------------------------------------------------------------------------- the VAE
 
-def train_vae(folder: Path, photos: Sequence[Path], plan: Hyperparameters, device: str) -> None:
+def train_vae(folder: Path, photos: Sequence[Path], plan: Hyperparameters, device: str
+              ) -> AutoencoderKL:
     torch.manual_seed(0)
     vae = AutoencoderKL(TINY.vae).to(device)
     channels_last(vae)
@@ -98,6 +96,8 @@ def train_vae(folder: Path, photos: Sequence[Path], plan: Hyperparameters, devic
         return picture_loss(out, x) + 2e-4 * kl + 0.03 * small, f"mse {mse:.5f} kl {kl:.2f}"
 
     trainee.run(plan.vae_steps, loss_of)
+    vae.load_state_dict(trainee.average.state_dict())
+    return vae.requires_grad_(False)
 
 
 def picture_loss(out: Tensor, x: Tensor) -> Tensor:
@@ -106,17 +106,9 @@ def picture_loss(out: Tensor, x: Tensor) -> Tensor:
     return F.mse_loss(out, x) + 0.3 * F.l1_loss(out, x) + 0.3 * edges
 
 
-def trained_vae(folder: Path, device: str) -> AutoencoderKL:
-    vae = AutoencoderKL(TINY.vae)
-    vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["average"])
-    channels_last(vae)
-    return vae.to(device).requires_grad_(False)
-
-
 # ------------------------------------------------------------------------- the diffusion model
 
-def denoising_loss(model: Model, unet: UNet3D, x0: Tensor, text: Tensor, rng: np.random.Generator
-                   ) -> Tensor:
+def denoising_loss(model: Model, x0: Tensor, text: Tensor, rng: np.random.Generator) -> Tensor:
     """Mean square error of the noise, weighted by SNR ** -0.5.
 
     That makes all timesteps count about alike. Unweighted, or by min(SNR, 5) / SNR (arXiv
@@ -129,79 +121,48 @@ def denoising_loss(model: Model, unet: UNet3D, x0: Tensor, text: Tensor, rng: np
     noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)).to(x0)
     z = model.schedule.add_noise(x0, noise, t)
     with autocast(str(x0.device)):
-        eps, _ = unet(z, t.to(x0.device), text)
+        eps, _ = model.unet(z, t.to(x0.device), text)
     abar = rearrange(model.schedule.abar(t).to(x0), "b -> b 1 1 1 1")
     snr = abar / (1 - abar)
     return (snr.rsqrt() * (eps.float() - noise).square()).mean()
 
 
-def denoising(model: Model, unet: UNet3D, clips: Clips, images: int, share: float,
-              plan: Hyperparameters, device: str) -> Callable[[int], tuple[Tensor, str]]:
-    """The loss of a step: in a share of them that of so many single frames, else that of clips,
-    of as many frames, but of sixteen times fewer scenes (arXiv 2204.03458, section 3.1)."""
+def train_denoiser(model: Model, file: Path, clips: Clips, steps: int, images: int, share: float,
+                   rate_of: Callable[[str], float], plan: Hyperparameters) -> None:
+    """Trains the UNet and the text encoder: in a share of the steps on so many single frames, else
+    on clips, of as many frames, but of sixteen times fewer scenes (arXiv 2204.03458, section 3.1).
+    """
+    torch.manual_seed(2)
+    both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
+    channels_last(both.requires_grad_(True).train())
+    learn_words(model)
+    trainee = Trainee(both, rate_of, file, plan.ema)
+
     def loss_of(step: int) -> tuple[Tensor, str]:
         rng = np.random.default_rng([2, step])
         number, frames = (images, 1) if rng.random() < share else (images // FRAMES, FRAMES)
         x0, captions = clips.batch(rng, number, frames, plan.drop_caption)
-        text = model.text_encoder(model.tokenizer(captions).to(device))
-        return denoising_loss(model, unet, x0.to(device), text, rng), ""
+        text = model.text_encoder(model.tokenizer(captions).to(model.device))
+        return denoising_loss(model, x0.to(model.device), text, rng), ""
 
-    return loss_of
+    trainee.run(steps, loss_of)
+    both.load_state_dict(trainee.average.state_dict())
 
 
-def initialize(unet: UNet3D, text: TextEncoder) -> None:
-    """Residual branches start at zero; so do the embeddings of the words, see learn_words."""
-    for name, module in unet.named_modules():
+def first_model(vae: AutoencoderKL, clips: Clips) -> Model:
+    """One with an autoencoder that is trained, to which the clips are balanced. Its residual
+    branches start at zero, so that motion modules change nothing yet; so do the embeddings of the
+    words, see learn_words."""
+    torch.manual_seed(1)
+    model = Model(TINY)
+    model.vae = vae.cpu()
+    clips.balance().fold(model.vae)
+    for name, module in model.unet.named_modules():
         if name.endswith(("conv_out", "proj_out", "conv2")):
             for p in module.parameters():
                 nn.init.zeros_(p)
-    nn.init.zeros_(text.text_model.embeddings.token_embedding.weight)
-    text.text_model.embeddings.position_embedding.weight.data.mul_(0.1)
-
-
-def train_images(folder: Path, plan: Hyperparameters, device: str) -> None:
-    torch.manual_seed(1)
-    model, clips = Model(TINY), Clips(folder / "latents").balance()
-    unet = UNet3D(dataclasses.replace(TINY.unet, motion_modules=False))
-    initialize(unet, model.text_encoder)
-    both = nn.ModuleDict({"unet": unet, "text_encoder": model.text_encoder})
-    channels_last(both.to(device))
-    learn_words(model)
-    trainee = Trainee(both, lambda name: plan.image_rate, folder / "image.pt", plan.ema)
-    trainee.run(plan.image_steps,
-                denoising(model, unet, clips, plan.image_batch, 1, plan, device))
-
-
-def train_motion(folder: Path, start: Path | None, plan: Hyperparameters, device: str) -> None:
-    torch.manual_seed(2)
-    clips = Clips(folder / "latents")
-    model = load_model(start, device, "float32") if start else first_model(folder, clips)
-    both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
-    channels_last(both.to(device).requires_grad_(True).train())
-    learn_words(model)
-
-    def rate_of(name: str) -> float:
-        if name.startswith("text_encoder."):
-            return plan.word_rate if "token_embedding" in name else plan.text_rate
-        return plan.motion_rate if "motion_modules" in name else plan.spatial_rate
-
-    trainee = Trainee(both, rate_of, folder / "motion.pt", plan.ema)
-    trainee.run(plan.motion_steps, denoising(model, model.unet, clips, plan.motion_batch * FRAMES,
-                                             plan.image_share, plan, device))
-    both.load_state_dict(trainee.average.state_dict())
-    save(model, folder / "motion.safetensors")
-
-
-def first_model(folder: Path, clips: Clips) -> Model:
-    """What the stages before made, with motion modules that change nothing yet."""
-    model = Model(TINY)
-    # The autoencoder whose latents are those that the UNet was trained on.
-    model.vae = trained_vae(folder, "cpu")
-    clips.balance().fold(model.vae)
-    initialize(model.unet, model.text_encoder)
-    both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
-    trained = torch.load(folder / "image.pt", weights_only=True)["average"]
-    both.load_state_dict(both.state_dict() | trained)
+    nn.init.zeros_(model.text_encoder.text_model.embeddings.token_embedding.weight)
+    model.text_encoder.text_model.embeddings.position_embedding.weight.data.mul_(0.1)
     return model
 
 
@@ -219,14 +180,11 @@ def learn_words(model: Model) -> None:
 
 # ------------------------------------------------------------------------- the decoder, again
 
-def train_decoder(folder: Path, photos: Sequence[Path], weights: Path, plan: Hyperparameters,
-                  device: str) -> None:
-    torch.manual_seed(3)
-    model = load_model(folder / "motion.safetensors", device, "float32")
-    channels_last(model)
-    vae = model.vae
+def train_decoder(model: Model, folder: Path, photos: Sequence[Path], plan: Hyperparameters
+                  ) -> None:
+    vae, device = model.vae, str(model.device)
+    channels_last(vae)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    decoder.requires_grad_(True)
     trainee = Trainee(decoder, lambda name: plan.decoder_rate, folder / "decoder.pt", plan.ema)
 
     @torch.no_grad()
@@ -254,7 +212,6 @@ def train_decoder(folder: Path, photos: Sequence[Path], weights: Path, plan: Hyp
 
     trainee.run(plan.decoder_steps, loss_of)
     decoder.load_state_dict(trainee.average.state_dict())
-    save(model, weights)
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -295,16 +252,24 @@ def run(args: argparse.Namespace) -> None:
     for word in EMOJI:
         emoji(word)                                         # before anything is trained
     args.out.mkdir(exist_ok=True)
-    if args.start:
-        vae = load_model(args.start, device, "float32").vae
-    else:
-        train_vae(args.out, photos, plan, device)
-        vae = trained_vae(args.out, device)
+    model = load_model(args.start, device, "float32") if args.start else None
+    vae = model.vae if model else train_vae(args.out, photos, plan, device)
     encode_clips(args.out / "latents", photos, vae, plan.clips, device)
-    if not args.start:
-        train_images(args.out, plan, device)
-    train_motion(args.out, args.start, plan, device)
-    train_decoder(args.out, photos, args.weights, plan, device)
+    clips = Clips(args.out / "latents")
+    if model is None:
+        model = first_model(vae, clips).to(device)
+        train_denoiser(model, args.out / "image.pt", clips, plan.image_steps, plan.image_batch, 1,
+                       lambda name: plan.image_rate * ("motion_modules" not in name), plan)
+
+    def rate_of(name: str) -> float:
+        if name.startswith("text_encoder."):
+            return plan.word_rate if "token_embedding" in name else plan.text_rate
+        return plan.motion_rate if "motion_modules" in name else plan.spatial_rate
+
+    train_denoiser(model, args.out / "motion.pt", clips, plan.motion_steps,
+                   plan.motion_batch * FRAMES, plan.image_share, rate_of, plan)
+    train_decoder(model, args.out, photos, plan)
+    save(model, args.weights)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ class Muon(torch.optim.Muon):
 class Trainee:
     """Weights under training, with their running average, and where they are kept.
 
-    `rate_of` gives the learning rate of a parameter by its name. Matrices inside the networks
-    are trained by Muon, all else by AdamW.
+    `rate_of` gives the learning rate of a parameter by its name; with 0 it stays what it is.
+    Matrices inside the networks are trained by Muon, all else by AdamW.
     """
 
     def __init__(self, module: nn.Module, rate_of: Callable[[str], float], file: Path, ema: float):
@@ -46,7 +46,7 @@ class Trainee:
         self.average = copy.deepcopy(module).requires_grad_(False)
         groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for name, p in module.named_parameters():
-            if p.requires_grad:
+            if p.requires_grad_(bool(rate_of(name))).requires_grad:
                 edge = any(part in name for part in ("embedding.", "conv_in", "conv_out"))
                 groups.setdefault((p.ndim >= 2 and not edge, rate_of(name)), []).append(p)
         chosen: list[list[dict[str, Any]]] = [

@@ -1,7 +1,6 @@
 """The measures of cloning: what they say to a perfect clone, and to one of another motion."""
 import dataclasses
 import json
-import math
 
 import imageio.v3 as imageio
 import pytest
@@ -105,7 +104,7 @@ def test_the_table_has_means_over_clips_and_their_intervals():
                                             ("b", 0, 0.6, 0.4))]
     records.append(base | {"clip": "c", "seed": 0, "kind": "camera", "camera": 0.9, "shape": 1.0,
                            "direction": 9.0, "position error": 9.0})
-    records.append(base | {"clip": "d", "seed": 0, "kind": "still", "direction": math.nan,
+    records.append(base | {"clip": "d", "seed": 0, "kind": "still", "direction": None,
                            "position error": 0.1, "shape": 1.0})
     first, second = (line.split(" | ") for line in table(records).splitlines()[2:])
     assert first[0] == "| unguided" and second[0] == "| unguided: still"

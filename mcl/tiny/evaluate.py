@@ -9,7 +9,6 @@ and of others, is printed at the end.
 """
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from ..checkpoint import load_model
 from ..command import Parser, answer, carry_out
 from ..config import ModelConfig, SampleConfig, from_dict, to_dict
 from ..errors import InputError
-from ..files import atomic, check_target, read_lines, write_lines
+from ..files import atomic, check_target, finite, read_lines, write_lines
 from ..inversion import inversion_guide, invert_motion
 from ..machine import DTYPES
 from ..measure.door import denoising_error, movement
@@ -134,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         frames = clone(model, case, config, row == own, seed)
         record = of | {"row": row, "clip": clip_name(case), "seed": seed, "kind": case.kind,
-                       "seconds": time.perf_counter() - began} | measure(frames, case)
+                       "seconds": time.perf_counter() - began} | finite(measure(frames, case))
         reference = render(case.scene, config.height)
         if row == own:
             latents = model.vae.encode(reference)
@@ -208,14 +207,14 @@ def figure(record: dict[str, Any], column: str) -> list[float]:
     if column == "prompt":
         return [statistics.fmean(record[n] for n in ("colour", "ground", "shape") if n in record)]
     place = column in ("direction", "position error")
-    value = record.get(column, math.nan)
-    return [] if math.isnan(value) or (place and "camera" in record) else [value]
+    value = record.get(column)
+    return [] if value is None or (place and "camera" in record) else [value]
 
 
 def door(records: list[dict[str, Any]], wanted: ModelConfig) -> str:
     """One line: how many references are as the model wants them, and how many are followed."""
     some = [(r["movement"] >= wanted.moves_from and r["denoising error"] <= wanted.error_to,
-             r.get("camera", r["direction"]) >= FOLLOWED) for r in records]
+             (r.get("camera", r["direction"]) or 0) >= FOLLOWED) for r in records]
     passed = [follows for passes, follows in some if passes]
     return (f"not warned of: {len(passed)} of {len(some)} references, of which "
             f"{sum(passed)} are followed; of the others {sum(f for p, f in some if not p)} are")
@@ -231,7 +230,7 @@ def save_strip(path: Path, clips: list[Tensor]) -> None:
 def sheet(records: list[dict[str, Any]], strips: Path, path: Path, number: int = 5) -> None:
     """One PNG of clips at half size, each below its reference: the `number` that follow best on the
     left, those that follow worst on the right."""
-    ranked = sorted(records, key=lambda r: -r.get("camera", r["direction"]))
+    ranked = sorted(records, key=lambda r: -(r.get("camera", r["direction"]) or 0))
     columns = [[np.pad(imageio.imread(strips / strip_name(r))[::2, ::2],
                        ((4, 4), (4, 4), (0, 0)), constant_values=255) for r in some]
                for some in (ranked[:number], ranked[-number:])]

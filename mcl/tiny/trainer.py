@@ -46,7 +46,8 @@ class Trainee:
         self.average = copy.deepcopy(module).requires_grad_(False)
         groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for name, p in module.named_parameters():
-            if p.requires_grad_(bool(rate_of(name))).requires_grad:
+            p.requires_grad_(rate_of(name) > 0)
+            if p.requires_grad:
                 edge = any(part in name for part in ("embedding.", "conv_in", "conv_out"))
                 groups.setdefault((p.ndim >= 2 and not edge, rate_of(name)), []).append(p)
         chosen: list[list[dict[str, Any]]] = [

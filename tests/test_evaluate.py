@@ -123,8 +123,8 @@ def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path)
     for i, r in enumerate(records):
         clip = torch.full((4, 3, 16, 16), -0.5 + 0.5 * i)
         save_strip(tmp_path / strip_name(r), [torch.full_like(clip, -1.0), clip])
-    sheet(records, tmp_path, tmp_path / "s.png", 1)
-    picture = imageio.imread(tmp_path / "s.png")
+    sheet(records, tmp_path, 1)
+    picture = imageio.imread(tmp_path / "sheet.png")
     assert picture.shape == (2 * 8 + 8, 2 * (4 * 8 + 8), 3)     # four frames at half size
     reference, clone = picture[6, :, 0], picture[14, :, 0]
     assert reference[6] == 0 and clone[6] == 128 and clone[40 + 6] == 191
@@ -154,12 +154,12 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "clone", clone)
     command = ["--clips", "1", "--camera-clips", "1", "--still-clips", "0", "--out",
-               str(tmp_path / "f.jsonl"), "--save", str(tmp_path),
-               "--sheet", str(tmp_path / "s.png")]
+               str(tmp_path / "f.jsonl"), "--save", str(tmp_path)]
     assert evaluate.main(command) == 0
     assert sorted(made) == [(m, g, 0) for m in ("figure eight", "pan") for g in (False, True)]
     said, clips = capsys.readouterr().out, len(list(tmp_path.glob("*, 0.png")))
     assert "not warned of: 2 of 2 references, of which 2 are followed" in said and clips == 4
+    assert (tmp_path / "sheet.png").exists()
     assert evaluate.main(command) == 0 and len(made) == 4
     assert capsys.readouterr().out == said
     assert evaluate.main([*command, "--seeds", "2", "--guided-only"]) == 0

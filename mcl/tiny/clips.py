@@ -20,7 +20,7 @@ def random_scene(rng: Rng, frames: int) -> Scene:
     moving = rng.choice(["object", "camera", "both", "nothing"], p=[.5, .3, .1, .1])
     camera = moving in ("camera", "both")
     texture = str(rng.choice(TEXTURES, p=[.2, .3, .25, .25] if camera else [.75, .1, .08, .07]))
-    ground = pick(rng, GROUNDS)
+    ground = str(rng.choice(list(GROUNDS)))
     radius = eased(rng, frames, *np.exp(rng.uniform(math.log(.28), math.log(.5), 2)))
     if moving != "object" or rng.random() < 0.75:
         radius = radius.mean().expand(frames)
@@ -38,8 +38,8 @@ def random_scene(rng: Rng, frames: int) -> Scene:
         reach = 0.35 if camera else 1 - 0.8 * float(radius.max())
         centre = torch.tensor(rng.uniform(-reach, reach, 2), dtype=torch.float32).expand(frames, 2)
     return Scene(
-        shape=str(rng.choice(SHAPES)), colour=COLOURS[pick(rng, COLOURS)], texture=texture,
-        ground=GROUNDS[ground], second=second_colour(rng, ground),
+        shape=str(rng.choice(SHAPES)), colour=COLOURS[str(rng.choice(list(COLOURS)))],
+        texture=texture, ground=GROUNDS[ground], second=second_colour(rng, ground),
         cell=rng.uniform(.4, .65), texture_angle=rng.uniform(-.6, .6) * (rng.random() < 0.3),
         centre=centre, radius=radius.float(), angle=angle.float(),
         pan=pan, zoom=zoom, roll=roll)
@@ -61,14 +61,10 @@ def moving_camera(rng: Rng, frames: int) -> tuple[Tensor, Tensor, Tensor]:
     return pan, zoom.exp(), roll
 
 
-def pick(rng: Rng, names: dict[str, tuple[float, float, float]]) -> str:
-    return str(rng.choice(list(names)))
-
-
 def second_colour(rng: Rng, ground: str) -> tuple[float, float, float]:
     """A texture's other colour: another ground's, or a lighter or darker tone of the same one."""
     if rng.random() < 0.4:
-        return GROUNDS[pick(rng, {k: v for k, v in GROUNDS.items() if k != ground})]
+        return GROUNDS[str(rng.choice([name for name in GROUNDS if name != ground]))]
     return tone(GROUNDS[ground])
 
 

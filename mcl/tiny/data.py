@@ -39,12 +39,9 @@ def parts(rng: np.random.Generator, done: float, *batches: Tensor) -> list[Tenso
     quickly trained on; when 0.85 of the training is done, every third of them whole."""
     if done >= 0.85:
         return [x[::3] for x in batches]
-    corner, cuts = rng.integers(0, 9, 2).tolist(), []       # in sixteenths of them
-    for x in batches:
-        half = x.shape[-1] // 2
-        top, left = (at * half // 8 for at in corner)
-        cuts.append(x[..., top:top + half, left:left + half])
-    return cuts
+    top, left = rng.integers(0, 9, 2).tolist()              # in sixteenths of them
+    return [x[..., top * n:(top + 8) * n, left * n:(left + 8) * n]
+            for x in batches for n in (x.shape[-1] // 16,)]
 
 
 def encode_clips(folder: Path, photos: Sequence[Path], vae: AutoencoderKL, clips: int,

@@ -94,28 +94,20 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=JSON",
                    help="settings other than the model's own, e.g. steps=50")
     p.add_argument("--out", type=Path, help="file of the figures, gone on from")
-    p.add_argument("--save", type=Path, help="folder for the clips, as PNG strips")
-    p.add_argument("--sheet", type=Path, metavar="PNG",
-                   help="draw the best and worst clips of these settings; needs --save")
+    p.add_argument("--save", type=Path,
+                   help="folder for the clips, as PNG strips, and sheet.png, the best and worst")
     return answer(lambda: run(p.parse_args(argv)))
 
 
 def setting(text: str) -> tuple[str, Any]:
     """"steps=50" -> ("steps", 50)."""
     name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no setting; write it like steps=50"
-                                         ) from error
+    return name, json.loads(value)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.sheet and not args.save:
-        raise InputError("--sheet needs --save, the folder of the strips")
-    for path in (args.out, args.sheet):
-        if path is not None:
-            check_target(path)
+    if args.out is not None:
+        check_target(args.out)
     photos = find_photos(args.photos, held_out=True) if args.photo_clips else []
     model = load_model(args.weights, dtype=args.dtype)
     config = from_dict(SampleConfig, to_dict(model.config.sample) | dict(args.set))
@@ -148,8 +140,9 @@ def run(args: argparse.Namespace) -> None:
     print(table(records))
     ours = [r for r in records if r["row"] == own and r["kind"] not in STILL]
     print(door(ours, model.config))
-    if args.sheet:
-        sheet(ours, args.save, args.sheet)
+    shown = [r for r in ours if args.save and (args.save / strip_name(r)).exists()]
+    if shown:
+        sheet(shown, args.save)
 
 
 def asked_for(args: argparse.Namespace, frames: int, photos: list[Path]) -> list[Case]:
@@ -227,14 +220,14 @@ def save_strip(path: Path, clips: list[Tensor]) -> None:
     write_png(path, ((rows + 1) * 127.5).round().byte().numpy())
 
 
-def sheet(records: list[dict[str, Any]], strips: Path, path: Path, number: int = 5) -> None:
+def sheet(records: list[dict[str, Any]], strips: Path, number: int = 5) -> None:
     """One PNG of clips at half size, each below its reference: the `number` that follow best on the
     left, those that follow worst on the right."""
     ranked = sorted(records, key=lambda r: -(r.get("camera", r["direction"]) or 0))
     columns = [[np.pad(imageio.imread(strips / strip_name(r))[::2, ::2],
                        ((4, 4), (4, 4), (0, 0)), constant_values=255) for r in some]
                for some in (ranked[:number], ranked[-number:])]
-    write_png(path, np.concatenate([np.concatenate(rows) for rows in columns], axis=1))
+    write_png(strips / "sheet.png", np.hstack([np.vstack(rows) for rows in columns]))
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

@@ -53,8 +53,6 @@ def held_out_path(kind: str, frames: int, reach: float) -> Tensor:
         xy = (0.2 + 0.8 * t)[:, None] * torch.stack([(1.5 * turn).cos(), (1.5 * turn).sin()], -1)
     elif kind == "zigzag":
         xy = torch.stack([2 * t - 1, 0.7 * (2 * (3 * t % 2 - 1).abs() - 1)], dim=-1)
-    elif kind == "still":
-        xy = torch.zeros(frames, 2)
     elif kind == "circle":
         xy = 0.85 * torch.stack([turn.cos(), turn.sin()], dim=-1)
     else:                                                   # hops
@@ -111,7 +109,7 @@ def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = Fa
         zoom = float(rng.choice([-1, 1])) * 0.3 * (math.pi * t).cos()
     elif motion == "roll":
         roll = float(rng.choice([-1, 1])) * 0.8 * (t + 0.08 * (3 * math.pi * t).sin())
-    else:
+    elif motion not in STILL:
         centre = held_out_path(motion, frames, 1 - 0.9 * radius)
         centre = centre.flip(-1) if rng.random() < 0.5 else centre
     reference_ground = GROUNDS[str(grounds[0])]

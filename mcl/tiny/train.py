@@ -157,10 +157,9 @@ def first_model(vae: AutoencoderKL, clips: Clips) -> Model:
     model = Model(TINY)
     model.vae = vae.cpu()
     clips.balance().fold(model.vae)
-    for name, module in model.unet.named_modules():
-        if name.endswith(("conv_out", "proj_out", "conv2")):
-            for p in module.parameters():
-                nn.init.zeros_(p)
+    for name, p in model.unet.named_parameters():
+        if name.rpartition(".")[0].endswith(("conv_out", "proj_out", "conv2")):
+            nn.init.zeros_(p)
     nn.init.zeros_(model.text_encoder.text_model.embeddings.token_embedding.weight)
     model.text_encoder.text_model.embeddings.position_embedding.weight.data.mul_(0.1)
     return model

@@ -44,15 +44,14 @@ class Trainee:
     def __init__(self, module: nn.Module, rate_of: Callable[[str], float], file: Path, ema: float):
         self.module, self.file, self.ema = module, file, ema
         self.average = copy.deepcopy(module).requires_grad_(False)
-        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        groups: tuple[dict[float, list[nn.Parameter]], ...] = ({}, {})
         for name, p in module.named_parameters():
             p.requires_grad_(rate_of(name) > 0)
             if p.requires_grad:
                 edge = any(part in name for part in ("embedding.", "conv_in", "conv_out"))
-                groups.setdefault((p.ndim >= 2 and not edge, rate_of(name)), []).append(p)
+                groups[p.ndim < 2 or edge].setdefault(rate_of(name), []).append(p)
         chosen: list[list[dict[str, Any]]] = [
-            [{"params": params, "lr": rate} for (inside, rate), params in groups.items()
-             if inside == wanted] for wanted in (True, False)]
+            [{"params": params, "lr": rate} for rate, params in some.items()] for some in groups]
         self.optimizers = [Muon(chosen[0]),
                            torch.optim.AdamW(chosen[1], betas=(.9, .99), weight_decay=1e-3)]
         self.rates = [group["lr"] for groups in chosen for group in groups]

@@ -125,9 +125,9 @@ def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path)
         save_strip(tmp_path / strip_name(r), [torch.full_like(clip, -1.0), clip])
     sheet(records, tmp_path, 1)
     picture = imageio.imread(tmp_path / "sheet.png")
-    assert picture.shape == (2 * 8 + 8, 2 * (4 * 8 + 8), 3)     # four frames at half size
+    assert picture.shape == (2 * 8 + 8, 2 * (2 * 8 + 8), 3)     # two frames of four, at half size
     reference, clone = picture[6, :, 0], picture[14, :, 0]
-    assert reference[6] == 0 and clone[6] == 128 and clone[40 + 6] == 191
+    assert reference[6] == 0 and clone[6] == 128 and clone[24 + 6] == 191
 
 
 def test_an_evaluation_goes_on_from_a_line_that_was_cut_off(tmp_path):

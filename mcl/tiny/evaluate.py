@@ -221,13 +221,16 @@ def save_strip(path: Path, clips: list[Tensor]) -> None:
 
 
 def sheet(records: list[dict[str, Any]], strips: Path, number: int = 5) -> None:
-    """One PNG of clips at half size, each below its reference: the `number` that follow best on the
-    left, those that follow worst on the right."""
+    """One PNG of every second frame, at half size, of clips and their references above them: the
+    `number` that follow best on the left, those that follow worst on the right."""
+    def small(record: dict[str, Any]) -> np.ndarray:
+        strip = imageio.imread(strips / strip_name(record))[::2, ::2]
+        frames = rearrange(strip, "h (f w) c -> f h w c", w=len(strip) // 2)[::2]
+        return np.pad(np.hstack(list(frames)), ((4, 4), (4, 4), (0, 0)), constant_values=255)
+
     ranked = sorted(records, key=lambda r: -(r.get("camera", r["direction"]) or 0))
-    columns = [[np.pad(imageio.imread(strips / strip_name(r))[::2, ::2],
-                       ((4, 4), (4, 4), (0, 0)), constant_values=255) for r in some]
-               for some in (ranked[:number], ranked[-number:])]
-    write_png(strips / "sheet.png", np.hstack([np.vstack(rows) for rows in columns]))
+    write_png(strips / "sheet.png", np.hstack([np.vstack([small(r) for r in some]) for some in (
+        ranked[:number], ranked[-number:])]))
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

@@ -5,7 +5,7 @@
 Five stages, each of which goes on where it was stopped:
     vae      the autoencoder, on single frames
     latents  clips, encoded once and kept on disk
-    image    the UNet without motion modules and the text encoder, on single frames
+    image    the UNet, its motion modules left out of it, and the text encoder, on single frames
     motion   the motion modules, on clips and on single frames, and the rest
     decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's, and
              everything into weights/tiny.safetensors
@@ -226,8 +226,7 @@ def save(model: Model, weights: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="-m mcl.tiny.train",
-                    description="Trains the embedded model, or goes on with it.")
+    parser = Parser(prog="-m mcl.tiny.train", description="Trains the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=Path, default=EMBEDDED)

@@ -44,7 +44,7 @@ class Trainee:
     def __init__(self, module: nn.Module, rate_of: Callable[[str], float], file: Path, ema: float):
         self.module, self.file, self.ema = module, file, ema
         self.average = copy.deepcopy(module).requires_grad_(False)
-        groups: tuple[dict[float, list[nn.Parameter]], ...] = ({}, {})
+        groups: tuple[dict[float, list[nn.Parameter]], ...] = ({}, {})  # of Muon, of AdamW
         for name, p in module.named_parameters():
             p.requires_grad_(rate_of(name) > 0)
             if p.requires_grad:

@@ -171,5 +171,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     assert [row.split(" | ")[0] for row in rows[2:6]] == [
         "| default", "| default, unguided", "| top_k = 8, frames = 8",
         "| top_k = 8, frames = 8, unguided"]
+    assert evaluate.main([*command, "--save", command[-3]]) == 2
+    assert "f.jsonl: is a file; give the name of a folder" in capsys.readouterr().err
     assert evaluate.main([*command, "--dtype", "bfloat16"]) == 2
     assert "figures of another model or dtype" in capsys.readouterr().err

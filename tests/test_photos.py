@@ -199,7 +199,7 @@ def test_without_photographs_one_line_says_what_to_install(tmp_path, capsys):
 
 
 def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
-        folder, tmp_path, monkeypatch, drawn_words):
+        folder, tmp_path, monkeypatch, drawn_words, capsys):
     def changed(before, after):
         weights = before.state_dict()
         names = [name for name, w in after.state_dict().items() if not w.equal(weights[name])]
@@ -209,6 +209,8 @@ def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
     out, weights = tmp_path / "run", tmp_path / "new.safetensors"
     command = ["--out", out, "--start", EMBEDDED, "--photos", folder, "--weights", weights,
                "--clips", "4", "--motion-batch", "1", "--vae-batch", "8", "--decoder-steps", "1"]
+    assert train.main([*map(str, command), "--clips", "0"]) == 2
+    assert "has no clips; draw some" in capsys.readouterr().err
     assert train.main([*map(str, command), "--motion-steps", "1"]) == 0
     drawn = (out / "latents" / "000000.pt").read_bytes()
     start, first = (load_model(file, "cpu") for file in (EMBEDDED, weights))

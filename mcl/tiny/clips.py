@@ -47,8 +47,7 @@ def random_scene(rng: Rng, frames: int) -> Scene:
 
 def moving_camera(rng: Rng, frames: int) -> tuple[Tensor, Tensor, Tensor]:
     """A camera's pan (f, 2), zoom (f,) and roll (f,); one of them moves, or two."""
-    still = torch.zeros(frames)
-    pan, zoom, roll = torch.zeros(frames, 2), still, still
+    pan, zoom, roll = torch.zeros(frames, 2), torch.zeros(frames), torch.zeros(frames)
     kinds = rng.choice(["pan", "zoom", "roll"], 1 + (rng.random() < 0.25), replace=False,
                        p=[.3, .3, .4])
     if "pan" in kinds:
@@ -147,7 +146,6 @@ def caption(scene: Scene, rng: Rng) -> str:
     if not scene.shape or (known and scene.skin is not None):
         return "a photo"
     colour = next(name for name, value in COLOURS.items() if value == scene.colour)
-    shape = scene.shape
     ground = next(name for name, value in GROUNDS.items() if value == scene.ground)
     ground = ground if scene.photo is None else "photo"
     if ground == "gray" and rng.random() < 0.25:
@@ -158,15 +156,13 @@ def caption(scene: Scene, rng: Rng) -> str:
         parts = [scene.texture, ground] if rng.random() < .5 else [ground, scene.texture]
         ground = " ".join(parts)
     back = rng.choice(["background", "ground", "backdrop"], p=[.5, .4, .1])
-    subject, said = f"{colour} {shape}", rng.random()
+    subject, said = f"{colour} {scene.shape}", rng.random()
     if said < .06 or not known:
-        subject = shape
+        subject = scene.shape
     elif said < .09:
         subject = f"{colour} shape"
-    said = rng.random()
-    if said < .1:
-        phrase = subject
-        return an(phrase) if rng.random() < .6 else phrase
+    if rng.random() < .1:
+        return an(subject) if rng.random() < .6 else subject
     behind = f"{ground} {back}"
     phrases = [
         f"{an(subject)} on {an(behind)}", f"{an(subject)} on {an(behind)}",
@@ -174,10 +170,10 @@ def caption(scene: Scene, rng: Rng) -> str:
         f"{an(subject)} {rng.choice(['over', 'against', 'in front of'])} {an(behind)}",
         f"{behind}, {subject}", f"{an(behind)} with {an(subject)}",
         f"{an(subject)}, {ground} {back}", f"{an(subject)} on {ground}"]
-    if subject == f"{colour} {shape}":
-        that = f"{an(shape)} that is {colour}"
+    if subject == f"{colour} {scene.shape}":
+        that = f"{an(scene.shape)} that is {colour}"
         phrases += [f"{that}, {behind}", f"{that} on {an(behind)}", that,
-                    f"{an(shape)} in {colour} on {an(behind)}"]
+                    f"{an(scene.shape)} in {colour} on {an(behind)}"]
     return str(rng.choice(phrases))
 
 

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..errors import InputError
 from ..files import atomic
 from ..vae import AutoencoderKL
 from .clips import at, caption
@@ -73,6 +74,8 @@ class Clips:
 
     def __init__(self, folder: Path):
         shards = [torch.load(file, weights_only=True) for file in sorted(folder.glob("*.pt"))]
+        if not shards:
+            raise InputError(f"{folder}: has no clips; draw some (--clips 250, or more)")
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.logvar = torch.stack([shard["logvar"] for shard in shards]).mean(dim=0)
         self.captions = [c for shard in shards for c in shard["captions"]]

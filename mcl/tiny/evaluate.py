@@ -106,8 +106,9 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out is not None:
-        check_target(args.out)
+    for path, folder in ((args.out, False), (args.save, True)):
+        if path and not (folder and path.is_dir()):
+            check_target(path, folder)
     photos = find_photos(args.photos, held_out=True) if args.photo_clips else []
     model = load_model(args.weights, dtype=args.dtype)
     config = from_dict(SampleConfig, to_dict(model.config.sample) | dict(args.set))

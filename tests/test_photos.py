@@ -237,6 +237,8 @@ def test_a_first_model_is_trained_from_nothing(folder, tmp_path, monkeypatch, dr
     found = model.vae.decoder(model.vae.post_quant_conv(clips.latents[0, :2].float()))
     assert (found - back).abs().max() < 0.02 * back.std()
     made = torch.load(tmp_path / "run" / "image.pt", weights_only=True)["module"]
+    assert all(made[f"unet.{name}"].equal(weight) for name, weight in
+               model.unet.state_dict().items() if "motion_modules" in name)
     model.unet.load_state_dict({name.removeprefix("unet."): weight for name, weight in made.items()
                                 if name.startswith("unet.")})
     assert model.unet.conv_out.weight.any()                 # has learnt

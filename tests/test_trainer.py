@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mcl.tiny.data import FRAMES, Clips
+from mcl.tiny.data import FRAMES, Clips, parts
 from mcl.tiny.trainer import Muon, Trainee
 
 
@@ -49,6 +49,18 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
         for a, b in zip(getattr(first, name).parameters(), getattr(again, name).parameters()):
             assert torch.equal(a, b)
     assert not any(map(torch.equal, before, again.module.parameters()))
+
+
+def test_pictures_and_latents_are_cut_alike_and_whole_at_the_end():
+    x = torch.arange(7 * 64 * 64).view(7, 1, 64, 64)
+    z, rng, corners = x[..., ::4, ::4], np.random.default_rng(0), set()
+    for _ in range(40):
+        cut, latents = parts(rng, 0.84, x, z)
+        assert cut.shape == (7, 1, 32, 32) and cut[..., ::4, ::4].equal(latents)
+        corners.add(int(latents[0, 0, 0, 0]))
+    assert len(corners) > 20
+    cut, latents = parts(rng, 0.85, x, z)
+    assert cut.equal(x[::3]) and latents.equal(z[::3])
 
 
 def test_what_is_learnt_last_comes_oftener_and_photographs_seldom_alone(tmp_path):

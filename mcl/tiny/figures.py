@@ -1,8 +1,8 @@
 """The figures of one clone, in its finished pictures, against how its reference was rendered.
 
-Positions are in half widths. An emoji counts as its word says ("shape") if no other's
-picture, and no shape's in any colour, is nearer to what is drawn; "steady" is the share of frames
-that agree on a subject, whichever it is.
+Positions are in half widths. An emoji counts as its word says ("shape") if no other's picture, and
+no shape's in any colour, is nearer to what is drawn; "steady" is the share of frames that agree on
+a subject, whichever it is.
 """
 import functools
 import itertools

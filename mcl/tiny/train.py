@@ -5,7 +5,7 @@
 Five stages, each of which goes on where it was stopped:
     vae      the autoencoder, on single frames
     latents  clips, encoded once and kept on disk
-    image    the UNet, its motion modules left out of it, and the text encoder, on single frames
+    image    the UNet but for its motion modules, and the text encoder, on single frames
     motion   the motion modules, on clips and on single frames, and the rest
     decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's, and
              everything into weights/tiny.safetensors

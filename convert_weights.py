@@ -26,14 +26,14 @@ from typing import Iterable
 from tqdm import tqdm
 
 from mcl import InputError
-from mcl.command import Once, Parser, answer, carry_out
-from mcl.convert import assemble
-from mcl.convert.formats import (BASE, FOREIGN_PART, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS,
+from mcl.cli import Once, Parser, answer, carry_out
+from mcl.checkpoints import convert as assemble
+from mcl.checkpoints.detect import (BASE, FOREIGN_PART, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS,
                                  Source, read_source)
-from mcl.convert.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
+from mcl.checkpoints.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
 from mcl.errors import printable
 from mcl.files import Write, check_plan, check_target
-from mcl.machine import DTYPES, SHORT
+from mcl.device import DTYPES, SHORT
 
 NETWORKS = {BASE: "unet", VAE: "vae", TEXT: "text_encoder", MOTION: "motion",
             SPARSECTRL: "sparsectrl"}

@@ -24,24 +24,24 @@ import torch
 
 from mcl import (Guide, Model, Motion, SampleConfig, load_model, read_picture, read_video, sample,
                  write_video)
-from mcl.checkpoint import EMBEDDED, read_header, read_shapes
-from mcl.command import answer, carry_out, one_line_warning
-from mcl.command.jobs import (assembled, check_all, digests, failure, is_made, parse_jobs,
+from mcl.checkpoints.model_file import EMBEDDED, read_header, read_shapes
+from mcl.cli import answer, carry_out, one_line_warning
+from mcl.cli.jobs import (assembled, check_all, digests, failure, is_made, parse_jobs,
                               requested)
-from mcl.command.options import seeded
-from mcl.command.paths import Clip, clips_of
-from mcl.command.reference import given_frames, progress, read_reference, read_subject
-from mcl.convert.formats import LORAS
-from mcl.convert.lora import Lora, merge, open_lora
-from mcl.decode import has_sound
+from mcl.cli.arguments import seeded
+from mcl.cli.outputs import Clip, clips_of
+from mcl.cli.reference import given_frames, progress, read_reference, read_subject
+from mcl.checkpoints.detect import LORAS
+from mcl.checkpoints.lora import Lora, merge, open_lora
+from mcl.video.decode import has_sound
 from mcl.errors import InputError
 from mcl.files import write_json
 from mcl.inversion import Inversion, inversion_guide
-from mcl.machine import keep_freed_memory, off_the_accelerator, pick_recompute
-from mcl.measure.door import check_reference
-from mcl.measure.look import measured, shown_clips, shown_reference, unguided
-from mcl.measure.page import write_page
-from mcl.measure.report import table
+from mcl.device import keep_freed_memory, off_the_accelerator, pick_recompute
+from mcl.evaluation.suitability import check_reference
+from mcl.evaluation.look import measured, shown_clips, shown_reference, unguided
+from mcl.evaluation.html_report import write_page
+from mcl.evaluation.report import table
 from mcl.sampler import starting_noise
 from mcl.semantic import Subject, semantic_guide
 

@@ -17,9 +17,9 @@ try:
 except ImportError:
     sys.exit("error: this page needs gradio: pip install -e '.[demo]'")
 
-from mcl.command import Parser, answer, carry_out, explain
-from mcl.command.options import check, parse
-from mcl.decode import pictures
+from mcl.cli import Parser, answer, carry_out, explain
+from mcl.cli.arguments import check, parse
+from mcl.video.decode import pictures
 from mcl.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

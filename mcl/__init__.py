@@ -1,17 +1,17 @@
 """MotionClone in plain PyTorch: the motion of a reference video, in a new video of a prompt."""
-from .checkpoint import load_model, save_model
+from .checkpoints.model_file import load_model, save_model
 from .config import ModelConfig, SampleConfig
-from .convert.memory import model_from_state_dicts
+from .checkpoints.from_state_dicts import model_from_state_dicts
 from .errors import InputError, NumericalError
 from .inversion import Inversion, inversion_guide, invert_motion
 from .model import Model
 from .motion import Guide, Motion, extract_motion, motion_guide, motion_loss
 from .sampler import State, sample
 from .semantic import semantic_guide, subject_of
-from .sparsectrl import sparse_condition
-from .temporal import Attended, Wanted
-from .video import read_picture, read_video
-from .writers import write_video
+from .networks.sparsectrl import sparse_condition
+from .networks.temporal import Attended, Wanted
+from .video.read import read_picture, read_video
+from .video.write import write_video
 
 __version__ = "0.1.0"
 __all__ = ["Attended", "Guide", "InputError", "Inversion", "Model", "ModelConfig", "Motion",

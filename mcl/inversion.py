@@ -21,8 +21,8 @@ from .model import Model
 from .motion import Guide, Motion, finite, motion_loss, strongest
 from .sampler import clip_shape, predict
 from .schedule import Schedule, ddim_step
-from .temporal import Attended, Wanted
-from .windows import Windows, blend, windows_of
+from .networks.temporal import Attended, Wanted
+from .context_windows import Windows, blend, windows_of
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from .config import ModelConfig, to_dict
 from .errors import InputError
 from .schedule import Schedule
-from .sparsectrl import SparseCtrl
-from .text_encoder import TextEncoder
-from .tokenizer import Tokenizer
-from .unet import Residuals, UNet3D
-from .vae import AutoencoderKL
+from .networks.sparsectrl import SparseCtrl
+from .networks.text_encoder import TextEncoder
+from .networks.tokenizer import Tokenizer
+from .networks.unet import Residuals, UNet3D
+from .networks.vae import AutoencoderKL
 
 
 class Model(nn.Module):

@@ -12,8 +12,8 @@ from .config import LEVELS, SampleConfig
 from .errors import InputError, NumericalError
 from .files import save_safetensors
 from .model import Model
-from .temporal import Attended, Wanted
-from .windows import Windows, windows_of
+from .networks.temporal import Attended, Wanted
+from .context_windows import Windows, windows_of
 
 FORMAT = "mcl-motion-1"
 

@@ -11,8 +11,8 @@ from .errors import InputError, NumericalError
 from .model import Model
 from .motion import Guide, Motion, motion_guide
 from .schedule import ddim_step
-from .temporal import Attended, Wanted
-from .windows import Windows, blend, windows_of
+from .networks.temporal import Attended, Wanted
+from .context_windows import Windows, blend, windows_of
 
 # The size at which the published weights were tuned: 16 frames of 512x512, in latent elements.
 PUBLISHED_SIZE = 16 * 64 * 64

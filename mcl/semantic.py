@@ -18,8 +18,8 @@ from .errors import InputError
 from .model import Model
 from .motion import Guide
 from .sampler import Trajectory, embeddings
-from .temporal import Attended, Wanted
-from .windows import Windows
+from .networks.temporal import Attended, Wanted
+from .context_windows import Windows
 
 SUBJECT = "up_blocks.1"                 # whose attention to the text tells where the subject is
 SIGMA = 5 / 16                          # of the Gaussian around its centre, in sides of the grid

@@ -10,7 +10,7 @@ from torch import nn
 
 from mcl import Model, ModelConfig, load_model
 from mcl.config import SampleConfig, TextConfig, UNetConfig, VAEConfig
-from mcl.tiny.figures import portrait
+from weights.training.clip_metrics import portrait
 
 if "PYTEST_XDIST_WORKER" in os.environ:     # one of several, which share the cores
     torch.set_num_threads(1)
@@ -63,7 +63,7 @@ def drawn_words(monkeypatch):
 
     portrait.cache_clear()
     for module in ("photos", "held_out", "figures", "train"):
-        monkeypatch.setattr(f"mcl.tiny.{module}.emoji", picture)
+        monkeypatch.setattr(f"weights.training.{module}.emoji", picture)
     yield picture
     portrait.cache_clear()
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 import convert_weights
 from mcl import ModelConfig
-from mcl.checkpoint import meta_model
+from mcl.checkpoints.model_file import meta_model
 from mcl.config import SampleConfig, SparseCtrlConfig, TextConfig, UNetConfig, VAEConfig
-from mcl.sparsectrl import SparseCtrl
+from mcl.networks.sparsectrl import SparseCtrl
 
 DATA = Path(__file__).parent / "data"
 MINI = ModelConfig(

@@ -9,7 +9,7 @@ import torch
 from mcl import InputError, NumericalError, Wanted, invert_motion, sample
 from mcl.inversion import inversion_guide, inversion_path, invert
 
-from .conftest import randn
+from tests.conftest import randn
 
 CONFIG = dict(steps=6, guidance_steps=3, inversion_steps=5, top_k=2,
               blocks=("up_blocks.1", "up_blocks.2"), block_weights=(1.0, 0.5))

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mcl import InputError, Motion, NumericalError, extract_motion, motion_loss
-from mcl.unet import UNet3D
+from mcl.networks.unet import UNet3D
 
-from .conftest import SMALL, randn, randomize
+from tests.conftest import SMALL, randn, randomize
 
 
 def latents(seed=0):

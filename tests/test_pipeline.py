@@ -4,10 +4,10 @@ import torch
 
 from mcl import InputError, load_model, model_from_state_dicts, sparse_condition
 
-from . import foreign
-from .conftest import randn, randomize
-from .foreign import convert
-from .test_oracles import OverFrames, PerFrame, error
+from tests import foreign
+from tests.conftest import randn, randomize
+from tests.foreign import convert
+from tests.networks.test_oracles import OverFrames, PerFrame, error
 
 diffusers = pytest.importorskip("diffusers")
 sparse_unet = pytest.importorskip("diffusers.models.controlnets.controlnet_sparsectrl")

@@ -17,7 +17,7 @@ import convert_weights
 import mcl
 import sample as command
 
-from . import foreign
+from tests import foreign
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -109,7 +109,7 @@ def test_the_code_of_the_readme_runs_with_an_installed_wheel(tmp_path):
     *_, last = done.stdout.splitlines() or [done.stderr]
     assert last == f"{tmp_path / 'site' / 'mcl' / '__init__.py'} {mcl.__version__}", done.stderr
     assert (tmp_path / "site" / "mcl" / "py.typed").exists()
-    assert (tmp_path / "site" / "mcl" / "measure" / "page.html").exists()
+    assert (tmp_path / "site" / "mcl" / "evaluation" / "html_report.html").exists()
 
 
 def test_every_file_that_the_readme_names_is_there():

@@ -10,7 +10,7 @@ from mcl.config import SparseCtrlConfig, from_dict
 from mcl.sampler import Trajectory, guidance_weight
 from mcl.schedule import ddim_step
 
-from .conftest import randn, randomize
+from tests.conftest import randn, randomize
 
 
 def clip(seed=0):

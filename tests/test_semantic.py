@@ -10,7 +10,7 @@ from mcl import (InputError, Wanted, extract_motion, invert_motion, sample, sema
 from mcl.semantic import (Masks, appearance, grid_of, noised, plain, semantic_loss, softened,
                           subject_mask, subject_tokens)
 
-from .conftest import randn
+from tests.conftest import randn
 
 
 def test_a_words_tokens_wherever_it_stands(small):

@@ -1,0 +1,420 @@
+"""convert_weights.py: every format of a small Stable Diffusion 1.5, whole and equal."""
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import convert_weights
+import sample as command
+from mcl import load_model, read_video
+from mcl.cli import reference
+from mcl.config import FEW_STEPS, SD15, SD15_V1, SD15_V2, from_dict
+from mcl.config import ModelConfig
+from mcl.checkpoints.detect import distilled
+from mcl.sampler import guidance_weight
+
+from tests.foreign import (MINI, convert, diffusers_folder, ldm, mini_weights, motion, motion_adapter,
+                      old_attention, part, save, sinusoid, sparsectrl)
+
+REF = Path(__file__).parents[2] / "examples" / "figure_eight.mp4"
+BUFFERS = {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000),
+           "posterior_mean_coef1": torch.zeros(1000), "logvar": torch.zeros(1000),
+           "scale_factor": torch.tensor(0.18), "first_stage_model.loss.logvar": torch.zeros(()),
+           "cond_stage_model.transformer.text_model.embeddings.position_ids":
+               torch.arange(77)[None], "something.else": torch.zeros(2)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One file of each kind, for the tests that vary the others."""
+    place = tmp_path_factory.mktemp("files")
+    save(place / "base.safetensors", ldm())
+    save(place / "mm.ckpt", motion("v3"))
+    return place
+
+
+def wanted(dtype=torch.float32, middle=False):
+    return {name: t.to(dtype) for name, t in mini_weights().items()
+            if middle or "mid_block.motion_modules" not in name}
+
+
+def equal(path, expected):
+    found = load_file(path)
+    assert found.keys() == expected.keys()
+    return all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def header(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def without_text_model(state):
+    return {key.replace("transformer.text_model.", "transformer."): t for key, t in state.items()}
+
+
+def half_of(state):
+    return {key: t.half() if i % 2 else t for i, (key, t) in enumerate(state.items())}
+
+
+BASES = {
+    "plain.safetensors": lambda: ldm(),
+    "buffers.safetensors": lambda: ldm() | BUFFERS,
+    "zip.ckpt": lambda: {"state_dict": ldm(), "epoch": 3, "optimizer_states": [{}]},
+    "top_level.ckpt": lambda: ldm(),
+    "wrapped_twice.ckpt": lambda: {"state_dict": {"state_dict": ldm()}},
+    "nai.ckpt": lambda: {"state_dict": without_text_model(ldm())},
+    "old_vae.safetensors": lambda: ldm(("unet", "text_encoder")) | {
+        f"first_stage_model.{k}": t for k, t in old_attention(part("vae")).items()},
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_single_files(name, folder, tmp_path):
+    base = save(tmp_path / name, BASES[name]())
+    out = tmp_path / "out.safetensors"
+    assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
+                   "--dtype", "fp32") == 0
+    assert equal(out, wanted())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_goes_in_as_it_comes_out(dtype, folder, tmp_path):
+    kind = getattr(torch, dtype)
+    base = save(tmp_path / "base.ckpt", {key: t.to(kind) for key, t in ldm().items()})
+    out = tmp_path / "out.safetensors"
+    short = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+    assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
+                   "--dtype", short) == 0
+    assert equal(out, wanted(kind))
+    assert header(out)["dtype"] == dtype
+
+
+def test_mixed_precision_becomes_one(folder, tmp_path):
+    base = save(tmp_path / "base.safetensors", half_of(ldm()))
+    out = tmp_path / "out.safetensors"
+    assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out) == 0
+    assert equal(out, wanted(torch.float16))
+
+
+def test_legacy_pickles_with_foreign_objects(folder, tmp_path, monkeypatch):
+    """As Stable Diffusion's first files: a callback's class is the key of a dict."""
+    lightning = types.ModuleType("pytorch_lightning")
+    lightning.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning"})
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", lightning)
+    thing = lightning.ModelCheckpoint()
+    thing.best = torch.zeros(2)
+    content = {"callbacks": {lightning.ModelCheckpoint: {"best": thing}}, "state_dict": ldm()}
+    for new in (True, False):
+        base = tmp_path / f"base{new}.ckpt"
+        torch.save(content, base, _use_new_zipfile_serialization=new)
+        out = tmp_path / "out.safetensors"
+        assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
+                       "--dtype", "fp32") == 0
+        assert equal(out, wanted())
+
+
+def test_moving_averages_are_taken_when_asked_for(folder, tmp_path, capsys):
+    averages = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": t + 1
+                for key, t in ldm(("unet",)).items()}
+    averages |= {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3)}
+    base = save(tmp_path / "base.safetensors", ldm() | averages)
+    out = tmp_path / "out.safetensors"
+    argv = ["--base", base, "--motion-module", folder / "mm.ckpt", "--out", out, "--dtype", "fp32"]
+    assert convert(*argv) == 0
+    assert equal(out, wanted())
+    assert "688 moving averages" in capsys.readouterr().err
+    assert convert(*argv, "--ema") == 0
+    assert equal(out, {name: t + 1 if name.startswith("unet.") and "motion_modules" not in name
+                       else t for name, t in wanted().items()})
+    argv[1] = folder / "base.safetensors"
+    assert convert(*argv, "--ema") == 2
+    assert "leave out --ema" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"variant": ".fp16"}, {"ending": "bin"}, {"sharded": True}, {"configs": False}], ids=str)
+def test_folders_of_diffusers(options, folder, tmp_path):
+    base = diffusers_folder(tmp_path / "sd15", **options)
+    out = tmp_path / "out.safetensors"
+    assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
+                   "--dtype", "fp16" if "variant" in options else "fp32") == 0
+    assert equal(out, wanted(torch.float16 if "variant" in options else torch.float32))
+
+
+def test_missing_parts_come_from_other_files(folder, tmp_path, capsys):
+    bare = save(tmp_path / "unet.safetensors", ldm(("unet",)))
+    vae = save(tmp_path / "vae.ckpt", {"state_dict": {
+        key.removeprefix("first_stage_model."): t + 1 for key, t in ldm(("vae",)).items()}
+        | {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}})
+    text = diffusers_folder(tmp_path / "sd15") / "text_encoder"
+    out = tmp_path / "out.safetensors"
+    argv = ["--base", bare, "--motion-module", folder / "mm.ckpt", "--out", out, "--dtype", "fp32"]
+    assert convert(*argv) == 2
+    assert capsys.readouterr().err == ("error: a complete model still needs the VAE (--vae), "
+                                       "the text encoder (--text-encoder)\n")
+    assert not out.exists()
+    assert convert(*argv, "--vae", vae, "--text-encoder", text) == 0
+    assert equal(out, {name: t + 1 if name.startswith("vae.") else t
+                       for name, t in wanted().items()})
+
+
+MOTIONS = {
+    "v1.ckpt": ("v1", lambda: motion("v1")),
+    "v2.safetensors": ("v2", lambda: motion("v2")),
+    "v3.safetensors": ("v3", lambda: motion("v3")),
+    "v3_dummy.ckpt": ("v3", lambda: {"state_dict": motion("v3"), "animatediff_config": {"a": 1}}),
+    "trained.ckpt": ("v2", lambda: {"epoch": 1, "state_dict": {
+        f"module.{k}": t for k, t in (part("unet") | motion("v2")).items()}}),
+    "other_prefix.safetensors": ("v3", lambda: {
+        f"module.unet.{k}": t for k, t in motion("v3").items()}),
+    "adapter_v2.safetensors": ("v2", lambda: motion_adapter("v2")),
+    "adapter_v3.safetensors": ("v3", lambda: motion_adapter("v3")),
+    "mm_v1_bare.safetensors": ("v1", lambda: {
+        k: t for k, t in motion("v1").items() if "pos_encoder" not in k}),
+    "motion-adapter-v1-5.safetensors": ("v1", lambda: {
+        k: torch.cat([t, sinusoid(32, t.shape[2])[:, 24:]], 1) if k.endswith(".pe") else t
+        for k, t in motion_adapter("v1").items()}),
+    "half.safetensors": ("v3", lambda: {k: t.half() for k, t in motion("v3").items()}),
+}
+
+
+@pytest.mark.parametrize("name", MOTIONS)
+def test_motion_modules(name, folder, tmp_path):
+    version, state = MOTIONS[name]
+    out = tmp_path / "out.safetensors"
+    dtype = "fp16" if "half" in name else "fp32"
+    assert convert("--base", folder / "base.safetensors", "--out", out, "--dtype", dtype,
+                   "--motion-module", save(tmp_path / name, state())) == 0
+    assert equal(out, wanted(torch.float16 if "half" in name else torch.float32,
+                             middle=version == "v2"))
+    unet = from_dict(ModelConfig, json.loads(header(out)["config"])).unet
+    assert unet.norm_per_frame == (version != "v1")
+    assert unet.motion_mid_block == (version == "v2")
+    assert unet.max_frames == (24 if version == "v1" else 32)
+
+
+@pytest.mark.parametrize("name, preset", [
+    ("animatediff_lightning_4step_comfyui.safetensors", "lightning-4"),
+    ("animatediff_lightning_1step_comfyui.safetensors", ""),
+    ("AnimateDiff-Lightning/animatediff_lightning_8step_diffusers.safetensors", "lightning-8"),
+    ("AnimateLCM/diffusion_pytorch_model.safetensors", "animatelcm"),
+    ("AnimateLCM_sd15_t2v.ckpt", "animatelcm"), ("mm_sd_v15_v2.ckpt", "")])
+def test_distilled_motion_modules_are_known_by_their_names(name, preset):
+    assert distilled(Path("/models", name)) == preset
+    assert preset in ("", *FEW_STEPS)
+
+
+def test_a_distilled_motion_module_brings_its_settings(folder, tmp_path, capsys):
+    out, name = tmp_path / "out.safetensors", "animatediff_lightning_4step_comfyui.safetensors"
+    assert convert("--base", folder / "base.safetensors", "--out", out,
+                   "--motion-module", save(tmp_path / name, motion("v2"))) == 0
+    assert "an AnimateDiff motion module, v2, lightning-4: " in capsys.readouterr().err
+    found = from_dict(ModelConfig, json.loads(header(out)["config"])).sample
+    assert (found.steps, found.spacing, found.cfg_scale, found.frames) == (4, "trailing", 1, 16)
+    assert guidance_weight(0, found, torch.empty(1, 4, 16, 64, 64)) == 2000
+
+
+def test_a_motion_module_of_diffusers_keeps_its_number_of_heads(folder, tmp_path):
+    place = tmp_path / "adapter"
+    place.mkdir()
+    save(place / "diffusion_pytorch_model.safetensors", motion_adapter("v3"))
+    (place / "config.json").write_text(json.dumps({"motion_num_attention_heads": 4}))
+    for given in (place, place / "diffusion_pytorch_model.safetensors"):
+        out = tmp_path / "out.safetensors"
+        assert convert("--base", folder / "base.safetensors", "--motion-module", given,
+                       "--out", out) == 0
+        assert json.loads(header(out)["config"])["unet"]["motion_heads"] == 4
+
+
+def test_what_is_written_describes_itself_and_loads(folder, tmp_path, capsys):
+    out = tmp_path / "my.safetensors"
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+                   "--out", out) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}\n"
+    assert "1130 tensors used, 0 dropped" in captured.err
+    assert "520 tensors used, 40 dropped (40 encodings of positions" in captured.err
+    assert "1650 tensors filled, each once" in captured.err
+    sources = json.loads(header(out)["sources"])
+    assert list(sources) == ["--base base.safetensors", "--motion-module mm.ckpt"]
+    assert all(len(sha256) == 64 for sha256 in sources.values())
+    model = load_model(out, device="cpu")
+    assert model.config.name == "my"
+    assert model.config.unet.block_out_channels == MINI.unet.block_out_channels
+    assert model.config.vae == MINI.vae and model.config.text == MINI.text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["my.safetensors"]
+
+
+def test_a_converted_model_clones_a_motion(folder, tmp_path):
+    out = tmp_path / "my.safetensors"
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+                   "--out", out, "--name", "mine") == 0
+    clip = tmp_path / "clip.mp4"
+    assert command.main(["--weights", str(out), "--ref", str(REF), "--prompt", "a cat", "--size",
+                         "64x64", "--frames", "4", "--steps", "2", "--guidance-steps", "1",
+                         "--out", str(clip)]) == 0
+    assert clip.stat().st_size > 0
+
+
+@pytest.mark.parametrize("kind, form", [("rgb", "ckpt"), ("scribble", "diffusers")])
+def test_a_model_with_sparsectrl_takes_pictures(kind, form, folder, tmp_path, capsys, monkeypatch):
+    state = sparsectrl(kind, form == "diffusers")
+    control = save(tmp_path / "control.ckpt", state if form == "diffusers" else {
+        "controlnet": {f"module.{name}": t for name, t in state.items()}})
+    out, picture = tmp_path / "my.safetensors", tmp_path / "picture.png"
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+                   "--sparsectrl", control, "--out", out, "--dtype", "fp32") == 0
+    assert equal(out, wanted() | {f"sparsectrl.{name}": t for name, t in sparsectrl(kind).items()
+                                  if not name.endswith(".pe")})
+    imageio.imwrite(picture, np.random.default_rng(0).integers(0, 255, (80, 90, 3), np.uint8))
+    argv = ["--weights", str(out), "--ref", str(REF), "--prompt", "a cat", "--size", "64x64",
+            "--frames", "4", "--steps", "2", "--guidance-steps", "1"]
+    clips, given, keep = {}, {}, lambda name: lambda *arguments, **options: (
+        given.update({name: options["condition"]}) or calls[name](*arguments, **options))
+    places = {"sample": command, "extract_motion": reference}
+    calls = {name: getattr(place, name) for name, place in places.items()}
+    for name, place in places.items():
+        monkeypatch.setattr(place, name, keep(name))
+    for name, more in {"none": [], "first": [picture], "last": [f"{picture}@-1"],
+                       "both": [picture, f"{picture}@3"]}.items():
+        path = tmp_path / f"{name}.gif"
+        words = ["--image", *map(str, more)] if more else []
+        assert command.main([*argv, "--out", str(path), *words]) == 0
+        clips[name] = path.read_bytes()
+        # The new clip shows the pictures, the reference its own frames in the same places.
+        for condition in given.values():
+            shown = [] if condition is None else condition[0, -1].flatten(1).amax(dim=1).tolist()
+            assert shown == {"none": [], "first": [1, 0, 0, 0], "last": [0, 0, 0, 1],
+                             "both": [1, 0, 0, 1]}[name]
+    assert len(set(clips.values())) == 4
+    own = read_video(REF, 4, (64, 64))[[0, 3]]
+    expected = ((own + 1) / 2 if kind == "scribble" else load_model(out, "cpu").vae.encode(own)[0]
+                .movedim(0, 1))
+    assert torch.equal(given["extract_motion"][0, :-1, [0, 3]].movedim(0, 1), expected)
+    capsys.readouterr()
+    assert command.main([*argv, "--image", f"{picture}@4"]) == 2
+    assert "the clip has frames 0 to 3" in capsys.readouterr().err
+
+
+def test_a_model_without_sparsectrl_takes_no_pictures(capsys):
+    assert command.main(["--ref", str(REF), "--prompt", "", "--image", "x.png"]) == 2
+    assert "these weights have no SparseCtrl" in capsys.readouterr().err
+
+
+def test_presets_name_the_real_sizes():
+    assert (SD15.unet.max_frames, SD15_V1.unet.max_frames, SD15_V2.unet.max_frames) == (32, 24, 32)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda s: s.pop("model.diffusion_model.out.2.bias"),
+     "base.safetensors: the tensor unet.conv_out.bias is missing"),
+    (lambda s: s.update({"model.diffusion_model.strange": torch.zeros(2)}),
+     "the tensor unet.strange belongs to no part"),
+    (lambda s: s.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}),
+     r"unet.conv_out.bias is \(5,\), here it is \(4,\)"),
+    (lambda s: s["model.diffusion_model.out.2.bias"].fill_(float("nan")),
+     "base.safetensors: the tensor unet.conv_out.bias holds values that are not finite"),
+    (lambda s: s["model.diffusion_model.out.2.bias"].fill_(70000.0),
+     "unet.conv_out.bias .* or that float16 cannot hold"),
+])
+def test_a_base_that_is_not_whole_is_refused(spoil, message, folder, tmp_path, capsys):
+    state = {name: t.clone() if name.endswith("out.2.bias") else t for name, t in ldm().items()}
+    spoil(state)
+    base = save(tmp_path / "base.safetensors", state)
+    out = tmp_path / "out.safetensors"
+    assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out) == 2
+    line, = [x for x in capsys.readouterr().err.splitlines() if "error: " in x]
+    assert re.search(message, line)
+    assert not out.exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_in_the_wrong_place_get_the_right_command(folder, tmp_path, capsys):
+    base, mm, out = folder / "base.safetensors", folder / "mm.ckpt", tmp_path / "o.safetensors"
+    assert convert("--base", mm, "--motion-module", base, "--out", out) == 2
+    error = capsys.readouterr().err
+    assert "mm.ckpt: an AnimateDiff motion module, v3, which is not for --base" in error
+    assert error.endswith(
+        f"python convert_weights.py --motion-module {mm} --base {base} --dtype fp16 --out {out}\n")
+
+
+def test_files_that_have_no_place_are_told_so(folder, tmp_path, capsys):
+    done = tmp_path / "done.safetensors"
+    argv = ["--motion-module", folder / "mm.ckpt", "--out", done, "--base"]
+    bare = save(tmp_path / "bare.safetensors", ldm(("unet",)))
+    assert convert(*argv, bare, "--vae", bare) == 2
+    assert "(UNet): it holds nothing for --vae" in capsys.readouterr().err
+    assert convert(*argv, folder / "base.safetensors") == 0
+    capsys.readouterr()
+    assert convert(*argv, done) == 2
+    assert f"python sample.py --weights {done} runs it\n" in capsys.readouterr().err
+
+
+def test_one_file_may_stand_in_two_places(folder, tmp_path):
+    """And of a whole model given for its VAE, the VAE is taken."""
+    out = tmp_path / "out.safetensors"
+    base = folder / "base.safetensors"
+    other = save(tmp_path / "other.safetensors", {key: t + 1 for key, t in ldm().items()})
+    for vae, more in ((base, 0), (other, 1)):
+        assert convert("--base", base, "--vae", vae, "--motion-module", folder / "mm.ckpt",
+                       "--out", out, "--dtype", "fp32") == 0
+        assert equal(out, {name: t + more if name.startswith("vae.") else t
+                           for name, t in wanted().items()})
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--motion-module", "{mm}"], "needs the UNet (--base), the VAE (--vae)"),
+    (["--base", "{base}"], "error: a complete model still needs the motion module"),
+    (["--base", "{base}", "--motion-module", "{mm}", "--out", "{out}/no/o.safetensors"],
+     "there is no folder"),
+    (["--base", "{base}", "--motion-module", "{mm}", "--dtype", "fp8"], "invalid choice: 'fp8'"),
+    (["--base", "none.ckpt", "--motion-module", "{mm}"], "none.ckpt: no such file or folder"),
+    (["--bass", "{base}"], "unrecognized arguments"),
+])
+def test_wrong_usage_is_one_line(argv, message, folder, tmp_path, capsys):
+    places = {"mm": folder / "mm.ckpt", "base": folder / "base.safetensors", "out": tmp_path}
+    argv = [a.format(**places) for a in argv]
+    assert convert("--out", tmp_path / "o.safetensors", *argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_file_that_is_read_is_not_overwritten(folder, capsys):
+    before = (folder / "mm.ckpt").read_bytes()
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+                   "--out", folder / "mm.ckpt") == 2
+    assert "mm.ckpt: is what this command reads" in capsys.readouterr().err
+    assert (folder / "mm.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (KeyboardInterrupt(), 130, "interrupted; no file is left unfinished"),
+    (MemoryError(), 1, "failed: out of memory")])
+def test_what_stops_it_leaves_no_file(error, code, line, folder, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise error
+    monkeypatch.setattr("mcl.checkpoints.convert.merged", stop)
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+                   "--out", tmp_path / "o.safetensors") == code
+    assert capsys.readouterr().err.endswith(f"{line}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_file_to_write_it_says_so(capsys):
+    assert convert("--base", "x") == 2
+    assert "with --out" in capsys.readouterr().err
+
+
+def test_a_second_file_for_one_place_is_refused(capsys):
+    """Which argparse would take in silence, and forget the first."""
+    for option in ("--sparsectrl", "--base", "--motion-module", "--vae", "--text-encoder"):
+        assert convert_weights.main([option, "a", option, "b", "--out", "c.safetensors"]) == 2
+        assert f"error: {option} is given twice, and takes one file" in capsys.readouterr().err

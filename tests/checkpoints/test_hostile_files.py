@@ -1,0 +1,172 @@
+"""Files that strangers wrote: sizes that cannot be, bombs, loops, names that move the cursor."""
+import json
+import os
+import struct
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mcl import InputError, ModelConfig, load_model
+from mcl.config import (SampleConfig, ScheduleConfig, SparseCtrlConfig, TextConfig, UNetConfig,
+                        VAEConfig, from_dict)
+from mcl.checkpoints.containers import open_checkpoint, read_json
+from mcl.errors import printable
+
+from tests.foreign import convert, ldm, motion, save
+
+
+@pytest.mark.parametrize("kind, values", [
+    (UNetConfig, {"heads": 0}), (UNetConfig, {"heads": 7}), (UNetConfig, {"norm_groups": -4}),
+    (UNetConfig, {"heads": True}), (UNetConfig, {"heads": "8"}), (UNetConfig, {"heads": None}),
+    (UNetConfig, {"layers_per_block": 10**6}), (UNetConfig, {"block_out_channels": ()}),
+    (UNetConfig, {"block_out_channels": [320]}), (UNetConfig, {"block_out_channels": (1e9,)}),
+    (UNetConfig, {"attention_levels": (4,)}), (UNetConfig, {"attention_levels": (1, 0)}),
+    (UNetConfig, {"motion_modules": 1}), (UNetConfig, {"max_frames": 10**9}),
+    (VAEConfig, {"scaling_factor": float("nan")}), (VAEConfig, {"scaling_factor": 0}),
+    (VAEConfig, {"norm_groups": 7}), (VAEConfig, {"latent_channels": -4}),
+    (TextConfig, {"layers": 10**6}), (TextConfig, {"heads": 5}), (TextConfig, {"vocab_size": 9}),
+    (ScheduleConfig, {"beta_start": float("nan")}), (ScheduleConfig, {"train_steps": 10**12}),
+    (SparseCtrlConfig, {"kind": "depth"}), (SparseCtrlConfig, {"sketch_channels": ()}),
+    (SampleConfig, {"frames": "16"}), (SampleConfig, {"cfg_scale": float("nan")}),
+    (ModelConfig, {"name": 3}), (ModelConfig, {"unet": {}}), (ModelConfig, {"fps": 0}),
+    (ModelConfig, {"unet": UNetConfig(in_channels=9)}),
+    (ModelConfig, {"sparsectrl": SparseCtrlConfig("rgb", motion_heads=7)})], ids=str)
+def test_impossible_values_are_refused_where_a_config_is_made(kind, values):
+    with pytest.raises(InputError, match="is not possible: |the rest gives"):
+        kind(**values)
+
+
+@pytest.mark.parametrize("values", [
+    {"unet": 5}, {"unet": None}, {"unet": {"heads": [8]}}, {"sample": []}, {"vocabulary": "ab"},
+    {"unet": {"block_out_channels": [[320]]}}, [], {"strange": 1}], ids=str)
+def test_json_of_another_shape_is_refused(values):
+    with pytest.raises(InputError):
+        from_dict(ModelConfig, values)
+
+
+@pytest.mark.parametrize("text", [
+    "", "[", "[]", "3", '{"a":' * 100000, '{"a": ' + "9" * 6000 + "}", b"\xff"],
+    ids=lambda t: t[:9])
+def test_broken_json_is_refused(text, tmp_path):
+    (tmp_path / "x.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match="x.json: not "):
+        read_json(tmp_path / "x.json")
+
+
+def pairs(opcode, start, count=100):
+    """Something that holds the one before twice, a hundred times over."""
+    return start + b"\x94" + b"".join(
+        b"(h%ch%c" % (i, i) + opcode + b"\x94" for i in range(count))
+
+
+BOMBS = {
+    "a dict in itself": b"\x80\x04}\x94\x8c\x0astate_dicth\x00s.",
+    "tuples as a key": b"\x80\x04}(" + pairs(b"t", b")") + b"K\x01u.",
+    "tuples in a set": b"\x80\x04\x8f(" + pairs(b"t", b")") + b"\x90.",
+    "lists as a storage": b"\x80\x04" + pairs(b"e", b"]").replace(b"(", b"](") + b"Q.",
+    "a number as a key": b"\x80\x04}\x8b" + struct.pack("<i", 9000) + b"\x7f" * 9000 + b"K\x01s.",
+    "a far place of memory": b"\x80\x02}r\xff\xff\xff\xff.",
+    "more bytes than there are": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b".",
+    "tuples in tuples": b"\x80\x04}K\x01" + b"\x85" * 100000 + b"K\x01s.",
+    "the state of a tensor": b"\x80\x04ctorch._utils\n_rebuild_parameter\n}b."}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_bomb_of_pickle_takes_no_time(what, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
+        archive.writestr("x/data.pkl", BOMBS[what])
+    assert convert("--check", tmp_path / "x.ckpt") == 2
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"\x80\x04" + bytes(1 << 27))
+    with pytest.raises(InputError, match="x.ckpt: a zip bomb"):
+        open_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_what_is_no_file_and_what_may_not_be_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: neither a file nor a folder"):
+        open_checkpoint(tmp_path / "pipe")
+    save_file({"w": torch.zeros(1)}, tmp_path / "x.safetensors")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("mcl.checkpoints.containers.open_file", refuse)
+    with pytest.raises(InputError, match="x.safetensors: cannot be read: Permission denied"):
+        open_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_names_in_a_zip_that_are_no_text(tmp_path):
+    torch.save({"w": torch.zeros(1)}, tmp_path / "x.ckpt")
+    data = bytearray((tmp_path / "x.ckpt").read_bytes())
+    place = data.rfind(b"PK\x01\x02")
+    data[place + 9] |= 8                        # says that the name is UTF-8
+    data[place + 46] = 0xff
+    (tmp_path / "x.ckpt").write_bytes(data)
+    with pytest.raises(InputError, match="x.ckpt: truncated or damaged"):
+        open_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_complex_tensors_are_refused(tmp_path):
+    state = {"w": torch.zeros(2, dtype=torch.complex64)}
+    for name in ("x.safetensors", "x.ckpt"):
+        with pytest.raises(InputError, match="not read here"):
+            open_checkpoint(save(tmp_path / name, state))
+
+
+def test_fp8_in_pickles_is_read(tmp_path):
+    w = torch.randn(3, 4).to(torch.float8_e4m3fn)
+    found = open_checkpoint(save(tmp_path / "x.ckpt", {"w": w, "part": w[1:, :2]})).tensors
+    assert found["w"].dtype == w.dtype and torch.equal(found["w"].read().float(), w.float())
+    assert torch.equal(found["part"].read().float(), w[1:, :2].float())
+
+
+def test_what_is_printed_of_a_file_moves_no_cursor(tmp_path, capsys):
+    assert printable("a\x1b[2J\n\u2028\u202e\udcffé 字") == r"a\x1b[2J\n\u2028\u202e\udcffé 字"
+    evil = "evil\n\x1b[2J\x1b[31mRED"
+    torch.save({evil: torch.zeros(1)}, tmp_path / "x.ckpt")
+    vae = save(tmp_path / f"{evil}.safetensors", {
+        "decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)})
+    assert convert("--check", tmp_path / "x.ckpt", vae) == 2
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 5 and "\x1b" not in captured.out + captured.err
+
+
+def test_a_number_without_end_in_a_name_is_no_level(tmp_path):
+    unet = {f"model.diffusion_model.input_blocks.{'9' * 5000}.0.op.weight": torch.zeros(1),
+            "model.diffusion_model.input_blocks.999999999.0.op.weight": torch.zeros(1)}
+    base = save(tmp_path / "x.safetensors", ldm() | unet)
+    save(tmp_path / "mm.safetensors", {"mid_block.motion_modules.0.x": torch.zeros(1)})
+    assert convert("--base", base, "--motion-module", tmp_path / "mm.safetensors", "--out",
+                   tmp_path / "o.safetensors") == 2
+
+
+def test_a_yaml_beside_a_checkpoint_may_say_v_prediction(tmp_path, capsys):
+    base = save(tmp_path / "x.safetensors", ldm(("unet",)))
+    beside = tmp_path / "x.yaml"
+    beside.write_text('model:\n  params:\n    parameterization: "eps"\n')
+    assert convert("--check", base) == 0
+    beside.write_text('model:\n  params:\n    parameterization: "v"\n')
+    assert convert("--check", base) == 2
+    assert "a v-prediction model (yaml: v-prediction, by x.yaml)" in capsys.readouterr().out
+
+
+def test_the_parts_of_another_method_are_warned_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mcl.checkpoints.convert.write", lambda *_: None)
+    save(tmp_path / "base.safetensors", ldm())
+    mm = save(tmp_path / "mm.ckpt", motion("v3") | {"img_encoder.x": torch.zeros(1)})
+    assert convert("--base", tmp_path / "base.safetensors", "--motion-module", mm, "--out",
+                   tmp_path / "o.safetensors") == 0
+    assert f"\nwarning: {mm}: left out: what is of img_encoder, another" in capsys.readouterr().err
+
+
+def test_a_model_with_impossible_sizes_is_named_when_it_is_loaded(tmp_path):
+    save_file({"w": torch.zeros(1)}, tmp_path / "x.safetensors", {
+        "format": "mcl-model-1", "config": json.dumps({"unet": {"heads": 7}})})
+    with pytest.raises(InputError, match="x.safetensors: .*multiples of 224"):
+        load_model(tmp_path / "x.safetensors", device="cpu")

@@ -1,0 +1,47 @@
+"""The walk through the paper: it runs, and what it stores is of a whole run."""
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "examples" / "walkthrough.ipynb"
+
+
+def said(notebook):
+    """All that its cells print, and the number of pictures that they draw."""
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    return ("".join(out.text for out in outputs if out.output_type == "stream"),
+            sum("image/png" in out.get("data", {}) for out in outputs))
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_it_runs_and_its_loop_is_sample_s_to_the_byte(notebook, monkeypatch, tmp_path):
+    stored = said(notebook)
+    monkeypatch.setenv("WALKTHROUGH_QUICK", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text, pictures = said(notebook)
+    assert "\nequal: True\n" in text and "the same as extract_motion: True\n" in text
+    lines = dict(line.split(":") for line in text.splitlines() if line.count(":") == 1)
+    assert float(lines["by hand"]) == pytest.approx(float(lines["motion_loss"]), rel=1e-5)
+    assert float(lines["after a step of length 2"]) < float(lines["g at the start"])
+    assert (len(text.splitlines()), pictures) == (len(stored[0].splitlines()), stored[1])
+
+
+def test_it_is_stored_with_small_outputs_of_a_whole_run(notebook):
+    text, pictures = said(notebook)
+    assert NOTEBOOK.stat().st_size < 600e3 and pictures == 9
+    assert "equal: True" in text and "Warning" not in text and str(Path.home()) not in text
+    fidelity = {line[:14].strip(): float(line[14:]) for line in text.splitlines()
+                if line.startswith(("unguided ", "plain control ", "top-1 ", "inverted "))}
+    assert max(fidelity["unguided"], fidelity["plain control"]) < fidelity["top-1"] - 0.05
+    assert fidelity["top-1"] > 0.95
+    numbers = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert numbers == list(range(1, len(numbers) + 1))

@@ -1,0 +1,503 @@
+"""Numerical equality with diffusers and transformers, element by element, at small random size."""
+import dataclasses
+import functools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange, repeat
+from torch import nn
+
+from mcl import InputError, Model, extract_motion, sample, sparse_condition
+from mcl.config import SampleConfig, ScheduleConfig, SparseCtrlConfig, TextConfig, UNetConfig
+from mcl.inversion import invert
+from tests.benchmarks.diffusers_comparison import diffusers_name, diffusers_unet, oracle_noise
+from mcl.motion import Motion, motion_loss
+from mcl.sampler import Trajectory
+from mcl.schedule import Schedule, ddim_step
+from mcl.networks.sparsectrl import SparseCtrl
+from mcl.networks.text_encoder import TextEncoder
+from mcl.networks.tokenizer import Tokenizer
+from mcl.networks.unet import UNet3D
+from mcl.networks.vae import AutoencoderKL
+
+from tests.conftest import SMALL, randn, randomize
+
+diffusers = pytest.importorskip("diffusers")
+sparse_unet = pytest.importorskip("diffusers.models.controlnets.controlnet_sparsectrl")
+motion_unet = pytest.importorskip("diffusers.models.unets.unet_motion_model")
+transformers = pytest.importorskip("transformers")
+
+# SD1.5's four levels and two layers; the two kinds of heads differ in number.
+V3 = UNetConfig(block_out_channels=(16, 24, 32, 32), layers_per_block=2, heads=2, text_channels=12,
+                norm_groups=4, motion_heads=4, max_frames=24)
+V2 = dataclasses.replace(V3, motion_mid_block=True)
+V1 = dataclasses.replace(V3, norm_per_frame=False)
+BATCH = 2
+BLOCK = "up_blocks.1"
+
+
+def error(ours, oracle):
+    """The largest difference, in standard deviations of what is expected."""
+    assert ours.shape == oracle.shape
+    return float((ours - oracle).abs().max() / oracle.std())
+
+
+def relative(ours, oracle):
+    return float((ours - oracle).norm() / oracle.norm())
+
+
+# The UNet
+
+class PerFrame(nn.Module):
+    """x (b, c, f, h, w): diffusers' motion modules normalise whole clips, AnimateDiff's frames."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return torch.stack([self.norm(frame) for frame in x.unbind(dim=2)], dim=2)
+
+
+class OverFrames(nn.Module):
+    """Group norm of x (b*f, c, h, w) by its definition, with the statistics of each whole clip."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        of_group = dict(dim=(1, 3, 4, 5), keepdim=True)
+        y = rearrange(x, "(b f) (g c) h w -> b f g c h w", b=BATCH, g=self.norm.num_groups)
+        y = y - y.mean(**of_group)
+        y = y / (y.square().mean(**of_group) + self.norm.eps).sqrt()
+        y = rearrange(y, "b f g c h w -> (b f) (g c) h w")
+        return y * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
+
+
+@functools.cache
+def unets(config):
+    """Ours and diffusers' with the same random weights and the same group norms."""
+    ours = randomize(UNet3D(config))
+    oracle = diffusers_unet(ours, config)
+    for module in list(oracle.modules()):
+        if isinstance(module, motion_unet.AnimateDiffTransformer3D):
+            module.norm = PerFrame(module.norm)
+        elif isinstance(module, motion_unet.ResnetBlock2D) and not config.norm_per_frame:
+            module.norm1, module.norm2 = OverFrames(module.norm1), OverFrames(module.norm2)
+    if not config.norm_per_frame:
+        oracle.conv_norm_out = OverFrames(oracle.conv_norm_out)
+    return ours, oracle
+
+
+def oracle_noise_and_maps(oracle, z, t, text):
+    """diffusers' noise, and softmax(q k^T / sqrt(d)) of its queries and keys in up_blocks.1."""
+    seen = {}
+
+    def keep(name):
+        return lambda module, args, output: seen.update({name: output})
+
+    hooks = [layer.register_forward_hook(keep(name)) for name, layer in oracle.named_modules()
+             if name.startswith(f"{BLOCK}.motion_modules.") and name.endswith(("to_q", "to_k"))]
+    eps = oracle_noise(oracle, z, t, text)
+    for hook in hooks:
+        hook.remove()
+    maps = {}
+    for name in [name for name in seen if name.endswith(".to_q")]:
+        q, k = (rearrange(seen[name[:-1] + letter], "b n (heads d) -> b heads n d",
+                          heads=V3.motion_heads) for letter in "qk")
+        scores = torch.einsum("b a n d, b a m d -> b a n m", q, k) / q.shape[-1] ** 0.5
+        maps[name.removesuffix(".to_q")] = scores.softmax(dim=-1)
+    return eps, maps
+
+
+def inputs(frames, h, w, batch=BATCH, seed=0):
+    return randn(batch, 4, frames, h, w, seed=seed), randn(batch, 77, V3.text_channels, seed=seed)
+
+
+@pytest.mark.parametrize("config, frames, h, w, t", [
+    (V3, 1, 9, 13, 0), (V3, 16, 8, 8, 400), (V3, 24, 9, 13, 999), (V3, 3, 8, 8, (0, 999)),
+    (V2, 1, 8, 8, 400), (V2, 8, 9, 13, 999), (V2, 24, 8, 8, 0),
+    (V1, 1, 8, 8, 0), (V1, 8, 9, 13, 400), (V1, 24, 8, 8, 999)])
+def test_unet(config, frames, h, w, t):
+    ours, oracle = unets(config)
+    z, text = inputs(frames, h, w)
+    t = torch.tensor(t)
+    with torch.no_grad():
+        expected = oracle_noise(oracle, z, t, text)
+        assert error(ours(z, t, text)[0], expected) < 1e-4
+
+
+def test_norms_over_frames_are_another_network():
+    z, text = inputs(8, 8, 8)
+    with torch.no_grad():
+        v3, v1 = (oracle_noise(unets(config)[1], z, 400, text) for config in (V3, V1))
+    assert relative(v1, v3) > 0.05
+
+
+def test_no_branch_of_the_compared_unet_is_silent():
+    ours, _ = unets(V2)
+    spread = {}
+
+    def keep(name):
+        return lambda module, args, output: spread.update({name: float(output.std(dim=0).mean())})
+
+    ends = ("to_out.0", "net.2", "proj_out", "conv2", "conv_shortcut")
+    hooks = [layer.register_forward_hook(keep(name)) for name, layer in ours.named_modules()
+             if name.endswith(ends)]
+    z, text = inputs(8, 8, 8)
+    ours(z, 400, text)
+    for hook in hooks:
+        hook.remove()
+    assert len(spread) == len(hooks) and min(spread.values()) > 0.02
+
+
+def test_temporal_attention_maps():
+    ours, oracle = unets(V3)
+    z, text = inputs(8, 9, 13)
+    with torch.no_grad():
+        maps = ours(z, 400, text, temporal_maps=(BLOCK,))[1].temporal_maps
+        _, expected = oracle_noise_and_maps(oracle, z, 400, text)
+    assert [diffusers_name(name) for name in maps] == list(expected) and len(maps) == 6
+    for name, probs in maps.items():
+        assert error(probs, expected[diffusers_name(name)]) < 1e-4
+        assert probs.std() > 0.05       # far from uniform
+
+
+def test_gradient_of_the_motion_loss():
+    ours, oracle = unets(V3)
+    z, text = inputs(8, 9, 13)
+    with torch.no_grad():
+        maps = ours(randn(*z.shape, seed=1), 400, text,
+                    temporal_maps=(BLOCK,))[1].temporal_maps
+    top = {name: probs.topk(2, dim=-1) for name, probs in maps.items()}
+    motion = Motion({name: found.values for name, found in top.items()},
+                    {name: found.indices for name, found in top.items()})
+    z.requires_grad_()
+    maps = ours(z, 700, text, temporal_maps=(BLOCK,))[1].temporal_maps
+    grad, = torch.autograd.grad(motion_loss(maps, motion), z)
+
+    _, maps = oracle_noise_and_maps(oracle, z, 700, text)
+    loss = sum(((maps[diffusers_name(name)].gather(-1, found.indices) - found.values) ** 2).mean()
+               for name, found in top.items())
+    expected, = torch.autograd.grad(loss, z)
+    assert relative(grad, expected) < 1e-4
+
+
+# SparseCtrl
+
+@functools.cache
+def sparse_controls(kind):
+    """Ours and diffusers' with the same random weights."""
+    own = SparseCtrlConfig(kind, motion_heads=V3.motion_heads, max_frames=V3.max_frames,
+                           sketch_channels=(4, 8, 8, 12))
+    ours = randomize(SparseCtrl(V3, own))
+    oracle = sparse_unet.SparseControlNetModel(
+        conditioning_channels=4 if kind == "rgb" else 3, block_out_channels=V3.block_out_channels,
+        layers_per_block=V3.layers_per_block, norm_num_groups=V3.norm_groups,
+        cross_attention_dim=V3.text_channels, num_attention_heads=V3.heads,
+        motion_num_attention_heads=V3.motion_heads, motion_max_seq_length=V3.max_frames,
+        conditioning_embedding_out_channels=own.sketch_channels,
+        use_simplified_condition_embedding=kind == "rgb")
+    tables = {name: v for name, v in oracle.state_dict().items() if name.endswith("pos_embed.pe")}
+    oracle.load_state_dict({diffusers_name(k): v for k, v in ours.state_dict().items()} | tables)
+    for module in list(oracle.modules()):
+        if isinstance(module, motion_unet.AnimateDiffTransformer3D):
+            module.norm = PerFrame(module.norm)
+    return ours, oracle.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("kind, frames, h, w, t", [
+    ("rgb", 8, 9, 13, 400), ("rgb", 1, 8, 8, 999), ("scribble", 24, 8, 8, 0)])
+def test_sparsectrl(kind, frames, h, w, t):
+    ours, oracle = sparse_controls(kind)
+    unet, unet_oracle = unets(V3)
+    z, text = inputs(frames, h, w)
+    given = randn(2, 4, h, w) if kind == "rgb" else randn(2, 3, 8 * h, 8 * w).sigmoid()
+    condition = sparse_condition(given, [0, -1], frames).repeat(BATCH, 1, 1, 1, 1)
+    condition[1] = condition[1].flip(1) * 0.5           # the two of a batch differ
+    flat = repeat(text, "b m c -> (b f) m c", f=frames)
+    with torch.no_grad():
+        found = ours(condition, t, text)
+        down, middle = oracle(z, t, flat, condition[:, :-1], conditioning_mask=condition[:, -1:],
+                              return_dict=False)
+        assert len(found.skips) == len(down) == 12
+        for mine, expected in zip([*found.skips, found.middle], [*down, middle]):
+            assert error(mine, expected.reshape(mine.shape)) < 1e-4
+        eps, _ = unet(z, t, text, residuals=found)
+        expected = unet_oracle(z, t, flat, down_block_additional_residuals=down,
+                               mid_block_additional_residual=middle).sample
+        assert error(eps, expected) < 1e-4
+        assert relative(unet(z, t, text)[0], expected) > 0.01
+
+
+# The VAE and the text encoder
+
+@functools.cache
+def vaes():
+    config = SMALL.vae
+    ours, levels = randomize(AutoencoderKL(config)), len(config.block_out_channels)
+    ours.quant_conv.bias[-2:] = torch.tensor([-60.0, 60.0])     # both clamps of the log-variance
+    oracle = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels, norm_num_groups=config.norm_groups,
+        scaling_factor=config.scaling_factor)
+    oracle.load_state_dict(ours.state_dict())
+    return ours, oracle.requires_grad_(False).eval()
+
+
+def test_vae_encode():
+    ours, oracle = vaes()
+    frames = randn(5, 3, 24, 40).tanh()
+    posterior = oracle.encode(frames).latent_dist
+    noise = randn(5, 4, 6, 10, seed=3)
+    for mine, expected in zip(ours.moments(frames), (posterior.mean, posterior.logvar)):
+        assert error(mine, expected) < 1e-4
+    assert posterior.logvar.aminmax() == (-30, 20)
+    for given, expected in (
+            (None, posterior.mean),
+            (noise, posterior.sample(torch.Generator().manual_seed(3)))):
+        latents = rearrange(ours.encode(frames, given), "1 c f h w -> c f h w")
+        expected = rearrange(expected * oracle.config.scaling_factor, "f c h w -> c f h w")
+        for channel in range(4):        # by itself: the clamped one is ten thousand times larger
+            assert error(latents[channel], expected[channel]) < 1e-4
+
+
+def test_vae_decode():
+    ours, oracle = vaes()
+    latents = 0.1 * randn(1, 4, 5, 6, 10)
+    flat = rearrange(latents, "1 c f h w -> f c h w") / oracle.config.scaling_factor
+    expected = oracle.decode(flat).sample.clamp(-1, 1)
+    assert (expected.abs() < 1).float().mean() > 0.5
+    assert error(ours.decode(latents), expected) < 1e-4
+
+
+@pytest.mark.parametrize("h, w", [(24, 38), (23, 40), (2, 40)])
+def test_vae_refuses_sizes_that_are_not_multiples(h, w):
+    with pytest.raises(InputError, match=f"{h}x{w} .*multiples of 4"):
+        vaes()[0].encode(torch.zeros(1, 3, h, w))
+
+
+@pytest.mark.filterwarnings("ignore")           # what is cut off
+def test_text_encoder():
+    config = TextConfig(hidden_size=32, intermediate_size=64, layers=3, heads=4)
+    ours = randomize(TextEncoder(config))
+    oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        hidden_act="quick_gelu", bos_token_id=49406, eos_token_id=49407)).eval()
+    inner = getattr(oracle, "text_model", oracle)       # before transformers 5.6
+    inner.load_state_dict(ours.text_model.state_dict())
+    words = ["red", "star", "a", "moves", "left", "green", "fox"] * 43
+    ids = Tokenizer()([" ".join(words[:n]) for n in (0, 1, 75, 76, 300)])
+    assert (ids != 49407).sum(dim=1).tolist() == [1, 2, 76, 76, 76]
+    with torch.no_grad():
+        expected = oracle(ids).last_hidden_state
+        for mine, row in zip(ours(ids), expected):
+            assert error(mine, row) < 1e-4
+
+
+def test_every_norm_adds_as_little_as_the_oracle_s():
+    def epsilons(network, rename=str):
+        return {rename(f"{name}.weight"): module.eps for name, module in network.named_modules()
+                if isinstance(module, (nn.GroupNorm, nn.LayerNorm))}
+
+    text = TextEncoder(SMALL.text).text_model
+    oracle_text = transformers.CLIPTextModel(transformers.CLIPTextConfig())
+    unet, control = UNet3D(V2), sparse_controls("rgb")[0]
+    raw = sparse_unet.SparseControlNetModel(block_out_channels=V3.block_out_channels,
+                                            norm_num_groups=V3.norm_groups)
+    for ours, oracle in (
+            (epsilons(unet, diffusers_name), epsilons(diffusers_unet(unet, V2))),
+            (epsilons(control, diffusers_name), epsilons(raw)),
+            (epsilons(vaes()[0]), epsilons(vaes()[1])),
+            (epsilons(text), epsilons(getattr(oracle_text, "text_model", oracle_text)))):
+        assert len(ours) > 2 and {name: oracle[name] for name in ours} == ours
+
+
+# The schedule and the loop
+
+def scheduler(spacing="leading"):
+    return diffusers.DDIMScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        set_alpha_to_one=True, steps_offset=1, timestep_spacing=spacing)
+
+
+def test_alphas_and_noising():
+    ours, oracle = Schedule(ScheduleConfig()), scheduler()
+    assert (ours.alphas_cumprod - oracle.alphas_cumprod).abs().max() < 1e-7
+    assert ours.abar(-1) == oracle.final_alpha_cumprod
+    x, noise = randn(2, 50)
+    for t in (0, 400, 999):
+        assert error(ours.add_noise(x, noise, t),
+                     oracle.add_noise(x, noise, torch.tensor(t))) < 1e-6
+
+
+@pytest.mark.parametrize("spacing, steps", [
+    ("leading", 25), ("leading", 30), ("linspace", 30), ("linspace", 1000), ("uneven", 100)])
+def test_ddim_steps(spacing, steps):
+    ours, oracle = Schedule(ScheduleConfig()), scheduler()
+    timesteps = ours.timesteps(steps, spacing, 50, 0.3)
+    if spacing != "uneven":
+        oracle = scheduler(spacing)
+        oracle.set_timesteps(steps)
+        assert timesteps == oracle.timesteps.tolist()
+    z, weight = randn(3, 40), randn(40, 40, seed=1) / 40 ** 0.5
+    for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
+        eps = torch.tanh(z @ weight + t / 1000)
+        if spacing != "leading":
+            # diffusers goes back by 1000 // steps: here exactly to the next of any list.
+            oracle.num_inference_steps = Fraction(1000, t - t_prev)
+        expected = oracle.step(eps, t, z).prev_sample
+        z = ddim_step(z, eps, eps, ours.abar(t), ours.abar(t_prev))
+        assert error(z, expected) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 25, 999])
+def test_trailing_steps_are_euler_s_and_ddim_s(steps):
+    ours = Schedule(ScheduleConfig())
+    timesteps = ours.timesteps(steps, "trailing", 0, 0.3)
+    euler = diffusers.EulerDiscreteScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing")
+    ddim = scheduler("trailing")
+    for oracle in (euler, ddim):
+        oracle.set_timesteps(steps)
+        assert oracle.timesteps.tolist() == timesteps
+    z, weight = randn(3, 40), randn(40, 40, seed=1) / 40 ** 0.5
+    x = z * (1 + euler.sigmas[0] ** 2).sqrt()           # its latents are larger by that
+    for i, (t, t_prev) in enumerate(zip(timesteps[:8], timesteps[1:] + [-1])):
+        assert error(euler.scale_model_input(x, euler.timesteps[i]), z) < 1e-5
+        eps = torch.tanh(z @ weight + t / 1000)
+        x = euler.step(eps, euler.timesteps[i], x).prev_sample
+        before, z = z, ddim_step(z, eps, eps, ours.abar(t), ours.abar(t_prev))
+        assert error(x / (1 + euler.sigmas[i + 1] ** 2).sqrt(), z) < 1e-5
+        if t - t_prev == 1000 // steps:                 # as far as diffusers' DDIM goes
+            assert error(z, ddim.step(eps, t, before).prev_sample) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 6, 7, 8, 33, 50])
+def test_lcm_steps(steps):
+    """Through the loop's own step, with the same draws of noise."""
+    oracle = diffusers.LCMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012)
+    oracle.set_timesteps(steps)
+    config = SampleConfig(steps=steps, guidance_steps=0, spacing="lcm", solver="lcm", cfg_scale=1.0)
+    none, (ours, theirs) = torch.zeros(1), (torch.Generator().manual_seed(5) for _ in range(2))
+    trajectory = Trajectory(Dummy(None), none, none, config, None, ours)
+    assert [t for t, _ in trajectory.steps] == oracle.timesteps.tolist()
+    z, weight = randn(3, 40), randn(40, 40, seed=1) / 40 ** 0.5
+    for i, (t, _) in enumerate(trajectory.steps):
+        eps = torch.tanh(z @ weight + t / 1000)
+        expected = oracle.step(eps, t, z, generator=theirs).prev_sample
+        z = trajectory.step(i, z, eps)
+        assert error(z, expected) < 1e-5
+
+
+class Dummy:
+    """A model whose noise is a fixed function of the latents and the timestep."""
+
+    def __init__(self, noise_of):
+        self.schedule, self.noise_of = Schedule(ScheduleConfig()), noise_of
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+
+    def encode_text(self, prompts):
+        return torch.zeros(len(prompts), 77, 1)
+
+    def residuals(self, condition, t, text):
+        return None
+
+    def unet(self, z, t, text, **wanted):
+        return self.noise_of(z, t), {}
+
+
+@pytest.mark.parametrize("spacing, steps", [("leading", 25), ("leading", 1000), ("trailing", 25)])
+def test_ddim_inversion(spacing, steps):
+    oracle = diffusers.DDIMInverseScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        set_alpha_to_one=True, steps_offset=0, timestep_spacing=spacing)
+    oracle.set_timesteps(steps)
+    weight = randn(9, 9, seed=1) / 3
+    model = Dummy(lambda z, t: torch.tanh(z @ weight + t / 1000))
+    z = start = randn(1, 4, 3, 9, 9)
+    timesteps = oracle.timesteps.tolist()
+    for (t, mine), expected_t in zip(invert(model, start, "", timesteps), timesteps, strict=True):
+        assert t == expected_t
+        z = oracle.step(model.noise_of(z, t), t, z).prev_sample
+        assert error(mine, z) < 1e-5
+
+
+def test_inversion_and_sampling_are_a_round_trip():
+    """Of a linear model, weak enough that one step hardly changes the noise that it sees."""
+    weight = torch.linalg.qr(randn(9, 9, seed=1)).Q * 0.005
+    model = Dummy(lambda z, t: z @ weight)
+    clip = randn(1, 4, 3, 9, 9)
+    timesteps = list(range(1000))
+    for _, z in invert(model, clip, "", timesteps):
+        pass
+    assert relative(z, clip) > 0.5
+    abar = model.schedule.abar
+    for t in reversed(timesteps):
+        eps = model.noise_of(z, t)
+        z = ddim_step(z, eps, eps, abar(t), abar(t - 1))
+    assert (z - clip).abs().max() < 1e-4 * clip.abs().max()
+
+
+def oracle_run(oracle, reference, z, text, null, config):
+    """The single-step variant around diffusers' UNet, from the paper: latents after each step.
+
+    reference   latents of the reference clip, noised to t = 400
+    """
+    with torch.no_grad():
+        _, maps = oracle_noise_and_maps(oracle, reference, 400, null)
+    top = {name: probs.max(dim=-1, keepdim=True) for name, probs in maps.items()}
+
+    n, g = config.steps, config.guidance_steps
+    border = int((1 - config.guidance_span) * 1000)
+    timesteps = np.concatenate([np.linspace(999, border, g), np.linspace(border - 1, 0, n - g)])
+    timesteps = np.rint(timesteps).astype(int).tolist()
+    abar = scheduler().alphas_cumprod
+    scale = config.motion_weight * z[0, 0].numel() / (16 * 64 * 64)
+    for i, t in enumerate(timesteps):
+        a, a_prev = abar[t], abar[timesteps[i + 1]] if i + 1 < n else torch.tensor(1.0)
+        grad = torch.zeros_like(z)
+        if i < g:
+            weight = scale
+            if i < config.warmup:
+                weight *= (i + 1) / config.warmup
+            if i > g - config.cooldown:
+                weight *= (g - i) / config.cooldown
+            z = z.detach().requires_grad_()
+            _, maps = oracle_noise_and_maps(oracle, z, t, text)
+            loss = sum(((maps[name].gather(-1, m) - value) ** 2).mean()
+                       for name, (value, m) in top.items())
+            grad, = torch.autograd.grad(weight * loss, z)
+        with torch.no_grad():
+            cond, uncond = oracle_noise(oracle, torch.cat([z, z]), t, torch.cat([text, null])
+                                        ).split(1)
+            eps = uncond + config.cfg_scale * (cond - uncond)
+            x0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
+            z = (a_prev.sqrt() * x0 + (1 - a_prev).sqrt() * eps
+                 - (1 - a_prev).sqrt() * (1 - a).sqrt() * grad)
+        yield z
+
+
+def test_a_whole_guided_run():
+    config = dataclasses.replace(SMALL.sample, steps=12, guidance_steps=8, frames=8, warmup=3,
+                                 cooldown=4, cfg_scale=8.5, motion_weight=3e5)
+    model = Model(SMALL)
+    model.unet = unets(V3)[0]
+    randomize(model.text_encoder)
+    clip, noise, start = (randn(1, 4, 8, 8, 8, seed=s) for s in range(3))
+    motion = extract_motion(model, clip, noise=noise)
+    ours, unguided = ([state.latents for state in sample(
+        model, "a red star", m, config, latents=start)] for m in (motion, None))
+
+    reference = scheduler().add_noise(clip, noise, torch.tensor(400))
+    text, null = model.encode_text(["a red star", ""]).split(1)
+    expected = list(oracle_run(unets(V3)[1], reference, start, text, null, config))
+    assert len(ours) == len(expected) == 12
+    assert max(map(relative, ours, expected)) < 1e-4
+    assert relative(unguided[-1], expected[-1]) > 0.01

@@ -26,14 +26,14 @@ from typing import Iterable
 from tqdm import tqdm
 
 from mcl import InputError
-from mcl.cli import Once, Parser, answer, carry_out
+from mcl.cli import StoreOnce, OneLineErrorParser, exit_code_of, run_main
 from mcl.checkpoints import convert as assemble
 from mcl.checkpoints.detect import (BASE, FOREIGN_PART, LORAS, MOTION, SPARSECTRL, TEXT, VAE, WEIGHTS,
                                  Source, read_source)
 from mcl.checkpoints.lora import IGNORE_ALPHA, Lora, open_lora, parse_scaled
-from mcl.errors import printable
-from mcl.files import Write, check_plan, check_target
-from mcl.device import DTYPES, SHORT
+from mcl.errors import escape_control_characters
+from mcl.files import OutputFile, check_io_conflicts, check_writable
+from mcl.device import DTYPES, DTYPE_ALIASES
 
 NETWORKS = {BASE: "unet", VAE: "vae", TEXT: "text_encoder", MOTION: "motion",
             SPARSECTRL: "sparsectrl"}
@@ -41,16 +41,16 @@ CHUNK = 1 << 24
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(prog="convert_weights.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = OneLineErrorParser(prog="convert_weights.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = p.add_argument
-    add("--base", type=Path, action=Once, metavar="B",
+    add("--base", type=Path, action=StoreOnce, metavar="B",
         help="Stable Diffusion 1.5: .safetensors, .ckpt, or a folder of diffusers")
-    add("--motion-module", type=Path, action=Once, metavar="M",
+    add("--motion-module", type=Path, action=StoreOnce, metavar="M",
         help="of AnimateDiff, v1, v2 or v3, or a MotionAdapter of diffusers")
-    add("--sparsectrl", type=Path, action=Once, metavar="S",
+    add("--sparsectrl", type=Path, action=StoreOnce, metavar="S",
         help="of AnimateDiff, rgb or scribble: then sample.py takes pictures or sketches")
-    add("--vae", type=Path, action=Once, metavar="V", help="in place of the base's")
-    add("--text-encoder", type=Path, action=Once, metavar="T", help="in place of the base's")
+    add("--vae", type=Path, action=StoreOnce, metavar="V", help="in place of the base's")
+    add("--text-encoder", type=Path, action=StoreOnce, metavar="T", help="in place of the base's")
     for option, what in zip(LORAS, ("AnimateDiff's domain adapter", "of kohya, A1111, diffusers "
                                     "or PEFT", "of AnimateDiff, for its motion modules")):
         add(option, type=parse_scaled, nargs="+", action="extend", default=[],
@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ignore-alpha", action="store_true", help=IGNORE_ALPHA)
     add("--ema", action="store_true", help="take the base's moving averages")
     add("--out", type=Path, metavar="F", help="the file to write, a .safetensors")
-    add("--dtype", choices=SHORT, default="fp16", help="of what is written (default: %(default)s)")
+    add("--dtype", choices=DTYPE_ALIASES, default="fp16", help="of what is written (default: %(default)s)")
     add("--name", help="of the model (default: the name of the file)")
     add("--check", type=Path, nargs="+", action="extend", metavar="FILE",
         help="say what each file is, and stop")
@@ -146,13 +146,13 @@ def digest(paths: Iterable[Path]) -> dict[Path, str]:
 def convert(args: argparse.Namespace) -> None:
     if args.out is None:
         raise InputError("give the file to write with --out, e.g. --out weights/sd15.safetensors")
-    check_target(args.out)
+    check_writable(args.out)
     given = open_all(args)
     plan = assemble.plan(args.name or args.out.stem, parts_of(given.networks), given.loras,
                          args.ema)
     sources = [*given.networks.values(), *(lora.source for lora in given.loras)]
-    check_plan([("this command", file) for source in sources for file in source.checkpoint.files],
-               [Write("--out", args.out)])
+    check_io_conflicts([("this command", file) for source in sources for file in source.checkpoint.files],
+               [OutputFile("--out", args.out)])
     for source in {s.path: s for s in sources}.values():
         print(account(source, plan), file=sys.stderr)
     sha256 = digest(file for source in sources for file in source.checkpoint.files)
@@ -162,7 +162,7 @@ def convert(args: argparse.Namespace) -> None:
                   *((o.source.slot, o.source, f":{o.scale:g}{' without alpha' * o.ignore_alpha}")
                     for o in given.loras))
               for file in source.checkpoint.files}
-    dtype = DTYPES[SHORT[args.dtype]]
+    dtype = DTYPES[DTYPE_ALIASES[args.dtype]]
     bar = tqdm(plan.tensors(dtype), total=len(plan.shapes), desc=args.out.name, unit="tensor",
                file=sys.stderr)
     assemble.write(plan, args.out, dtype, bar, record)
@@ -179,7 +179,7 @@ def account(source: Source, plan: assemble.Plan) -> str:
             f"{dropped.total()} dropped" + (f" ({why})" if why else "")
             + (f"; {strays} entries that are not tensors" if strays else ""))
     left_out = [reason for reason in dropped if reason.endswith(FOREIGN_PART)]
-    return "\n".join(map(printable, [line, *(
+    return "\n".join(map(escape_control_characters, [line, *(
         f"warning: {source.path}: left out: what is {reason}" for reason in left_out)]))
 
 
@@ -209,7 +209,7 @@ def describe(source: Source) -> str:
         lines.append(f"  for {source.slot}; a complete model still needs "
                      + ", ".join(assemble.missing(held)))
     lines += [f"  sha256 {sha256}  {file.name}" for file, sha256 in digest(files).items()]
-    return "\n".join(map(printable, lines))
+    return "\n".join(map(escape_control_characters, lines))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -221,8 +221,8 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """0 done, 1 failed, 2 bad input, 130 or 143 interrupted; what went wrong is one line."""
-    return answer(lambda: run(parse(argv)))
+    return exit_code_of(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":
-    carry_out(main)
+    run_main(main)

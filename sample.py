@@ -22,28 +22,28 @@ from typing import Any, Sequence
 
 import torch
 
-from mcl import (Guide, Model, Motion, SampleConfig, load_model, read_picture, read_video, sample,
+from mcl import (Guidance, Model, Motion, SampleConfig, load_model, read_image, read_video, sample,
                  write_video)
-from mcl.checkpoints.model_file import EMBEDDED, read_header, read_shapes
-from mcl.cli import answer, carry_out, one_line_warning
+from mcl.checkpoints.model_file import DEFAULT_WEIGHTS, read_model_config, read_shapes
+from mcl.cli import exit_code_of, run_main, one_line_warning
 from mcl.cli.jobs import (assembled, check_all, digests, failure, is_made, parse_jobs,
                               requested)
-from mcl.cli.arguments import seeded
+from mcl.cli.arguments import make_generator
 from mcl.cli.outputs import Clip, clips_of
 from mcl.cli.reference import given_frames, progress, read_reference, read_subject
 from mcl.checkpoints.detect import LORAS
 from mcl.checkpoints.lora import Lora, merge, open_lora
-from mcl.video.decode import has_sound
+from mcl.video.decode import has_audio
 from mcl.errors import InputError
 from mcl.files import write_json
-from mcl.inversion import Inversion, inversion_guide
-from mcl.device import keep_freed_memory, off_the_accelerator, pick_recompute
-from mcl.evaluation.suitability import check_reference
+from mcl.inversion import InvertedReference, inversion_guidance
+from mcl.device import disable_malloc_trimming, offload_to_cpu, use_checkpointing
+from mcl.evaluation.suitability import warn_if_unsuitable
 from mcl.evaluation.look import measured, shown_clips, shown_reference, unguided
 from mcl.evaluation.html_report import write_page
 from mcl.evaluation.report import table
-from mcl.sampler import starting_noise
-from mcl.semantic import Subject, semantic_guide
+from mcl.sampler import initial_noise
+from mcl.semantic import SubjectMasks, semantic_guidance
 
 
 def open_loras(args: argparse.Namespace) -> list[Lora]:
@@ -63,7 +63,7 @@ class Models:
                *((lora.source.path, lora.scale) for lora in loras))
         if self.model is None or key != self.key:
             self.model = None           # not two at a time
-            edit = merge(loras, read_shapes(args.weights or EMBEDDED)) if loras else None
+            edit = merge(loras, read_shapes(args.weights or DEFAULT_WEIGHTS)) if loras else None
             self.model, self.key = load_model(args.weights, args.device, args.dtype, edit), key
         return self.model
 
@@ -78,13 +78,13 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
     began = clock()
     reference = None
     if args.ref is not None:
-        reference = read_video(args.ref, config.frames, (config.height, config.width), args.start,
+        reference = read_video(args.ref, config.num_frames, (config.height, config.width), args.start,
                                args.duration, args.fit, stride=args.stride,
-                               known_fps=read_header(args.weights or EMBEDDED).fps)
-        if has_sound(args.ref):
+                               known_fps=read_model_config(args.weights or DEFAULT_WEIGHTS).fps)
+        if has_audio(args.ref):
             warnings.warn(f"{args.ref}: its sound is left out")
     size = (config.height, config.width)
-    pictures = [read_picture(path, size, args.fit) for path, _ in args.image]
+    pictures = [read_image(path, size, args.fit) for path, _ in args.image]
     timing["read"] = clock() - began
 
     began = clock()
@@ -94,26 +94,26 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
 
     began = clock()
     latents = None if reference is None else model.vae.encode(reference)
-    seen = {} if latents is None else check_reference(model, args.ref, latents)
+    seen = {} if latents is None else warn_if_unsuitable(model, args.ref, latents)
     read = (Motion.load(args.motion) if reference is None or latents is None
             else read_reference(args, model, reference, latents, config))
     subject = read_subject(args, model, read, latents, config)
     timing["extract"] = clock() - began
 
     condition = given_frames(model, pictures, args, config)
-    recompute = pick_recompute(args.memory, model, config)
-    if not recompute:
-        keep_freed_memory()
+    gradient_checkpointing = use_checkpointing(args.memory, model, config)
+    if not gradient_checkpointing:
+        disable_malloc_trimming()
     for clip in clips:
         began = clock()
-        generator = seeded(clip.seed)
-        start = starting_noise(model, config, generator)
+        generator = make_generator(clip.seed)
+        start = initial_noise(model, config, generator)
         guides = guides_of(args, model, read, subject, start, config)
         states = sample(model, args.prompt, read if isinstance(read, Motion) else None, config,
                         guides=guides, latents=start, generator=generator, condition=condition,
-                        recompute=recompute)
+                        gradient_checkpointing=gradient_checkpointing)
         steps = []
-        with off_the_accelerator(model.vae, model.text_encoder):
+        with offload_to_cpu(model.vae, model.text_encoder):
             bar = progress(f"seed {clip.seed}", config.steps)(states)
             for state in bar:
                 steps.append((state.t, state.loss, state.weight))
@@ -136,9 +136,9 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
             figures = measured(model, config, reference, made)
             print(table(figures))
         if clip.maps is not None:
-            t = min(read.latents) if isinstance(read, Inversion) else config.extract_t
+            t = min(read.latents) if isinstance(read, InvertedReference) else config.extraction_timestep
             kept = read if isinstance(read, Motion) else read.motion(t, config)
-            every = dataclasses.replace(config, extract_t=t, top_k=kept.windows.length)
+            every = dataclasses.replace(config, extraction_timestep=t, top_k=kept.windows.length)
             write_page(clip.maps, [shown_reference(args, model, every, read, reference, latents),
                                    *shown_clips(args, model, every, condition, made)],
                        kept, None if subject is None else subject.masks(t), steps,
@@ -146,7 +146,7 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
         write_json(clip.record, {
             **requested(clip, config, fps), "weights_sha256": model.sha256,
             "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-            "recompute": recompute, "torch": torch.__version__,
+            "recompute": gradient_checkpointing, "torch": torch.__version__,
             "loss": [g for _, g, _ in steps if g is not None], "report": figures,
             **seen,
             "seconds": {name: round(s, 3) for name, s in timing.items()},
@@ -154,20 +154,20 @@ def run(clips: Sequence[Clip], models: Models, config: SampleConfig, fps: float)
         print(clip.out)
 
 
-def guides_of(args: argparse.Namespace, model: Model, read: Motion | Inversion,
-              subject: Subject | None, start: torch.Tensor, config: SampleConfig) -> list[Guide]:
+def guides_of(args: argparse.Namespace, model: Model, read: Motion | InvertedReference,
+              subject: SubjectMasks | None, start: torch.Tensor, config: SampleConfig) -> list[Guidance]:
     """What steers beside a `Motion`, from this starting noise."""
     guides = []
-    if config.motion_weight and isinstance(read, Inversion):
-        guides.append(inversion_guide(read, config))
+    if config.motion_weight and isinstance(read, InvertedReference):
+        guides.append(inversion_guidance(read, config))
     if config.motion_weight and config.semantic_scale:
-        guides.append(semantic_guide(model, args.prompt, start, config, subject,
+        guides.append(semantic_guidance(model, args.prompt, start, config, subject,
                                      progress=progress("unguided look", config.guidance_steps)))
     return guides
 
 
 def warn_unknown(model: Model, prompt: str) -> None:
-    unknown = model.unknown_words(prompt)
+    unknown = model.out_of_vocabulary(prompt)
     if unknown:
         warnings.warn(f"this model was not trained on: {', '.join(unknown)}; it knows "
                       f"{', '.join(model.config.vocabulary)}")
@@ -176,7 +176,7 @@ def warn_unknown(model: Model, prompt: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """0 done, 1 failed, 2 bad input, 130 or 143 interrupted; what went wrong is one line."""
     warnings.showwarning = one_line_warning
-    return answer(lambda: run_all(parse_jobs(sys.argv[1:] if argv is None else argv)))
+    return exit_code_of(lambda: run_all(parse_jobs(sys.argv[1:] if argv is None else argv)))
 
 
 def run_all(jobs: list[argparse.Namespace]) -> int:
@@ -221,4 +221,4 @@ def run_each(work: Sequence[tuple[Clip, SampleConfig, float]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    carry_out(main)
+    run_main(main)

@@ -17,9 +17,9 @@ try:
 except ImportError:
     sys.exit("error: this page needs gradio: pip install -e '.[demo]'")
 
-from mcl.cli import Parser, answer, carry_out, explain
+from mcl.cli import OneLineErrorParser, exit_code_of, run_main, format_error
 from mcl.cli.arguments import check, parse
-from mcl.video.decode import pictures
+from mcl.video.decode import iter_frames
 from mcl.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,10 +53,10 @@ class Desk:
             if clip is None:
                 raise InputError("there is no clip yet; upload or record one")
             self.hold(clip, self.visits.setdefault(request.session_hash, ExitStack()))
-            if any(end > LONGEST for _, end, _ in pictures(Path(clip))):
+            if any(end > LONGEST for _, end, _ in iter_frames(Path(clip))):
                 raise InputError(f"{clip}: is longer than {LONGEST} s; cut a part out of it")
         except InputError as error:
-            raise gr.Error(shown(explain(error)[1], clip), None, print_exception=False) from error
+            raise gr.Error(shown(format_error(error)[1], clip), None, print_exception=False) from error
 
     def clone(self, clip: str, prompt: str, seed: int | None, request: gr.Request,
               progress: gr.Progress = gr.Progress()) -> tuple[str, str]:
@@ -121,7 +121,7 @@ def laid_out(desk: Desk) -> gr.Blocks:
 
 
 def serve(argv: list[str]) -> None:
-    p = Parser(prog="examples/demo.py", allow_abbrev=False, epilog="All others are sample.py's.")
+    p = OneLineErrorParser(prog="examples/demo.py", allow_abbrev=False, epilog="All others are sample.py's.")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     p.add_argument("--port", type=int, help="the first free one from 7860 on without it")
     p.add_argument("--share", action="store_true", help="at a public address of gradio's, too")
@@ -146,4 +146,4 @@ def serve(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    carry_out(lambda: answer(lambda: serve(sys.argv[1:])))
+    run_main(lambda: exit_code_of(lambda: serve(sys.argv[1:])))

@@ -1,21 +1,38 @@
 """MotionClone in plain PyTorch: the motion of a reference video, in a new video of a prompt."""
+from typing import TYPE_CHECKING, Any
+
+from . import presets
 from .checkpoints.model_file import load_model, save_model
+from .clone import Clip, Reference, clone, read_reference
 from .config import ModelConfig, SampleConfig
-from .checkpoints.from_state_dicts import model_from_state_dicts
 from .errors import InputError, NumericalError
-from .inversion import Inversion, inversion_guide, invert_motion
+from .guidance import Guidance, motion_guidance
+from .inversion import InvertedReference, inversion_guidance, invert_reference
 from .model import Model
-from .motion import Guide, Motion, extract_motion, motion_guide, motion_loss
-from .sampler import State, sample
-from .semantic import semantic_guide, subject_of
-from .networks.sparsectrl import sparse_condition
-from .networks.temporal import Attended, Wanted
-from .video.read import read_picture, read_video
+from .motion import Motion, extract_motion, motion_loss
+from .networks.attention import AttentionMaps, AttentionRequest
+from .networks.sparsectrl import sparsectrl_condition
+from .sampler import SamplerStep, sample
+from .semantic import make_subject_masks, semantic_guidance
+from .video.read import read_image, read_video
 from .video.write import write_video
 
+if TYPE_CHECKING:
+    from .checkpoints.from_state_dicts import model_from_state_dicts
+
 __version__ = "0.1.0"
-__all__ = ["Attended", "Guide", "InputError", "Inversion", "Model", "ModelConfig", "Motion",
-           "NumericalError", "SampleConfig", "State", "Wanted", "extract_motion",
-           "inversion_guide", "invert_motion", "load_model", "model_from_state_dicts",
-           "motion_guide", "motion_loss", "read_picture", "read_video", "sample", "save_model",
-           "semantic_guide", "sparse_condition", "subject_of", "write_video"]
+__all__ = ["AttentionMaps", "AttentionRequest", "Clip", "Guidance", "InputError",
+           "InvertedReference", "Model", "ModelConfig", "Motion", "NumericalError", "Reference",
+           "SampleConfig", "SamplerStep", "clone", "extract_motion", "inversion_guidance",
+           "invert_reference", "load_model", "make_subject_masks", "model_from_state_dicts",
+           "motion_guidance", "motion_loss", "presets", "read_image", "read_reference",
+           "read_video", "sample", "save_model", "semantic_guidance", "sparsectrl_condition",
+           "write_video"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the converter when it is first used."""
+    if name == "model_from_state_dicts":
+        from .checkpoints.from_state_dicts import model_from_state_dicts
+        return model_from_state_dicts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

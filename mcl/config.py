@@ -1,71 +1,98 @@
-"""Every number in one place: the sizes of the networks and the settings of the method.
+"""Configuration: the sizes of the networks and the settings of the method.
 
-All are frozen dataclasses, which refuse values of a wrong type and impossible ones when they are
-made, with the value and the legal range, before any weight is read. `from_dict` refuses unknown
-keys.
+Every config is a frozen dataclass that validates its fields when it is created, before any weight
+is read. A setting is declared once, with its type, default, range and help text; the options of the
+command line are generated from `SampleConfig`.
 """
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Mapping, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from .errors import InputError
 
 T = TypeVar("T")
-WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "text",
-                         bool: "true or false"}
-LAYERS, LEVELS, CHANNELS, FRAMES = 16, 8, 16384, 4096       # more is no network but an attack
-VOCABULARY = 49408                          # of CLIP's tokenizer
-SPACINGS = ("uneven", "linspace", "leading", "trailing", "lcm")
-SOLVERS = ("ddim", "lcm")
-LCM_STEPS = 50                              # that consistency models are distilled on
+TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "text",
+                              bool: "true or false"}
+# Upper bounds. A file that asks for more describes no real network.
+MAX_LAYERS, MAX_LEVELS, MAX_CHANNELS, MAX_FRAMES, MAX_SIDE = 16, 8, 16384, 4096, 16384
+VOCABULARY_SIZE = 49408                     # tokens of CLIP's tokenizer
+TIMESTEP_SPACINGS = ("motionclone", "linspace", "leading", "trailing", "lcm")
+LCM_STEPS = 50                              # timesteps that consistency models are distilled on
 
 
-def within(default: Any, least: float, most: float = math.inf) -> Any:
-    """A field whose value, or each of whose values, lies in a range, ends included."""
-    return field(default=default, metadata={"range": (least, most)})
+def bounded(default: Any, low: float = -math.inf, high: float = math.inf, *, help: str = "",
+            choices: tuple[str, ...] = (), is_common: bool = False) -> Any:
+    """Declare a dataclass field with its legal values and its help text.
+
+    Args:
+        default: Default value. A tuple declares a list, and the bounds hold for each element.
+        low: Smallest legal value.
+        high: Largest legal value.
+        help: One sentence for the command line and the documentation.
+        choices: The legal values of a text field; empty for any text.
+        is_common: Whether `--help` shows the option; `--help-all` shows every option.
+    """
+    return field(default=default, metadata={"low": low, "high": high, "help": help,
+                                            "choices": choices, "is_common": is_common})
 
 
-class Checked:
-    """A config that refuses, when it is made, what cannot be. Lists become tuples."""
+class ValidatedConfig:
+    """Base class that validates its fields on construction and converts lists to tuples.
+
+    Raises InputError for a value of a wrong type or out of its range.
+    """
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):        # type: ignore[arg-type]
-            value, each = getattr(self, one.name), get_args(one.type)[:1]
-            if each and isinstance(value, list):
+        for spec in dataclasses.fields(self):       # type: ignore[arg-type]
+            value, element_type = getattr(self, spec.name), get_args(spec.type)[:1]
+            if element_type and isinstance(value, list):
                 value = tuple(value)
-                object.__setattr__(self, one.name, value)
-            values = value if each and isinstance(value, tuple) else (value,)
-            if (each and type(value) is not tuple) or not all(
-                    is_a(v, each[0] if each else one.type) for v in values):
-                word = WORDS.get(each[0] if each else one.type, "settings by name")
-                self.refuse(one.name, f"a list, each {word}" if each else word)
-            least, most = one.metadata.get("range", (None, None))
-            if least is not None and not all(least <= v <= most for v in values):
-                self.refuse(one.name, f"{least} or more" if most == math.inf else
-                            f"{least} to {most}" if least < most else str(most))
-        for name, (holds, legal) in self.rules().items():
+                object.__setattr__(self, spec.name, value)
+            kind = element_type[0] if element_type else spec.type
+            elements = value if element_type and isinstance(value, tuple) else (value,)
+            if (element_type and type(value) is not tuple) or not all(
+                    has_type(element, kind) for element in elements):
+                name = TYPE_NAMES.get(kind, "a group of settings by name")
+                self.fail(spec.name, f"a list, each {name}" if element_type else name)
+            low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
+            if kind in (int, float) and not all(low <= element <= high for element in elements):
+                self.fail(spec.name, range_text(low, high))
+            choices = spec.metadata.get("choices")
+            if choices and not all(element in choices for element in elements):
+                self.fail(spec.name, "one of " + ", ".join(choices))
+        for name, (holds, legal) in self.constraints().items():
             if not holds:
-                self.refuse(name, legal)
+                self.fail(name, legal)
 
-    def rules(self) -> dict[str, tuple[bool, str]]:
-        """Of fields: whether the value is possible beside the others, and which are."""
+    def constraints(self) -> dict[str, tuple[bool, str]]:
+        """Return, by field name, whether the value fits the other fields, and the legal values."""
         return {}
 
-    def refuse(self, name: str, legal: str) -> None:
-        raise InputError(f"{name} = {shown(getattr(self, name))} is not possible: {legal}")
+    def fail(self, name: str, legal: str) -> None:
+        """Raise InputError for a field, with its value and the legal values."""
+        raise InputError(f"{name} = {short_repr(getattr(self, name))} is out of range: "
+                         f"it must be {legal}")
 
 
-def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value can stand in a field; whole numbers are numbers, and True is none."""
+def range_text(low: float, high: float) -> str:
+    """Return a range in words, as in "between 1 and 1000"."""
+    if high == math.inf:
+        return f"{low} or more"
+    return f"between {low} and {high}" if low < high else str(high)
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """Return True if a value fits a field's type. Integers fit float; booleans fit only bool."""
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and (
             math.isfinite(value))
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def shown(value: Any) -> str:
-    """A value for a message, cut where it is long; nested as deeply as may be."""
+def short_repr(value: Any) -> str:
+    """Return the repr of any value, cut to 80 characters."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):
@@ -73,244 +100,274 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def of_channels(widths: tuple[int, ...], divisor: int) -> tuple[bool, str]:
-    """That there is a width for each of some levels, each a multiple of what divides it."""
+def check_channels(widths: tuple[int, ...], divisor: int) -> tuple[bool, str]:
+    """Return whether every width is a multiple of `divisor` and even, and the legal values."""
     step = math.lcm(2, divisor)
-    return (1 <= len(widths) <= LEVELS and all(w % step == 0 for w in widths),
-            f"1 to {LEVELS} multiples of {step}, up to {CHANNELS}")
+    return (1 <= len(widths) <= MAX_LEVELS and all(width % step == 0 for width in widths),
+            f"1 to {MAX_LEVELS} multiples of {step}, up to {MAX_CHANNELS}")
 
 
 @dataclass(frozen=True)
-class UNetConfig(Checked):
-    """SD1.5's UNet with AnimateDiff's v3 motion modules, unless told otherwise."""
-    in_channels: int = within(4, 1, CHANNELS)
-    out_channels: int = within(4, 1, CHANNELS)
-    block_out_channels: tuple[int, ...] = within((320, 640, 1280, 1280), 1, CHANNELS)
-    layers_per_block: int = within(2, 1, LAYERS)
-    attention_levels: tuple[int, ...] = (0, 1, 2)   # resolutions that have spatial transformers
-    heads: int = within(8, 1, CHANNELS)
-    text_channels: int = within(768, 1, CHANNELS)
-    norm_groups: int = within(32, 1, CHANNELS)
+class UNetConfig(ValidatedConfig):
+    """Sizes of the 3-D UNet. The defaults are Stable Diffusion 1.5 with AnimateDiff v3."""
+
+    in_channels: int = bounded(4, 1, MAX_CHANNELS)
+    out_channels: int = bounded(4, 1, MAX_CHANNELS)
+    block_out_channels: tuple[int, ...] = bounded((320, 640, 1280, 1280), 1, MAX_CHANNELS)
+    layers_per_block: int = bounded(2, 1, MAX_LAYERS)
+    cross_attention_levels: tuple[int, ...] = (0, 1, 2)     # resolutions with spatial transformers
+    num_attention_heads: int = bounded(8, 1, MAX_CHANNELS)
+    cross_attention_dim: int = bounded(768, 1, MAX_CHANNELS)
+    norm_num_groups: int = bounded(32, 1, MAX_CHANNELS)
 
     motion_modules: bool = True
-    motion_heads: int = within(8, 1, CHANNELS)
-    motion_attentions: int = within(2, 1, LAYERS)   # in each motion module; SparseCtrl's have 1
-    motion_mid_block: bool = False      # v2 has one more module, in the middle
-    norm_per_frame: bool = True         # v1 normalises residual blocks over the whole clip
-    max_frames: int = within(32, 1, FRAMES)         # of the positional encoding; v1: 24
+    motion_num_attention_heads: int = bounded(8, 1, MAX_CHANNELS)
+    motion_num_attention_blocks: int = bounded(2, 1, MAX_LAYERS)    # per motion module
+    motion_mid_block: bool = False          # AnimateDiff v2 has a motion module in the middle block
+    inflated_groupnorm: bool = True         # False for v1: residual blocks normalize whole clips
+    motion_max_seq_length: int = bounded(32, 1, MAX_FRAMES)         # frames; 24 for v1
 
-    def rules(self) -> dict[str, tuple[bool, str]]:
+    def constraints(self) -> dict[str, tuple[bool, str]]:
+        """Return the conditions between fields."""
         levels = range(len(self.block_out_channels))
-        return {"attention_levels": (
-            list(self.attention_levels) == sorted(set(self.attention_levels) & set(levels)),
-            f"some of 0 to {len(levels) - 1}, rising"),
-            "block_out_channels": of_channels(self.block_out_channels, math.lcm(
-                self.norm_groups, self.heads, self.motion_heads if self.motion_modules else 1))}
+        heads = self.motion_num_attention_heads if self.motion_modules else 1
+        return {
+            "cross_attention_levels": (
+                list(self.cross_attention_levels) == sorted(
+                    set(self.cross_attention_levels) & set(levels)),
+                f"some of 0 to {len(levels) - 1}, in rising order"),
+            "block_out_channels": check_channels(self.block_out_channels, math.lcm(
+                self.norm_num_groups, self.num_attention_heads, heads))}
 
     @property
     def time_channels(self) -> int:
+        """Width of the timestep embedding."""
         return 4 * self.block_out_channels[0]
 
 
 @dataclass(frozen=True)
-class SparseCtrlConfig(Checked):
-    """What SparseCtrl takes beside the UNet's own sizes: pictures or sketches of some frames."""
-    kind: str = ""                      # "rgb" or "scribble"; "" where a model has none
-    motion_heads: int = within(8, 1, CHANNELS)
-    max_frames: int = within(32, 1, FRAMES)
-    # Of the convolutions that bring a sketch down to the size of the latents.
-    sketch_channels: tuple[int, ...] = within((16, 32, 96, 256), 1, CHANNELS)
+class SparseCtrlConfig(ValidatedConfig):
+    """Sizes of SparseCtrl that are not the UNet's own."""
 
-    def rules(self) -> dict[str, tuple[bool, str]]:
-        return {"kind": (self.kind in ("", "rgb", "scribble"), "rgb, scribble, or none"),
-                "sketch_channels": (1 <= len(self.sketch_channels) <= LEVELS,
-                                    f"1 to {LEVELS} numbers")}
+    kind: str = bounded("", choices=("", "rgb", "scribble"))        # "" for a model without it
+    motion_num_attention_heads: int = bounded(8, 1, MAX_CHANNELS)
+    motion_max_seq_length: int = bounded(32, 1, MAX_FRAMES)
+    # Widths of the convolutions that reduce a sketch to the size of the latents.
+    conditioning_embedding_channels: tuple[int, ...] = bounded((16, 32, 96, 256), 1, MAX_CHANNELS)
+
+    def constraints(self) -> dict[str, tuple[bool, str]]:
+        """Return the conditions between fields."""
+        return {"conditioning_embedding_channels": (
+            1 <= len(self.conditioning_embedding_channels) <= MAX_LEVELS,
+            f"1 to {MAX_LEVELS} numbers")}
 
 
 @dataclass(frozen=True)
-class VAEConfig(Checked):
-    latent_channels: int = within(4, 1, CHANNELS)
-    block_out_channels: tuple[int, ...] = within((128, 256, 512, 512), 1, CHANNELS)
-    layers_per_block: int = within(2, 1, LAYERS)
-    norm_groups: int = within(32, 1, CHANNELS)
+class VAEConfig(ValidatedConfig):
+    """Sizes of the autoencoder. The defaults are Stable Diffusion 1.5's."""
+
+    latent_channels: int = bounded(4, 1, MAX_CHANNELS)
+    block_out_channels: tuple[int, ...] = bounded((128, 256, 512, 512), 1, MAX_CHANNELS)
+    layers_per_block: int = bounded(2, 1, MAX_LAYERS)
+    norm_num_groups: int = bounded(32, 1, MAX_CHANNELS)
     scaling_factor: float = 0.18215
 
-    def rules(self) -> dict[str, tuple[bool, str]]:
-        return {"block_out_channels": of_channels(self.block_out_channels, self.norm_groups),
-                "scaling_factor": (self.scaling_factor > 0, "above 0")}
+    def constraints(self) -> dict[str, tuple[bool, str]]:
+        """Return the conditions between fields."""
+        return {
+            "block_out_channels": check_channels(self.block_out_channels, self.norm_num_groups),
+            "scaling_factor": (self.scaling_factor > 0, "above 0")}
 
     @property
     def downsampling(self) -> int:
-        """Pixels to the side of one latent position."""
+        """Pixels along the side of one latent position."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclass(frozen=True)
-class TowerConfig(Checked):
-    """The layers of CLIP's two transformers, the one of texts and the one of pictures."""
-    hidden_size: int = within(768, 1, CHANNELS)
-    intermediate_size: int = within(3072, 1, 4 * CHANNELS)
-    layers: int = within(12, 1, 8 * LAYERS)
-    heads: int = within(12, 1, CHANNELS)
+class CLIPTransformerConfig(ValidatedConfig):
+    """Sizes shared by CLIP's text and image transformers."""
 
-    def rules(self) -> dict[str, tuple[bool, str]]:
-        return {"hidden_size": (self.hidden_size % self.heads == 0,
-                                f"a multiple of {self.heads}, up to {CHANNELS}")}
+    hidden_size: int = bounded(768, 1, MAX_CHANNELS)
+    intermediate_size: int = bounded(3072, 1, 4 * MAX_CHANNELS)
+    num_hidden_layers: int = bounded(12, 1, 8 * MAX_LAYERS)
+    num_attention_heads: int = bounded(12, 1, MAX_CHANNELS)
 
-
-@dataclass(frozen=True)
-class TextConfig(TowerConfig):
-    vocab_size: int = within(49408, VOCABULARY, 1 << 20)
-    max_length: int = within(77, 3, FRAMES)
+    def constraints(self) -> dict[str, tuple[bool, str]]:
+        """Return the conditions between fields."""
+        return {"hidden_size": (self.hidden_size % self.num_attention_heads == 0,
+                                f"a multiple of {self.num_attention_heads}, up to {MAX_CHANNELS}")}
 
 
 @dataclass(frozen=True)
-class VisionConfig(TowerConfig):
-    """CLIP's tower of pictures, which only measures; the defaults are clip-vit-base-patch32's."""
-    patch: int = within(32, 1, 1024)    # pixels along the side of a square
-    grid: int = within(7, 1, 1024)      # patches along the side of a picture
+class CLIPTextConfig(CLIPTransformerConfig):
+    """Sizes of CLIP's text encoder. The defaults are those of Stable Diffusion 1.5."""
+
+    vocab_size: int = bounded(VOCABULARY_SIZE, VOCABULARY_SIZE, 1 << 20)
+    max_position_embeddings: int = bounded(77, 3, MAX_FRAMES)
 
 
 @dataclass(frozen=True)
-class ScheduleConfig(Checked):
-    """Betas linear in beta itself: AnimateDiff's, not Stable Diffusion's own."""
-    train_steps: int = within(1000, 1000, 1000)
+class ScheduleConfig(ValidatedConfig):
+    """Noise schedule of AnimateDiff: linear in beta itself, unlike Stable Diffusion's own."""
+
+    num_train_timesteps: int = bounded(1000, 1000, 1000)
     beta_start: float = 0.00085
     beta_end: float = 0.012
 
-    def rules(self) -> dict[str, tuple[bool, str]]:
+    def constraints(self) -> dict[str, tuple[bool, str]]:
+        """Return the conditions between fields."""
         return {"beta_start": (0 < self.beta_start < 1, "above 0 and below 1"),
                 "beta_end": (self.beta_start <= self.beta_end < 1, "beta_start or more, below 1")}
 
 
 @dataclass(frozen=True)
-class SampleConfig(Checked):
-    """Every number of the method; the defaults are the published ones for camera motion."""
-    steps: int = within(100, 1, 1000)
-    guidance_steps: int = within(50, 0)     # the first steps, which the motion guides
-    guidance_span: float = 0.3          # the share of the noise range that they cover
-    spacing: str = "uneven"             # or another of SPACINGS: of the timesteps
-    solver: str = "ddim"                # or "lcm", which puts back fresh noise at each step
-    cfg_scale: float = within(8.5, 0)   # uncond + s * (cond - uncond)
-    cfg_share: float = within(1.0, 0, 1)    # of the steps, the first, that s applies to
+class SampleConfig(ValidatedConfig):
+    """Settings of the method. The defaults are the published ones for camera motion."""
 
-    motion_weight: float = within(2000.0, 0)     # lambda, at 16 frames of 512x512
-    warmup: int = within(10, 0)         # guided steps over which lambda rises at the start
-    cooldown: int = within(10, 0)       # and falls at the end
-    guidance_every: int = within(1, 1)  # guided steps to one gradient, which they all use
-    guidance_repeats: int = within(1, 1)    # times that a step is taken which takes a gradient
+    steps: int = bounded(100, 1, 1000, is_common=True, help="sampling steps")
+    guidance_steps: int = bounded(
+        50, 0, 1000, is_common=True, help="number of steps that are guided, from the first one on")
+    guidance_noise_range: float = bounded(
+        0.3, 0, 1, help="fraction of the noise schedule that the guided steps cover")
+    timestep_spacing: str = bounded(
+        "motionclone", choices=TIMESTEP_SPACINGS,
+        help="spacing of the timesteps; motionclone puts the guided steps into guidance_noise_range")
+    sampler: str = bounded("ddim", choices=("ddim", "lcm"),
+                           help="DDIM, or the sampler of latent consistency models")
+    cfg_scale: float = bounded(
+        8.5, 0, 1000, is_common=True,
+        help="classifier-free guidance scale s in uncond + s * (cond - uncond)")
+    cfg_end_fraction: float = bounded(
+        1.0, 0, 1, help="fraction of the steps after which classifier-free guidance ends")
+    negative_prompt: str = bounded("", is_common=True, help="what the clip should not show")
 
-    extract_t: int = within(400, 0, 999)    # t_alpha: the noise under which the reference is read
-    top_k: int = within(1, 1)           # values kept of each row of a map
-    blocks: tuple[str, ...] = ("up_blocks.1",)
-    block_weights: tuple[float, ...] = within((), 0)    # of each in the loss; 1 where not given
-    inversion_steps: int = within(0, 0, 1000)   # 0: the reference is noised once; else inverted
+    method: str = bounded(
+        "single-step", choices=("single-step", "inversion"), is_common=True,
+        help="how the reference is read: noised once, or inverted by DDIM (the paper's first form)")
+    motion_weight: float = bounded(
+        2000.0, 0, 1e38, is_common=True,
+        help="weight of the motion loss at 16 frames of 512x512 pixels; 0 disables guidance")
+    guidance_warmup_steps: int = bounded(
+        10, 0, 1000, help="guided steps over which the guidance weight rises")
+    guidance_cooldown_steps: int = bounded(
+        10, 0, 1000, help="guided steps over which the guidance weight falls at the end")
+    guidance_interval: int = bounded(
+        1, 1, 1000, help="compute the gradient in every n-th guided step and reuse it in between")
+    guidance_repeats: int = bounded(
+        1, 1, 100, help="times that each step with a gradient is taken, from renewed noise")
+    extraction_timestep: int = bounded(
+        400, 0, 999, help="timestep to which the reference is noised for the extraction")
+    top_k: int = bounded(
+        1, 0, MAX_FRAMES, help="values kept of each row of an attention map; 0 keeps all")
+    guidance_blocks: tuple[str, ...] = bounded(
+        ("up_blocks.1",), help="UNet blocks or layers whose temporal attention is cloned")
+    guidance_block_weights: tuple[float, ...] = bounded(
+        (), 0, 1e38, help="weight of each guidance block in the loss; empty for 1 each")
 
-    semantic_scale: float = within(0.0, 0)      # weight of semantic guidance, where there is any
-    semantic_blocks: tuple[str, ...] = ("up_blocks.1",)     # whose keys it compares
-    mask_threshold: float = within(0.3, 0, 1)   # of the attention to the subject's word
+    inversion_steps: int = bounded(
+        100, 1, 1000, help="DDIM steps of the inversion, with --method inversion")
+    ref_prompt: str = bounded(
+        "", is_common=True, help="what the reference shows, for --method inversion and --subject")
+    subject: tuple[str, ...] = bounded(
+        (), is_common=True,
+        help="two words for semantic guidance: the subject in ref_prompt and in the prompt")
+    semantic_scale: float = bounded(
+        0.0, 0, 1e38, help="weight of semantic guidance; without a subject it compares whole frames")
+    semantic_blocks: tuple[str, ...] = bounded(
+        ("up_blocks.1",), help="UNet blocks whose keys semantic guidance compares")
+    mask_threshold: float = bounded(
+        0.3, 0, 1, help="attention to the subject's word above which a position is foreground")
 
-    frames: int = within(16, 1)
-    window: int = within(0, 0)          # that the UNet sees at once; 0: all that it can
-    overlap: float = within(0.25, 0, 0.9)   # the share of a window that its neighbour sees too
-    loop: bool = False                  # the last window runs into the first
-    height: int = within(512, 1)        # of the picture, in pixels
-    width: int = within(512, 1)
-    negative_prompt: str = ""
+    num_frames: int = bounded(16, 1, MAX_FRAMES, is_common=True, help="length of the clip")
+    height: int = bounded(512, 1, MAX_SIDE, help="height in pixels")
+    width: int = bounded(512, 1, MAX_SIDE, help="width in pixels")
+    context_length: int = bounded(
+        0, 0, MAX_FRAMES, help="frames that the UNet sees at once; 0 for as many as it can")
+    context_overlap: float = bounded(
+        0.25, 0, 0.9, help="fraction of a context window that the next window shares")
+    closed_loop: bool = bounded(
+        False, is_common=True, help="join the end of the clip to its beginning")
+    memory: str = bounded(
+        "auto", choices=("auto", "low", "high"), is_common=True,
+        help="low recomputes activations for the gradient instead of storing them")
 
-    def rules(self) -> dict[str, tuple[bool, str]]:
-        return {"guidance_steps": (self.guidance_steps <= self.steps,
-                                   f"0 to the number of steps, {self.steps}"),
-                "guidance_span": (0 < self.guidance_span <= 1, "above 0, up to 1"),
-                "spacing": (self.spacing in SPACINGS, "one of " + ", ".join(SPACINGS)),
-                "solver": (self.solver in SOLVERS, "one of " + ", ".join(SOLVERS)),
-                "steps": (self.spacing != "lcm" or self.steps <= LCM_STEPS,
-                          f"1 to {LCM_STEPS} with spacing lcm"),
-                "semantic_scale": (not self.semantic_scale or self.solver == "ddim",
-                                   "0 with solver lcm, whose clips are not of one noise"),
-                "top_k": (self.top_k <= self.frames,
-                          f"1 to the number of frames, {self.frames}"),
-                "blocks": (len(self.blocks) > 0, "at least one block"),
-                "semantic_blocks": (len(self.semantic_blocks) > 0, "at least one block"),
-                "block_weights": (len(self.block_weights) in (0, len(self.blocks)),
-                                  f"none, or one for each of {len(self.blocks)} blocks")}
+    def constraints(self) -> dict[str, tuple[bool, str]]:
+        """Return the conditions between fields."""
+        return {
+            "guidance_steps": (self.guidance_steps <= self.steps,
+                               f"between 0 and {self.steps}, the number of steps"),
+            "guidance_noise_range": (self.guidance_noise_range > 0, "above 0, up to 1"),
+            "steps": (self.timestep_spacing != "lcm" or self.steps <= LCM_STEPS,
+                      f"between 1 and {LCM_STEPS} with timestep_spacing lcm"),
+            "semantic_scale": (not self.semantic_scale or self.sampler == "ddim",
+                               "0 with sampler lcm, which adds new noise in every step"),
+            "top_k": (self.top_k <= self.num_frames,
+                      f"between 1 and {self.num_frames}, the number of frames, or 0 for all"),
+            "subject": (len(self.subject) in (0, 2),
+                        "two words, the one of the reference and the one of the new clip"),
+            "guidance_blocks": (len(self.guidance_blocks) > 0, "at least one block"),
+            "semantic_blocks": (len(self.semantic_blocks) > 0, "at least one block"),
+            "guidance_block_weights": (
+                len(self.guidance_block_weights) in (0, len(self.guidance_blocks)),
+                f"empty, or one number for each of {len(self.guidance_blocks)} blocks")}
 
     @property
-    def weights_of_blocks(self) -> dict[str, float]:
-        """In the motion loss, by the blocks' names; empty where all are 1."""
-        return dict(zip(self.blocks, self.block_weights))
-
-
-# What distilled motion modules are published with: AnimateDiff-Lightning (arXiv 2403.12706) and
-# AnimateLCM (arXiv 2402.00769). Guided are the steps from t = 700 up, the method's own span, each
-# three times: what so few lose of the motion once, BENCHMARKS.md tells.
-GUIDED_THRICE = {"guidance_repeats": 3, "warmup": 0, "cooldown": 0}
-FEW_STEPS: dict[str, dict[str, Any]] = {
-    **{f"lightning-{steps}": {"steps": steps, "guidance_steps": guided, "spacing": "trailing",
-                              "cfg_scale": 1.0, **GUIDED_THRICE}
-       for steps, guided in ((2, 1), (4, 2), (8, 3))},
-    "animatelcm": {"steps": 6, "guidance_steps": 2, "spacing": "lcm", "solver": "lcm",
-                   "cfg_scale": 2.0, **GUIDED_THRICE}}
+    def block_weight_map(self) -> dict[str, float]:
+        """Weight of each guidance block in the loss, by name; empty where all are 1."""
+        return dict(zip(self.guidance_blocks, self.guidance_block_weights))
 
 
 @dataclass(frozen=True)
-class ModelConfig(Checked):
-    """A whole model, and the settings that suit it. The defaults are SD1.5 + AnimateDiff v3."""
+class ModelConfig(ValidatedConfig):
+    """A whole model and the settings that suit it. The defaults are SD 1.5 with AnimateDiff v3."""
+
     name: str = "sd15"
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    text_encoder: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sparsectrl: SparseCtrlConfig = field(default_factory=SparseCtrlConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    fps: int = within(8, 1, 1000)
-    vocabulary: tuple[str, ...] = ()    # the words it was trained on, if they can be listed
-    # What the clips that it follows have, as measure/door.py says; moves_from 0: it is unknown.
-    moves_from: float = within(0.0, 0)
-    error_to: float = within(1.0, 0)
+    fps: int = bounded(8, 1, 1000)              # frame rate of the training clips
+    training_vocabulary: tuple[str, ...] = ()   # words of the training captions, if they are few
+    # Limits of the references that the model follows (evaluation/report.py); 0 for unknown.
+    min_reference_motion: float = bounded(0.0, 0)
+    max_denoising_error: float = bounded(1.0, 0)
 
-    def rules(self) -> dict[str, tuple[bool, str]]:
+    def constraints(self) -> dict[str, tuple[bool, str]]:
+        """Return the conditions between fields."""
         unet, control = self.unet, self.sparsectrl
-        for ours, theirs, what in (
-                (unet.in_channels, self.vae.latent_channels, "channels of latents"),
-                (unet.text_channels, self.text.hidden_size, "channels of text")):
-            if ours != theirs:
-                raise InputError(f"its UNet takes {ours} {what}, the rest gives {theirs}")
-        return {"sparsectrl": (
-            not control.kind or of_channels(unet.block_out_channels, control.motion_heads)[0],
-            f"its motion_heads are to divide the UNet's channels, {unet.block_out_channels}")}
-
-
-SD15 = ModelConfig()
-SD15_V2 = dataclasses.replace(SD15, unet=UNetConfig(motion_mid_block=True))
-SD15_V1 = dataclasses.replace(SD15, unet=UNetConfig(norm_per_frame=False, max_frames=24))
-
-TINY = ModelConfig(
-    name="tiny",
-    unet=UNetConfig(block_out_channels=(48, 96, 192), layers_per_block=1, attention_levels=(1, 2),
-                    heads=4, text_channels=64, norm_groups=8, motion_heads=4, max_frames=16),
-    vae=VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8,
-                  scaling_factor=1.0),
-    text=TextConfig(hidden_size=64, intermediate_size=256, layers=2, heads=4),
-    sample=SampleConfig(height=128, width=128))
+        return {
+            "vae": (unet.in_channels == self.vae.latent_channels,
+                    f"one with {unet.in_channels} latent channels, as the UNet takes"),
+            "text_encoder": (unet.cross_attention_dim == self.text_encoder.hidden_size,
+                             f"one of hidden size {unet.cross_attention_dim}, as the UNet takes"),
+            "sparsectrl": (
+                not control.kind or check_channels(unet.block_out_channels,
+                                                   control.motion_num_attention_heads)[0],
+                "one whose motion_num_attention_heads divide the UNet's channels, "
+                f"{unet.block_out_channels}")}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain dicts and lists, for JSON."""
+    """Return a config as plain dicts and lists, for JSON."""
     return dataclasses.asdict(config)
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A config of the given kind; what is left out keeps its default.
+    """Return a config of the given class; fields that are left out keep their defaults.
 
-    Raises InputError for a key that the kind does not have, and for values it refuses.
+    Raises:
+        InputError: If a key is not a field of the class, or a value is not legal.
     """
-    fields = {f.name: f for f in dataclasses.fields(kind)}      # type: ignore[arg-type]
+    fields = {spec.name: spec for spec in dataclasses.fields(kind)}     # type: ignore[arg-type]
     if not isinstance(values, Mapping):
-        raise InputError(f"{kind.__name__} is {shown(values)}, where settings by name are wanted")
+        raise InputError(f"{kind.__name__} = {short_repr(values)} is not valid: "
+                         "it must be a group of settings by name")
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise InputError(f"unknown setting {unknown[0]!r} in {kind.__name__}: "
+        raise InputError(f"{kind.__name__} has no setting {unknown[0]!r}: "
                          f"it has {', '.join(fields)}")
     parsed = {}
     for key, value in values.items():

@@ -1,9 +1,11 @@
-"""Clips longer than a UNet can see at once: windows along time that overlap, and their blend.
+"""Context windows for clips longer than the motion modules can see at once.
 
-Each step of sampling looks at every window by itself (MultiDiffusion, arXiv 2302.08113, section 4,
-along time), so that what it needs of memory does not grow with the clip.
+Each sampling step runs the UNet on overlapping windows of frames and blends the results
+(MultiDiffusion, arXiv 2302.08113, section 4, along time). The memory of a step does not grow with
+the length of the clip.
 """
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -13,52 +15,71 @@ from .config import SampleConfig
 from .errors import InputError
 
 
-class Windows(NamedTuple):
-    """Stretches of a clip; those of a loop run on from its last frame into its first."""
-    frames: int             # of the clip
-    length: int             # of each window, in frames
-    starts: tuple[int, ...]     # the first frame of each
+class ContextWindows(NamedTuple):
+    """Windows of frames; in a closed loop they continue from the last frame to the first.
 
-    def at(self, start: int) -> Tensor:
-        """The frames of the window that begins there, by their numbers: (length,) int64."""
-        return (start + torch.arange(self.length, device="cpu")) % self.frames
-
-
-def windows_of(frames: int, config: SampleConfig, longest: int) -> Windows:
-    """The windows of a clip, evenly apart, whose neighbours share config.overlap or more.
-
-    longest  frames that the UNet can see at once
-
-    A clip that it sees whole, and that is no loop, is one window. Raises InputError where
-    config.window is longer.
+    Attributes:
+        num_frames: Frames of the clip.
+        length: Frames of each window.
+        offsets: First frame of each window.
     """
-    if config.window > longest:
-        raise InputError(f"window = {config.window} is not possible: this model's motion modules "
-                         f"know up to {longest} frames")
-    length = min(frames, config.window or longest)
-    stride = max(1, length - round(config.overlap * length))
-    if config.loop:
-        n = -(-frames // stride)
-        return Windows(frames, length, tuple(i * frames // n for i in range(n)))
-    n = -(-(frames - length) // stride)         # windows after the first
-    return Windows(frames, length, (0, *(i * (frames - length) // n for i in range(1, n + 1))))
+
+    num_frames: int
+    length: int
+    offsets: tuple[int, ...]
+
+    def frame_indices(self, offset: int) -> Tensor:
+        """Return the frame indices (length,) of the window that starts at `offset`."""
+        return (offset + torch.arange(self.length, device="cpu")) % self.num_frames
 
 
-def blend(parts: Sequence[Tensor], windows: Windows) -> Tensor:
-    """A clip (b, c, f, h, w) of what was found in each window, (b, c, windows.length, h, w).
+def make_context_windows(num_frames: int, config: SampleConfig, max_length: int) -> ContextWindows:
+    """Return evenly spaced windows that overlap by config.context_overlap or more.
 
-    The weighted mean where windows overlap, by weights that fall linearly from the middle of a
-    window to its edges, where it knows least of what comes before or after. A single window is
-    returned as it is, to the bit.
+    A clip that fits into one window, and is not a closed loop, gets a single window.
+
+    Args:
+        num_frames: Frames of the clip.
+        config: Settings with context_length, context_overlap and closed_loop.
+        max_length: Frames that the UNet can see at once.
+
+    Raises:
+        InputError: If config.context_length is more than `max_length`.
     """
-    rising = torch.arange(1.0, windows.length + 1)
-    weight = torch.minimum(rising, rising.flip(0))
-    total = torch.zeros(windows.frames)
-    for start in windows.starts:
-        total[windows.at(start)] += weight
-    clip = parts[0].new_zeros(*parts[0].shape[:2], windows.frames, *parts[0].shape[3:])
-    for start, part in zip(windows.starts, parts, strict=True):
-        here = windows.at(start)
-        share = rearrange((weight / total[here]).to(part.device), "f -> f 1 1")
-        clip[:, :, here] += share * part
+    if config.context_length > max_length:
+        raise InputError(f"context_length = {config.context_length} is out of range: this model's "
+                         f"motion modules see at most {max_length} frames")
+    length = min(num_frames, config.context_length or max_length)
+    stride = max(1, length - round(config.context_overlap * length))
+    if config.closed_loop:
+        n = -(-num_frames // stride)
+        return ContextWindows(num_frames, length, tuple(i * num_frames // n for i in range(n)))
+    n = -(-(num_frames - length) // stride)     # windows after the first one
+    return ContextWindows(num_frames, length,
+                          (0, *(i * (num_frames - length) // n for i in range(1, n + 1))))
+
+
+def blend_windows(parts: Sequence[Tensor], windows: ContextWindows) -> Tensor:
+    """Return the weighted mean of overlapping windows.
+
+    The weights fall linearly from the middle of a window to its ends, where the UNet sees least of
+    what comes before or after. A single window is returned unchanged, to the bit.
+
+    Args:
+        parts: One tensor (b, c, windows.length, h, w) for each window.
+        windows: The windows.
+
+    Returns:
+        A tensor (b, c, windows.num_frames, h, w).
+    """
+    ramp = torch.arange(1.0, windows.length + 1)
+    weight = torch.minimum(ramp, ramp.flip(0))
+    total = torch.zeros(windows.num_frames)
+    for offset in windows.offsets:
+        total[windows.frame_indices(offset)] += weight
+    clip = parts[0].new_zeros(*parts[0].shape[:2], windows.num_frames, *parts[0].shape[3:])
+    for offset, part in zip(windows.offsets, parts, strict=True):
+        indices = windows.frame_indices(offset)
+        clip[:, :, indices] += rearrange((weight / total[indices]).to(part.device),
+                                         "f -> f 1 1") * part
     return clip

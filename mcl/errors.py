@@ -2,7 +2,7 @@
 import unicodedata
 
 
-def printable(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """Text of a file or its name, for a terminal: nothing in it moves the cursor or starts a line.
 
     Control characters, marks of direction, line separators and halves of surrogates are escaped.
@@ -22,7 +22,7 @@ class InputError(ValueError):
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return escape_control_characters(super().__str__())
 
 
 class NumericalError(RuntimeError):

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from .errors import InputError
 
-MARK = ".motionclone"                   # in a folder that this program wrote and may replace
-MADE_BY = "motionclone"                 # a key of its JSON
+FOLDER_MARKER = ".motionclone"                   # in a folder that this program wrote and may replace
+RECORD_KEY = "motionclone"                 # a key of its JSON
 LONGEST_NAME = 255 - len(f".{2 ** 22}.new.")    # in bytes, so that there is room for what is before
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
-class Write:
+class OutputFile:
     """What a run will write. `ours` tells whether what stands there is of an earlier run, of what
     nobody named; None for what was named itself, whose replacement was asked for."""
     what: str                           # the option that it comes of
@@ -32,7 +32,7 @@ class Write:
     ours: Callable[[], bool] | None = None
 
 
-def check_plan(reads: Iterable[tuple[str, Path]], writes: Iterable[Write]) -> None:
+def check_io_conflicts(reads: Iterable[tuple[str, Path]], writes: Iterable[OutputFile]) -> None:
     """Raises InputError, before any work, where a run would destroy or could not write something.
 
     reads    what the run will read, each with the option that names it
@@ -41,19 +41,19 @@ def check_plan(reads: Iterable[tuple[str, Path]], writes: Iterable[Write]) -> No
     No write may be a read or another write, by whatever name; nothing is replaced that is neither
     ours nor was named; the rest is `check_target`'s. Touches nothing.
     """
-    taken = {key: f"is what {what} reads" for what, path in reads for key in identities(path)}
+    taken = {key: f"is what {what} reads" for what, path in reads for key in file_ids(path)}
     for write in writes:
-        check_target(write.path, write.folder)
-        for key in identities(write.path):
+        check_writable(write.path, write.folder)
+        for key in file_ids(write.path):
             if key in taken:
                 raise InputError(f"{write.path}: {taken[key]}; give {write.what} another name")
         if write.ours is not None and os.path.lexists(write.path) and not write.ours():
             raise InputError(f"{write.path}: is there and was not written by this program; move "
                              f"it, or give {write.what} another name")
-        taken |= {key: f"is written by {write.what} as well" for key in identities(write.path)}
+        taken |= {key: f"is written by {write.what} as well" for key in file_ids(write.path)}
 
 
-def identities(path: Path) -> list[Hashable]:
+def file_ids(path: Path) -> list[Hashable]:
     """What two names of one file share, be it there or not."""
     names: list[Hashable] = [os.path.realpath(path)]
     if path.exists():
@@ -61,7 +61,7 @@ def identities(path: Path) -> list[Hashable]:
     return names
 
 
-def check_target(path: Path, folder: bool = False) -> None:
+def check_writable(path: Path, folder: bool = False) -> None:
     """Raises InputError where a file, or a folder, could not be written to `path`.
 
     A folder is replaced only if it is empty or carries our MARK, a file only if it is a regular
@@ -84,7 +84,7 @@ def check_target(path: Path, folder: bool = False) -> None:
         raise InputError(f"{path}: is {what}; give the name of a {'folder' if folder else 'file'}")
     if not folder and path.exists() and not path.is_file():
         raise InputError(f"{path}: is a device, a pipe or a socket; give the name of a file")
-    if path.is_dir() and any(path.iterdir()) and not (path / MARK).is_file():
+    if path.is_dir() and any(path.iterdir()) and not (path / FOLDER_MARKER).is_file():
         raise InputError(f"{path}: is a folder that this program did not write; give a new or an "
                          "empty one")
 
@@ -102,7 +102,7 @@ def check_readable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic(path: str | os.PathLike, folder: bool = False) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, folder: bool = False) -> Iterator[Path]:
     """A path to write a file or a folder to, which replaces `path` on success and goes on failure.
 
     A folder is there, empty but for our MARK. Raises InputError where it cannot be written: missing
@@ -114,13 +114,13 @@ def atomic(path: str | os.PathLike, folder: bool = False) -> Iterator[Path]:
     temporary = target.with_name(f".{os.getpid()}.new.{target.name}")
     former = target.with_name(f".{os.getpid()}.old.{target.name}")
     try:
-        check_target(target, folder)
-        clear_up(target)
+        check_writable(target, folder)
+        remove_stale_temporaries(target)
         if folder:
             temporary.mkdir()
-            (temporary / MARK).write_text("Written by sample.py, which may replace this folder.\n")
+            (temporary / FOLDER_MARKER).write_text("Written by sample.py, which may replace this folder.\n")
         yield temporary
-        check_target(target, folder)
+        check_writable(target, folder)
         if target.is_dir():             # a folder that is not empty cannot be replaced in one step
             os.replace(target, former)
             try:
@@ -139,7 +139,7 @@ def atomic(path: str | os.PathLike, folder: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def clear_up(target: Path) -> None:
+def remove_stale_temporaries(target: Path) -> None:
     """Removes what a process that was killed left while it wrote to a target; a folder that it had
     moved out of the way comes back, if nothing came in its place."""
     for left in target.parent.iterdir():
@@ -168,21 +168,21 @@ def is_running(pid: int) -> bool:
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Writes strict JSON, marked as ours; what is not finite is null."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(finite({MADE_BY: True, **record}), indent=2,
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(nonfinite_to_none({RECORD_KEY: True, **record}), indent=2,
                                         allow_nan=False) + "\n", encoding="utf-8")
 
 
-def finite(value: Any) -> Any:
+def nonfinite_to_none(value: Any) -> Any:
     """The same with None for every number, however deep, that JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
+        return {key: nonfinite_to_none(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
+        return [nonfinite_to_none(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_lines(path: Path, of: str, is_one: Callable[[Any], bool]) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, of: str, is_one: Callable[[Any], bool]) -> list[dict[str, Any]]:
     """The records of a file, one in each line; none if it is not there.
 
     A last line that was cut off is left out. Raises InputError for a file that cannot be read, and
@@ -206,21 +206,21 @@ def read_lines(path: Path, of: str, is_one: Callable[[Any], bool]) -> list[dict[
     return records
 
 
-def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    with atomic(path) as temporary:
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
 
 
-def is_our_json(path: Path) -> bool:
+def is_mcl_record(path: Path) -> bool:
     """Whether `write_json` wrote a file."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and MADE_BY in record
+    return isinstance(record, dict) and RECORD_KEY in record
 
 
-def digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """sha256 of a file, or of the names and the files of a folder."""
     if path.is_file():
         with open(path, "rb") as binary:
@@ -228,14 +228,14 @@ def digest(path: Path) -> str:
     held = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         if file.is_file():
-            held.update(f"{file.relative_to(path)}\0{digest(file)}\n".encode(errors="replace"))
+            held.update(f"{file.relative_to(path)}\0{sha256_of(file)}\n".encode(errors="replace"))
     return held.hexdigest()
 
 
 def save_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor],
                      metadata: dict[str, str]) -> None:
     """Writes the tensors and the metadata, whole or not at all."""
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
         mask = os.umask(0)              # it can only be read by setting it
         os.umask(mask)
@@ -257,8 +257,8 @@ def stream_safetensors(path: str | os.PathLike, shapes: Mapping[str, Sequence[in
                         "data_offsets": [start, end]}
     text = json.dumps(header).encode("utf-8")
     text += b" " * (-len(text) % 8)                     # the data begins on a multiple of 8
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_uint8(8, "little") + text)
         for shape, tensor in zip(shapes.values(), tensors, strict=True):
             assert tensor.dtype == dtype and tensor.shape == tuple(shape)
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

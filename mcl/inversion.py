@@ -1,13 +1,12 @@
-"""The variant with DDIM inversion (arXiv 2406.05338, versions 1 to 3).
+"""The paper's first form: motion from DDIM inversion (arXiv 2406.05338, versions 1 to 3).
 
-The reference is led back, step by step, to the noise that it would have been sampled from. At each
-guided step the motion is then read from its own latents at that timestep, in place of one reading
-from once-noised latents.
+The reference is led back step by step to the noise that it would have been sampled from. At every
+guided step, the motion is read from the inverted latents of that timestep.
 """
 import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,180 +14,224 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import SampleConfig
+from .context_windows import ContextWindows, blend_windows, make_context_windows
 from .errors import InputError, NumericalError
 from .files import save_safetensors
+from .guidance import Guidance
 from .model import Model
-from .motion import Guide, Motion, finite, motion_loss, strongest
-from .sampler import clip_shape, predict
-from .schedule import Schedule, ddim_step
-from .networks.temporal import Attended, Wanted
-from .context_windows import Windows, blend, windows_of
+from .motion import Motion, check_finite, motion_loss, top_k_motion
+from .networks.attention import AttentionMaps, AttentionRequest
+from .sampler import unet_forward
+from .schedule import NoiseSchedule, ddim_step
 
 
 @torch.no_grad()
-def invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[int],
-           t_before: int = -1, windows: Windows | None = None) -> Iterator[tuple[int, Tensor]]:
-    """DDIM run backwards (arXiv 2010.02502): yields (t, z_t) of a clip for ascending timesteps.
+def ddim_invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[int],
+                t_before: int = -1, windows: ContextWindows | None = None
+                ) -> Iterator[tuple[int, Tensor]]:
+    """Run DDIM backwards (arXiv 2010.02502) and yield (t, z_t) for rising timesteps.
 
-    `latents` (1, c, f, h, w) are those of `t_before`: -1 for a clean clip. One step leads from
-    the timestep before to t, with the noise that the model sees at t: the steps that sampling
-    takes, without classifier-free guidance. A clip of more frames than the model knows takes
-    `windows`. Raises NumericalError in a step that is not finite.
+    Args:
+        model: The model.
+        latents: Latents (1, c, f, h, w) at `t_before`.
+        prompt: What the clip shows. There is no classifier-free guidance.
+        timesteps: Rising timesteps to visit.
+        t_before: Timestep of `latents`; -1 for a clean clip.
+        windows: Context windows of a long clip.
+
+    Raises:
+        NumericalError: In a step whose result is not finite.
     """
-    windows = windows or Windows(latents.shape[2], latents.shape[2], (0,))
+    windows = windows or ContextWindows(latents.shape[2], latents.shape[2], (0,))
     text = model.encode_text([prompt])
     z = latents.to(model.device, torch.float32)
-    for t_before, t in zip([t_before, *timesteps], timesteps):
-        eps = blend([predict(model, z[:, :, windows.at(start)], t, text)[0]
-                     for start in windows.starts], windows)
-        z = ddim_step(z, eps, eps, model.schedule.abar(t_before), model.schedule.abar(t))
+    for t_prev, t in zip([t_before, *timesteps], timesteps):
+        eps = blend_windows([unet_forward(model, z[:, :, windows.frame_indices(offset)], t, text)[0]
+                             for offset in windows.offsets], windows)
+        z = ddim_step(z, eps, eps, model.schedule.alpha_bar(t_prev), model.schedule.alpha_bar(t))
         if not torch.isfinite(z).all():
             raise NumericalError(f"the inversion is not finite at timestep {t}: dtype float32 may "
-                                 "mend it")
+                                 "help")
         yield t, z
 
 
 @dataclass(frozen=True)
-class Inversion:
-    """A reference along its inversion."""
+class InvertedReference:
+    """A reference with its inverted latents.
+
+    Attributes:
+        model: The model that inverted it.
+        text: Embeddings of the reference's prompt (1, n, d).
+        latents: By timestep, latents (1, c, f, h, w); they may be loaded from disk on access.
+    """
+
     model: Model
-    text: Tensor                        # (1, n, d), of the reference's prompt
-    latents: Mapping[int, Tensor]       # timestep -> (1, c, f, h, w), read as they are needed
+    text: Tensor
+    latents: Mapping[int, Tensor]
 
     @torch.no_grad()
-    def attend(self, t: int, wanted: Wanted, frames: Tensor | slice = slice(None)) -> Attended:
-        """The reference's attention at timestep t, in all frames or those of one window. Raises
-        InputError for a timestep that was not kept."""
+    def attention(self, t: int, request: AttentionRequest, frames: Tensor | slice = slice(None)
+                  ) -> AttentionMaps:
+        """Return the reference's attention at timestep t, in all frames or in those of a window.
+
+        Raises:
+            InputError: If the reference was not inverted to t.
+        """
         if t not in self.latents:
             raise InputError(f"the reference was not inverted to timestep {t}: invert it with the "
-                             "settings that are sampled with")
+                             "settings of the sampling")
         z = self.latents[t][:, :, frames].to(self.model.device, self.model.dtype)
-        return self.model.unet.attend(z, t, self.text, wanted)
+        return self.model.unet.forward_to_attention(z, t, self.text, request)
 
-    def motion(self, t: int, config: SampleConfig, start: int | None = None) -> Motion:
-        """The motion at timestep t, of the blocks and values that the settings name, in all windows
-        or the one from a frame on."""
-        windows = windows_of(config.frames, config, self.model.config.unet.max_frames)
-        starts = windows.starts if start is None else (start,)
+    def motion_at(self, t: int, config: SampleConfig, offset: int | None = None) -> Motion:
+        """Return the motion at timestep t, in all context windows or in the one at `offset`."""
+        windows = make_context_windows(config.num_frames, config,
+                                       self.model.config.unet.motion_max_seq_length)
+        offsets = windows.offsets if offset is None else (offset,)
         h, w = self.latents[t].shape[-2:]
-        return finite(strongest(
-            [self.attend(t, Wanted(config.blocks), windows.at(each)).temporal_maps
-             for each in starts],
-            config.top_k, windows, {"frames": config.frames, "height": h, "width": w}))
+        request = AttentionRequest(temporal=config.guidance_blocks)
+        return check_finite(top_k_motion(
+            [self.attention(t, request, windows.frame_indices(o)) for o in offsets],
+            config.top_k or windows.length, windows,
+            {"num_frames": config.num_frames, "height": h, "width": w}))
 
 
-def inversion_guide(inversion: Inversion, config: SampleConfig) -> Guide:
-    """Towards the motion that the reference has at each step.
+def inversion_guidance(inverted: InvertedReference, config: SampleConfig) -> Guidance:
+    """Return guidance towards the motion that the reference has at each step.
 
-    Raises InputError where it was not inverted for these settings.
+    Raises:
+        InputError: If the reference was not inverted with these settings.
     """
-    shape = clip_shape(inversion.model, config)
-    for t in guided_timesteps(inversion.model.schedule, config):
-        if t not in inversion.latents or inversion.latents[t].shape != shape:
-            raise InputError(f"the reference was not inverted to latents of {shape} at timestep "
-                             f"{t}: invert it with the settings that are sampled with")
-    return Guide(Wanted(temporal_maps=config.blocks), lambda seen, t: motion_loss(
-        seen.temporal_maps, inversion.motion(t, config, seen.start), config.weights_of_blocks))
+    shape = inverted.model.latent_shape(config)
+    for t in guided_timesteps(inverted.model.schedule, config):
+        if t not in inverted.latents or inverted.latents[t].shape != shape:
+            raise InputError(f"the reference was not inverted to latents of shape {shape} at "
+                             f"timestep {t}: invert it with the settings of the sampling")
+    return Guidance(
+        lambda maps, t: motion_loss(maps.temporal,
+                                    inverted.motion_at(t, config, maps.frame_offset),
+                                    config.block_weight_map),
+        config.guidance_blocks)
 
 
-class KeptLatents(Mapping[int, Tensor]):
-    """Latents {t: (1, c, f, h, w)} in the files of a folder, mapped into memory as they are read.
-
-    `key` says of what they are. Raises InputError where the folder cannot be written, where a
-    file cannot be read, and where one is of something else.
-    """
+class LatentCache(Mapping[int, Tensor]):
+    """Latents by timestep in the files of a folder, loaded on access."""
 
     def __init__(self, folder: Path, key: str):
+        """Open or create a cache folder.
+
+        Args:
+            folder: The folder.
+            key: Hash of everything that the latents depend on.
+
+        Raises:
+            InputError: If the folder cannot be created, or holds latents of another key.
+        """
         self.folder, self.key = folder, key
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{folder}: cannot be made a folder ({error.strerror})") from error
+            raise InputError(f"{folder}: cannot be created ({error.strerror}). "
+                             "Choose another folder") from error
         for t in self:
-            self.open(t)
+            self._open(t)
 
-    def open(self, t: int) -> safe_open:
-        file = self.file(t)
+    def _open(self, t: int) -> safe_open:
+        """Return the open file of a timestep after checking its key."""
+        file = self.path(t)
         try:
             opened = safe_open(file, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: not inverted latents that can be read ({error}); delete "
-                             "it, and it is made again") from error
+            raise InputError(f"{file}: not a file of inverted latents ({error}). Delete it to have "
+                             "it computed again") from error
         if (opened.metadata() or {}).get("key") != self.key:
-            raise InputError(f"{file}: is of another reference, prompt, model or other settings; "
-                             "choose an empty folder")
+            raise InputError(f"{file}: belongs to another reference, prompt, model or settings. "
+                             "Choose an empty folder")
         return opened
 
-    def file(self, t: int) -> Path:
+    def path(self, t: int) -> Path:
+        """Return the file of a timestep."""
         return self.folder / f"{t:04d}.safetensors"
 
     def __getitem__(self, t: int) -> Tensor:
-        if not self.file(t).exists():
+        if not self.path(t).exists():
             raise KeyError(t)
-        latents: Tensor = self.open(t).get_tensor("latents")
+        latents: Tensor = self._open(t).get_tensor("latents")
         return latents
 
     def __iter__(self) -> Iterator[int]:
-        files = self.folder.glob("[0-9]" * 4 + ".safetensors")     # others may lie there too
+        files = self.folder.glob("[0-9]" * 4 + ".safetensors")     # ignores all other files
         return iter(sorted(int(file.stem) for file in files))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def keep(self, t: int, latents: Tensor) -> None:
-        save_safetensors(self.file(t), {"latents": latents.cpu()}, {"key": self.key})
+    def store(self, t: int, latents: Tensor) -> None:
+        """Write the latents of a timestep."""
+        save_safetensors(self.path(t), {"latents": latents.cpu()}, {"key": self.key})
 
-    def drop(self, t: int) -> None:
-        self.file(t).unlink()
+    def delete(self, t: int) -> None:
+        """Delete the latents of a timestep."""
+        self.path(t).unlink()
 
 
-def invert_motion(model: Model, latents: Tensor, prompt: str, config: SampleConfig,
-                  progress: Callable[[Iterator], Iterable] = iter, folder: Path | None = None
-                  ) -> Inversion:
-    """Inverts a reference (1, c, f, h, w) of this prompt, for sampling with these settings.
+def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleConfig,
+                     progress: Callable[[Iterator], Iterable] = iter,
+                     cache_dir: Path | None = None) -> InvertedReference:
+    """Invert a reference for sampling with the same settings.
 
-    progress   wraps the steps, of which there are len(inversion_path(...)), for a bar
-    folder     where the latents are kept, in place of memory; what an interrupted inversion left
-               there is gone on from, and a finished one is used again
+    Args:
+        model: The model.
+        latents: Scaled latents (1, c, f, h, w) of the reference.
+        prompt: What the reference shows.
+        config: Settings of the sampling.
+        progress: Function that wraps the iterator of the steps, for a progress bar.
+        cache_dir: Folder for the latents, in place of memory. An interrupted inversion continues
+            from it, and a finished one is used again.
     """
-    path = inversion_path(model.schedule, config)
+    timesteps = inversion_timesteps(model.schedule, config)
     guided = set(guided_timesteps(model.schedule, config))
-    windows = windows_of(latents.shape[2], config, model.config.unet.max_frames)
-    if folder is None:
-        steps = progress(invert(model, latents, prompt, path, windows=windows))
-        kept: Mapping[int, Tensor] = {t: z for t, z in steps if t in guided}
+    windows = make_context_windows(latents.shape[2], config,
+                                   model.config.unet.motion_max_seq_length)
+    if cache_dir is None:
+        steps = progress(ddim_invert(model, latents, prompt, timesteps, windows=windows))
+        stored: Mapping[int, Tensor] = {t: z for t, z in steps if t in guided}
     else:
-        kept = invert_into(folder, model, latents, prompt, path, guided, windows, progress)
-    return Inversion(model, model.encode_text([prompt]), kept)
+        stored = ddim_invert_cached(cache_dir, model, latents, prompt, timesteps, guided, windows,
+                                    progress)
+    return InvertedReference(model, model.encode_text([prompt]), stored)
 
 
-def invert_into(folder: Path, model: Model, latents: Tensor, prompt: str, path: list[int],
-                guided: set[int], windows: Windows, progress: Callable[[Iterator], Iterable]
-                ) -> KeptLatents:
-    """Inverts along a path, and keeps the latents of guided timesteps, and the last, on disk."""
+def ddim_invert_cached(folder: Path, model: Model, latents: Tensor, prompt: str,
+                       timesteps: list[int], guided: set[int], windows: ContextWindows,
+                       progress: Callable[[Iterator], Iterable]) -> LatentCache:
+    """Invert and store the latents of the guided timesteps, and of the last one, on disk."""
     pixels = latents.detach().float().cpu().contiguous().numpy().tobytes()
-    said = f"{model.sha256} {model.dtype} {prompt!r} {path} {tuple(latents.shape)}"
-    said += f" {windows}" if len(windows.starts) > 1 else ""
-    kept = KeptLatents(folder, hashlib.sha256(said.encode() + pixels).hexdigest())
-    before = max(kept, default=-1)
-    start = latents if before < 0 else kept[before]
-    ahead = [t for t in path if t > before]
-    for t, z in progress(invert(model, start, prompt, ahead, before, windows)):
-        kept.keep(t, z)
-        if before >= 0 and before not in guided:
-            kept.drop(before)
-        before = t
-    return kept
+    cache_key = (f"{model.sha256} {model.dtype} {prompt!r} {timesteps} {tuple(latents.shape)} "
+                 f"{windows if len(windows.offsets) > 1 else ''}")
+    cache = LatentCache(folder, hashlib.sha256(cache_key.encode() + pixels).hexdigest())
+    t_before = max(cache, default=-1)
+    z_before = latents if t_before < 0 else cache[t_before]
+    remaining = [t for t in timesteps if t > t_before]
+    for t, z in progress(ddim_invert(model, z_before, prompt, remaining, t_before, windows)):
+        cache.store(t, z)
+        if t_before >= 0 and t_before not in guided:
+            cache.delete(t_before)
+        t_before = t
+    return cache
 
 
-def guided_timesteps(schedule: Schedule, config: SampleConfig) -> list[int]:
-    return schedule.timesteps(config.steps, config.spacing, config.guidance_steps,
-                              config.guidance_span)[:config.guidance_steps]
+def guided_timesteps(schedule: NoiseSchedule, config: SampleConfig) -> list[int]:
+    """Return the timesteps of the guided steps, in falling order."""
+    return schedule.timesteps(config.steps, config.timestep_spacing, config.guidance_steps,
+                              config.guidance_noise_range)[:config.guidance_steps]
 
 
-def inversion_path(schedule: Schedule, config: SampleConfig) -> list[int]:
-    """The timesteps of the inversion, ascending: evenly spaced ones up to the noisiest that
-    guidance visits, and every one that it visits."""
+def inversion_timesteps(schedule: NoiseSchedule, config: SampleConfig) -> list[int]:
+    """Return the rising timesteps of the inversion.
+
+    They are evenly spaced up to the noisiest guided timestep, and include every guided timestep.
+    """
     guided = guided_timesteps(schedule, config)
-    even = np.linspace(0, schedule.config.train_steps - 1, config.inversion_steps).round()
+    even = np.linspace(0, schedule.config.num_train_timesteps - 1, config.inversion_steps).round()
     return sorted({*(int(t) for t in even if t < max(guided, default=0)), *guided})

@@ -1,49 +1,57 @@
-"""A whole model: its networks, its tokenizer and its schedule."""
+"""A whole model: networks, tokenizer and noise schedule."""
 import hashlib
 import json
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig, to_dict
+from .config import ModelConfig, SampleConfig, to_dict
 from .errors import InputError
-from .schedule import Schedule
 from .networks.sparsectrl import SparseCtrl
 from .networks.text_encoder import TextEncoder
 from .networks.tokenizer import Tokenizer
-from .networks.unet import Residuals, UNet3D
+from .networks.unet import ControlNetResiduals, UNet3D
 from .networks.vae import AutoencoderKL
+from .schedule import NoiseSchedule
 
 
 class Model(nn.Module):
-    """Networks of a config's sizes, with random weights; `.to(device, dtype)` moves them all.
+    """The networks of a config; `.to(device, dtype)` moves all of them.
 
-    unet, vae, text_encoder, and sparsectrl, which is None in most models
-    tokenizer, schedule, config
+    Attributes:
+        config: Sizes and default settings.
+        unet: Noise predictor.
+        vae: Autoencoder.
+        text_encoder: Text encoder.
+        sparsectrl: SparseCtrl, or None for most models.
+        tokenizer: CLIP's tokenizer.
+        schedule: Noise schedule.
     """
 
     def __init__(self, config: ModelConfig):
+        """Create a model with random weights."""
         super().__init__()
         self.config, self.file_sha256 = config, ""
-        self.tokenizer, self.schedule = Tokenizer(), Schedule(config.schedule)
+        self.tokenizer, self.schedule = Tokenizer(), NoiseSchedule(config.schedule)
         self.unet, self.vae = UNet3D(config.unet), AutoencoderKL(config.vae)
-        self.text_encoder = TextEncoder(config.text)
+        self.text_encoder = TextEncoder(config.text_encoder)
         self.sparsectrl = SparseCtrl(config.unet, config.sparsectrl) if (
             config.sparsectrl.kind) else None
 
     @property
     def device(self) -> torch.device:
+        """Device of the UNet."""
         return self.unet.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Data type of the UNet's weights."""
         return self.unet.conv_in.weight.dtype
 
     @property
     def sha256(self) -> str:
-        """What tells this model from others: of the file that it was read from, else of its config
-        and weights as they are now."""
+        """Hash of the file that the model was loaded from, or else of its config and weights."""
         if self.file_sha256:
             return self.file_sha256
         digest = hashlib.sha256(json.dumps(to_dict(self.config)).encode())
@@ -51,27 +59,44 @@ class Model(nn.Module):
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def latent_shape(self, config: SampleConfig) -> tuple[int, int, int, int, int]:
+        """Return the shape (1, c, f, h, w) of a clip's latents.
+
+        Raises:
+            InputError: If height or width is not a multiple of the VAE's downsampling factor.
+        """
+        s = self.config.vae.downsampling
+        if config.height % s or config.width % s:
+            raise InputError(f"size {config.width}x{config.height} is not possible: width and "
+                             f"height must be multiples of {s}")
+        return (1, self.config.unet.in_channels, config.num_frames, config.height // s,
+                config.width // s)
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (b, 77, d) of the prompts; warns of what is cut off a prompt too long."""
+        """Return text embeddings (b, 77, d). Warns if a prompt is longer than 75 tokens."""
         with torch.no_grad():
             tokens = self.tokenizer(prompts).to(next(self.text_encoder.parameters()).device)
             return self.text_encoder(tokens).to(self.device, self.dtype)
 
     @torch.no_grad()
-    def residuals(self, condition: Tensor | None, t: int, text: Tensor) -> Residuals | None:
-        """What SparseCtrl adds to the UNet under a condition; it does not depend on the noise.
+    def controlnet_residuals(self, condition: Tensor | None, t: int, text: Tensor
+                             ) -> ControlNetResiduals | None:
+        """Return what SparseCtrl adds to the UNet for a condition, or None without a condition.
 
-        Raises InputError for a condition given to a model without SparseCtrl.
+        Raises:
+            InputError: If the model has no SparseCtrl.
         """
         if condition is None:
             return None
         if self.sparsectrl is None:
-            raise InputError("this model has no SparseCtrl, which frames are given to")
-        residuals: Residuals = self.sparsectrl(condition.to(self.device, self.dtype), t, text)
+            raise InputError("this model has no SparseCtrl: convert one with --sparsectrl to use "
+                             "control images")
+        residuals: ControlNetResiduals = self.sparsectrl(
+            condition.to(self.device, self.dtype), t, text)
         return residuals
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """The prompt's words on which the model was not trained, where those can be listed."""
-        known = set(self.config.vocabulary)
+    def out_of_vocabulary(self, prompt: str) -> list[str]:
+        """Return the prompt's words that the model was not trained on, if its vocabulary is known."""
+        vocabulary = set(self.config.training_vocabulary)
         words = [word for word, _ in self.tokenizer.split(prompt) if word.isalnum()]
-        return [word for word in words if word not in known] if known else []
+        return [word for word in words if word not in vocabulary] if vocabulary else []

@@ -1,12 +1,12 @@
-"""Location-aware semantic guidance (arXiv 2406.05338, versions 1 to 3).
+"""The paper's first form: location-aware semantic guidance (arXiv 2406.05338, versions 1 to 3).
 
-Where the subject is, the attention to its word tells. The guided clip's features inside the
-reference's foreground are drawn to those that an unguided clip of the same noise and prompt has
-inside its own, and likewise for the background.
+Cross-attention to the subject's word locates the subject. The features of the guided clip inside
+the reference's foreground are guided towards those of an unguided clip, of the same noise and
+prompt, inside its own foreground; likewise for the background.
 """
-import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,212 +14,257 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from .config import SampleConfig
+from .context_windows import ContextWindows
 from .errors import InputError
+from .guidance import Guidance
 from .model import Model
-from .motion import Guide
-from .sampler import Trajectory, embeddings
-from .networks.temporal import Attended, Wanted
-from .context_windows import Windows
+from .networks.attention import AttentionMaps, AttentionRequest
+from .sampler import Sampler, encode_prompts
 
-SUBJECT = "up_blocks.1"                 # whose attention to the text tells where the subject is
-SIGMA = 5 / 16                          # of the Gaussian around its centre, in sides of the grid
+SUBJECT_ATTENTION_BLOCK = "up_blocks.1"     # block whose cross-attention locates the subject
+GAUSSIAN_SIGMA = 5 / 16                     # of the softened masks, in sides of the grid
 
 
 class Masks(NamedTuple):
-    """Weights (f, h, w) of the positions of each frame."""
+    """Weights (f, h, w) of the positions of each frame, 0 to 1."""
+
     foreground: Tensor
     background: Tensor
 
 
 def subject_tokens(model: Model, prompt: str, word: str) -> list[int]:
-    """Positions in the encoded prompt of a word's tokens, wherever it stands.
+    """Return the positions of a word's tokens in the encoded prompt, at every occurrence.
 
-    Raises InputError, with the prompt's words, for a word that is not in what is read of it.
+    Raises:
+        InputError: If the word is not in the prompt, or is beyond the 75 tokens that are read.
     """
-    length = model.config.text.max_length
-    pieces, wanted = model.tokenizer.split(prompt), model.tokenizer.split(word)
+    length = model.config.text_encoder.max_position_embeddings
+    pieces, sought = model.tokenizer.split(prompt), model.tokenizer.split(word)
     positions: list[int] = []
-    at = 1
+    start = 1
     for i, (_, ids) in enumerate(pieces):
-        if wanted and pieces[i:i + len(wanted)] == wanted:
-            positions += range(at, at + sum(len(ids) for _, ids in wanted))
-        at += len(ids)
+        if sought and pieces[i:i + len(sought)] == sought:
+            positions += range(start, start + sum(len(ids) for _, ids in sought))
+        start += len(ids)
     if not positions:
         words = ", ".join(text for text, _ in pieces if text.isalnum())
-        raise InputError(f"the word {word!r} is not in the prompt {prompt!r}: it has {words}")
+        raise InputError(f"the word {word!r} is not in the prompt {prompt!r}: "
+                         + (f"use one of {words}" if words else "the prompt is empty"))
     if min(positions) >= length - 1:
-        raise InputError(f"the word {word!r} stands behind the {length - 2} tokens of the prompt "
-                         "that are read: name it sooner")
+        raise InputError(f"the word {word!r} is beyond the first {length - 2} tokens of the "
+                         "prompt, the only ones that are read: move it forward")
     return [p for p in positions if p < length - 1]
 
 
-def subject_mask(maps: Sequence[Tensor], tokens: Sequence[int], grid: tuple[int, int],
-                 threshold: float) -> Tensor:
-    """Where the subject is, (f, h, w) bool, by maps (f, heads, h*w, m) of the attention to text.
+def subject_mask(attention: AttentionMaps, tokens: Sequence[int], threshold: float) -> Tensor:
+    """Return where the subject is, (f, h, w) bool, from cross-attention to its tokens.
 
-    The mean over layers, heads and tokens, min-max normalised in each frame, above the threshold.
+    The mean over layers, heads and tokens is normalized to 0 to 1 in each frame. The mask is where
+    it is above the threshold.
+
+    Args:
+        attention: Cross-attention maps of one block.
+        tokens: Positions of the subject's tokens.
+        threshold: 0 to 1.
     """
-    each = [reduce(probs[..., list(tokens)], "f heads n m -> f n", "mean") for probs in maps]
-    mean = torch.stack(each).mean(dim=0)
+    layers = [reduce(probs[..., list(tokens)], "f heads n m -> f n", "mean")
+              for probs in attention.cross.values()]
+    mean = torch.stack(layers).mean(dim=0)
     low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
-    share = (mean - low) / (high - low).clamp(min=torch.finfo(mean.dtype).tiny)
-    return rearrange(share > threshold, "f (h w) -> f h w", h=grid[0])
+    normalized = (mean - low) / (high - low).clamp(min=torch.finfo(mean.dtype).tiny)
+    h, _ = attention.grids[next(iter(attention.cross))]
+    return rearrange(normalized > threshold, "f (h w) -> f h w", h=h)
 
 
-def softened(mask: Tensor) -> Masks:
-    """A mask (f, h, w) under a Gaussian at its centre: G M in front, (1 - G)(1 - M) behind."""
+def gaussian_masks(mask: Tensor) -> Masks:
+    """Return a mask M (f, h, w) softened by a Gaussian G at its centroid: G*M and (1-G)*(1-M)."""
     _, h, w = mask.shape
     inside = mask.float()
     y, x = (torch.arange(n, device=mask.device, dtype=torch.float32) for n in (h, w))
     area = reduce(inside, "f h w -> f", "sum").clamp(min=1)
-    cy = (reduce(inside, "f h w -> f h", "sum") * y).sum(dim=1) / area
-    cx = (reduce(inside, "f h w -> f w", "sum") * x).sum(dim=1) / area
-    far = (rearrange(y - rearrange(cy, "f -> f 1"), "f h -> f h 1") ** 2
-           + rearrange(x - rearrange(cx, "f -> f 1"), "f w -> f 1 w") ** 2)
-    gauss = torch.exp(-far / (2 * SIGMA ** 2 * h * w))
-    return Masks(gauss * inside, (1 - gauss) * (1 - inside))
+    center_y = (reduce(inside, "f h w -> f h", "sum") * y).sum(dim=1) / area
+    center_x = (reduce(inside, "f h w -> f w", "sum") * x).sum(dim=1) / area
+    squared_distance = (rearrange(y - rearrange(center_y, "f -> f 1"), "f h -> f h 1") ** 2
+                        + rearrange(x - rearrange(center_x, "f -> f 1"), "f w -> f 1 w") ** 2)
+    gaussian = torch.exp(-squared_distance / (2 * GAUSSIAN_SIGMA ** 2 * h * w))
+    return Masks(gaussian * inside, (1 - gaussian) * (1 - inside))
 
 
-def plain(mask: Tensor) -> Masks:
+def binary_masks(mask: Tensor) -> Masks:
+    """Return a mask (f, h, w) and its complement as weights."""
     return Masks(mask.float(), 1 - mask.float())
 
 
-def masked_mean(keys: Tensor, weight: Tensor) -> Tensor:
-    """Mean (f, c) of keys (h*w, f, c) over the positions, by weights (f, h', w') of any grid of
-    the same aspect; zeros in frames without any weight."""
-    size = grid_of(keys.shape[0], weight.shape[1] / weight.shape[2])
-    weight = F.interpolate(weight[None], size, mode="nearest")[0]
-    weight = rearrange(weight, "f h w -> (h w) f 1")
+def masked_mean(keys: Tensor, grid: tuple[int, int], weight: Tensor) -> Tensor:
+    """Return the weighted mean (f, c) of keys (h*w, f, c) over the positions of each frame.
+
+    Args:
+        keys: Temporal keys.
+        grid: Rows and columns (h, w) of the keys' positions.
+        weight: Weights (f, h', w'), resized to the grid. Frames without weight give zeros.
+    """
+    weight = rearrange(F.interpolate(weight[None], grid, mode="nearest")[0], "f h w -> (h w) f 1")
     return (weight * keys).sum(dim=0) / weight.sum(dim=0).clamp(min=1e-6)
 
 
-def grid_of(positions: int, aspect: float) -> tuple[int, int]:
-    """Rows and columns of so many positions, whose quotient is nearest to `aspect`."""
-    rows = min((h for h in range(1, positions + 1) if positions % h == 0),
-               key=lambda h: abs(math.log(h * h / positions / aspect)))
-    return rows, positions // rows
+class MaskedKeyMeans(NamedTuple):
+    """Mean keys of an unguided clip at one step.
 
-
-class Appearance(NamedTuple):
-    """What an unguided clip looks like at one step.
-
-    means  layer -> the mean keys (f, c) in front and behind; without a subject one, (c,)
-    there  whether a frame has any place in front, and behind: (f,) bool each
+    Attributes:
+        means: By layer, the mean keys (f, c) of foreground and background; without a subject one
+            mean (c,) of all positions and frames.
+        valid: For foreground and background, which frames have any position, (f,) bool.
     """
+
     means: dict[str, tuple[Tensor, ...]]
-    there: tuple[Tensor, ...] = ()
+    valid: tuple[Tensor, ...] = ()
 
 
-def appearance(keys: Mapping[str, Tensor], masks: Masks | None) -> Appearance:
-    """Of keys {layer: (h*w, f, c)}, by where the clip's own subject is, if it has one."""
+def masked_key_means(attention: AttentionMaps, masks: Masks | None) -> MaskedKeyMeans:
+    """Return the mean temporal keys of a clip inside and outside of its own subject."""
+    keys = attention.temporal_keys
     if masks is None:
-        return Appearance({name: (key.float().mean(dim=(0, 1)),) for name, key in keys.items()})
-    return Appearance({name: tuple(masked_mean(key.float(), weight) for weight in masks)
-                       for name, key in keys.items()}, tuple(map(anywhere, masks)))
+        return MaskedKeyMeans({name: (key.float().mean(dim=(0, 1)),) for name, key in keys.items()})
+    return MaskedKeyMeans(
+        {name: tuple(masked_mean(key.float(), attention.grids[name], weight) for weight in masks)
+         for name, key in keys.items()}, tuple(map(nonempty_frames, masks)))
 
 
-def anywhere(weight: Tensor) -> Tensor:
-    """(f,) bool of weights (f, h, w): the frames in which any is not 0."""
+def nonempty_frames(weight: Tensor) -> Tensor:
+    """Return which frames of weights (f, h, w) have any weight, (f,) bool."""
     return weight.flatten(1).any(dim=1)
 
 
-def semantic_loss(keys: Mapping[str, Tensor], masks: Masks | None, unguided: Appearance) -> Tensor:
-    """How far the keys {layer: (h*w, f, c)} of the guided clip are from the unguided clip's means.
+def semantic_loss(attention: AttentionMaps, masks: Masks | None, unguided: MaskedKeyMeans
+                  ) -> Tensor:
+    """Return the distance of the guided clip's mean keys from the unguided clip's.
 
-    With masks, of the reference's subject: the mean square difference of the means in front and of
-    those behind. Without: of each frame's mean to the mean of all frames. Summed over the layers:
-    a float32 scalar.
+    Args:
+        attention: Temporal keys of the guided clip.
+        masks: Masks of the reference's subject. Without them, each frame's mean over all positions
+            is compared with the unguided clip's mean over all positions and frames.
+        unguided: Mean keys of the unguided clip at the same step.
+
+    Returns:
+        Scalar float32: the mean squared differences, summed over layers and masks.
     """
     losses = []
-    for name, guided in keys.items():
+    for name, key in attention.temporal_keys.items():
         if masks is None:
-            losses.append((guided.float().mean(dim=0) - unguided.means[name][0]).square().mean())
+            losses.append((key.float().mean(dim=0) - unguided.means[name][0]).square().mean())
             continue
-        for weight, mean, there in zip(masks, unguided.means[name], unguided.there):
-            difference = masked_mean(guided.float(), weight) - mean
-            # A frame in which either has nothing there says nothing.
-            both = anywhere(weight) & there
-            losses.append((difference * both[:, None]).square().mean())
+        for weight, mean, valid in zip(masks, unguided.means[name], unguided.valid):
+            difference = masked_mean(key.float(), attention.grids[name], weight) - mean
+            # Frames in which either clip has an empty mask do not count.
+            is_valid = nonempty_frames(weight) & valid
+            losses.append((difference * is_valid[:, None]).square().mean())
     return torch.stack(losses).sum()
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is compared with what: the subject of the new prompt, and that of the reference."""
-    tokens: list[int]                   # of the word in the new prompt
-    masks: Callable[[int], Masks]       # of the reference's subject, at a timestep
+class SubjectMasks:
+    """The subject of the new clip and that of the reference.
+
+    Attributes:
+        tokens: Positions of the subject's tokens in the new prompt.
+        masks: Function of a timestep that returns the masks of the reference's subject.
+    """
+
+    tokens: list[int]
+    masks: Callable[[int], Masks]
 
 
-def subject_of(model: Model, prompt: str, word: str, ref_prompt: str, ref_word: str,
-               attend: Callable[[int, Wanted], Attended], config: SampleConfig) -> Subject:
-    """The subject that `word` names in the new prompt, and `ref_word` in the reference's.
+def make_subject_masks(model: Model, prompt: str, word: str, ref_prompt: str, ref_word: str,
+                       attention: Callable[[int, AttentionRequest], AttentionMaps],
+                       config: SampleConfig) -> SubjectMasks:
+    """Return the masks of a subject, by its words in both prompts.
 
-    attend   gives the reference's attention at a timestep, as `Inversion.attend` does
+    Args:
+        model: The model.
+        prompt: Prompt of the new clip.
+        word: The subject in `prompt`.
+        ref_prompt: What the reference shows.
+        ref_word: The subject in `ref_prompt`.
+        attention: Function that returns the reference's attention at a timestep, such as
+            `InvertedReference.attention`.
+        config: Settings with mask_threshold.
 
-    Raises InputError for a word that is not in its prompt.
+    Raises:
+        InputError: If a word is not in its prompt.
     """
     tokens = subject_tokens(model, prompt, word)
     ref_tokens = subject_tokens(model, ref_prompt, ref_word)
+    request = AttentionRequest(cross=(SUBJECT_ATTENTION_BLOCK,))
 
     def masks(t: int) -> Masks:
-        return softened(mask_of(attend(t, Wanted(text_maps=(SUBJECT,))), ref_tokens, config))
-    return Subject(tokens, masks)
+        return gaussian_masks(subject_mask(attention(t, request), ref_tokens,
+                                           config.mask_threshold))
+    return SubjectMasks(tokens, masks)
 
 
 @torch.no_grad()
-def noised(model: Model, latents: Tensor, prompt: str, config: SampleConfig, noise: Tensor
-           ) -> Callable[[int, Wanted], Attended]:
-    """The attention to its prompt of a reference (1, c, f, h, w) that is noised once, to extract_t,
-    and then the same at every timestep."""
-    z = model.schedule.add_noise(latents.float(), noise.to(latents.device), config.extract_t)
-    seen = model.unet.attend(z.to(model.device, model.dtype), config.extract_t,
-                             model.encode_text([prompt]), Wanted(text_maps=(SUBJECT,)))
-    return lambda t, wanted: seen
+def noised_reference_attention(model: Model, latents: Tensor, prompt: str, config: SampleConfig,
+                               noise: Tensor) -> Callable[[int, AttentionRequest], AttentionMaps]:
+    """Return cross-attention of a reference that is noised once, for all timesteps.
+
+    Args:
+        model: The model.
+        latents: Scaled latents (1, c, f, h, w) of the reference.
+        prompt: What the reference shows.
+        config: Settings with extraction_timestep.
+        noise: Standard normal noise, like latents.
+    """
+    z = model.schedule.add_noise(latents.float(), noise.to(latents.device),
+                                 config.extraction_timestep)
+    maps = model.unet.forward_to_attention(
+        z.to(model.device, model.dtype), config.extraction_timestep, model.encode_text([prompt]),
+        AttentionRequest(cross=(SUBJECT_ATTENTION_BLOCK,)))
+    return lambda t, request: maps
 
 
-def mask_of(seen: Attended, tokens: Sequence[int], config: SampleConfig) -> Tensor:
-    """The subject mask by the attention to the text of SUBJECT."""
-    maps = list(seen.text_maps.values())
-    grid = grid_of(maps[0].shape[2], config.height / config.width)
-    return subject_mask(maps, tokens, grid, config.mask_threshold)
-
-
-def check_whole(windows: Windows) -> None:
-    """Raises InputError for a clip in several windows: what is compared is of the whole."""
-    if len(windows.starts) > 1:
-        raise InputError("semantic guidance is not possible here: it compares whole clips of up to "
-                         f"{windows.length} frames, without loop")
+def require_single_window(windows: ContextWindows) -> None:
+    """Raise InputError for a clip of several context windows: semantic guidance compares whole clips."""
+    if len(windows.offsets) > 1:
+        raise InputError("semantic guidance is not possible in several context windows: use "
+                         f"{windows.length} frames or fewer, without closed_loop")
 
 
 @torch.no_grad()
-def semantic_guide(model: Model, prompt: str, latents: Tensor, config: SampleConfig,
-                   subject: Subject | None = None, condition: Tensor | None = None,
-                   progress: Callable[[Iterable], Iterable] = iter) -> Guide:
-    """Towards the look of the unguided clip, inside the subject of the reference and around it.
+def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: SampleConfig,
+                      subject: SubjectMasks | None = None, control: Tensor | None = None,
+                      progress: Callable[[Iterable], Iterable] = iter) -> Guidance:
+    """Return guidance towards the appearance of the unguided clip.
 
-    latents    the starting noise that is sampled from, whose unguided clip is sampled here as far
-               as guidance goes; of each step its masked mean keys are kept
-    subject    None for the form without one
-    condition  as `sample` is given it
-    progress   wraps the steps, of which there are config.guidance_steps, for a bar
+    The unguided clip is sampled here for the guided steps, and its mean keys are stored.
 
-    Raises InputError where its weight is 0, and for a clip that is sampled in windows.
+    Args:
+        model: The model.
+        prompt: Prompt of the new clip.
+        latents: Initial noise (1, c, f, h, w) of the new clip.
+        config: Settings with semantic_scale and semantic_blocks.
+        subject: Masks of the subject; None compares whole frames.
+        control: Condition of SparseCtrl, as for `sample`.
+        progress: Function that wraps the iterable of the steps, for a progress bar.
+
+    Raises:
+        InputError: If its weight is 0, or the clip has several context windows.
     """
     if not config.semantic_scale * config.motion_weight:
-        raise InputError("semantic_scale and motion_weight must both be above 0 for this guide")
-    trajectory = Trajectory(model, *embeddings(model, prompt, config), config, condition)
-    check_whole(trajectory.windows)
-    wanted = Wanted(temporal_keys=config.semantic_blocks)
+        raise InputError("semantic_scale and motion_weight must both be above 0 for semantic "
+                         "guidance")
+    sampler = Sampler(model, *encode_prompts(model, prompt, config), config, control)
+    require_single_window(sampler.windows)
+    request = AttentionRequest(temporal_keys=config.semantic_blocks, cross=(
+        () if subject is None else (SUBJECT_ATTENTION_BLOCK,)))
     z, unguided = latents.to(model.device, torch.float32), {}
-    for i, (t, _) in progress(list(enumerate(trajectory.steps[:config.guidance_steps]))):
-        eps, seen = trajectory.predict(z, t, trajectory.text, 0, wanted if subject is None else
-                                       wanted._replace(text_maps=(SUBJECT,)))
-        unguided[t] = appearance(seen.temporal_keys, None if subject is None else
-                                 plain(mask_of(seen, subject.tokens, config)))
-        z = trajectory.step(i, z, eps)
-    share = config.semantic_scale / config.motion_weight
+    for i, (t, _) in progress(list(enumerate(sampler.timestep_pairs[:config.guidance_steps]))):
+        eps, maps = sampler.predict_window(z, t, sampler.text, 0, request)
+        unguided[t] = masked_key_means(maps, None if subject is None else binary_masks(
+            subject_mask(maps, subject.tokens, config.mask_threshold)))
+        z = sampler.step(i, z, sampler.classifier_free_guidance(i, z, eps))
 
-    def loss(seen: Attended, t: int) -> Tensor:
+    def loss(maps: AttentionMaps, t: int) -> Tensor:
         masks = None if subject is None else subject.masks(t)
-        return share * semantic_loss(seen.temporal_keys, masks, unguided[t])
-    return Guide(wanted, loss)
+        return semantic_loss(maps, masks, unguided[t])
+    return Guidance(loss, config.semantic_blocks, "temporal_keys",
+                    weight=config.semantic_scale / config.motion_weight)

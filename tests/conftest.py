@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mcl import Model, ModelConfig, load_model
-from mcl.config import SampleConfig, TextConfig, UNetConfig, VAEConfig
+from mcl.config import SampleConfig, CLIPTextConfig, UNetConfig, VAEConfig
 from weights.training.clip_metrics import portrait
 
 if "PYTEST_XDIST_WORKER" in os.environ:     # one of several, which share the cores
@@ -18,12 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:     # one of several, which share the co
 
 SMALL = ModelConfig(
     name="small",
-    unet=UNetConfig(block_out_channels=(16, 24, 32), layers_per_block=1, attention_levels=(0, 1),
-                    heads=2, text_channels=12, norm_groups=4, motion_heads=2, max_frames=24),
-    vae=VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1, norm_groups=4),
-    text=TextConfig(hidden_size=12, intermediate_size=24, layers=1, heads=2),
-    sample=SampleConfig(steps=6, guidance_steps=3, frames=4, height=32, width=32, warmup=2,
-                        cooldown=2))
+    unet=UNetConfig(block_out_channels=(16, 24, 32), layers_per_block=1, cross_attention_levels=(0, 1),
+                    num_attention_heads=2, cross_attention_dim=12, norm_num_groups=4, motion_num_attention_heads=2, motion_max_seq_length=24),
+    vae=VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4),
+    text_encoder=CLIPTextConfig(hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2),
+    sample=SampleConfig(steps=6, guidance_steps=3, num_frames=4, height=32, width=32, guidance_warmup_steps=2,
+                        guidance_cooldown_steps=2))
 
 
 def randn(*shape, seed=0):
@@ -57,12 +57,12 @@ def embedded():
 def drawn_words(monkeypatch):
     """In the place of the font's emoji: patches in six colours, 2.4 radii wide and 1.6 high."""
     def picture(word):
-        colours = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(crc32(word.encode())))
-        patches = colours.repeat_interleave(19, dim=1).repeat_interleave(19, dim=2)
+        colors = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(crc32(word.encode())))
+        patches = colors.repeat_interleave(19, dim=1).repeat_interleave(19, dim=2)
         return F.pad(torch.cat([patches, torch.ones(1, 38, 57)]), (20, 19, 29, 29))
 
     portrait.cache_clear()
-    for module in ("photos", "held_out", "figures", "train"):
+    for module in ("photos", "held_out", "clip_metrics", "train"):
         monkeypatch.setattr(f"weights.training.{module}.emoji", picture)
     yield picture
     portrait.cache_clear()
@@ -71,5 +71,5 @@ def drawn_words(monkeypatch):
 @pytest.fixture(scope="session")
 def quick(embedded):
     """Few steps, enough to see that the guidance pulls."""
-    return dataclasses.replace(embedded.config.sample, steps=8, guidance_steps=5, warmup=2,
-                               cooldown=2)
+    return dataclasses.replace(embedded.config.sample, steps=8, guidance_steps=5, guidance_warmup_steps=2,
+                               guidance_cooldown_steps=2)

@@ -13,16 +13,16 @@ from safetensors.torch import save_file
 
 import convert_weights
 from mcl import ModelConfig
-from mcl.checkpoints.model_file import meta_model
-from mcl.config import SampleConfig, SparseCtrlConfig, TextConfig, UNetConfig, VAEConfig
+from mcl.checkpoints.model_file import build_on_meta
+from mcl.config import SampleConfig, SparseCtrlConfig, CLIPTextConfig, UNetConfig, VAEConfig
 from mcl.networks.sparsectrl import SparseCtrl
 
 DATA = Path(__file__).parent / "data"
 MINI = ModelConfig(
     name="mini",
-    unet=UNetConfig(block_out_channels=(32, 64, 96, 96), text_channels=12, motion_mid_block=True),
+    unet=UNetConfig(block_out_channels=(32, 64, 96, 96), cross_attention_dim=12, motion_mid_block=True),
     vae=VAEConfig(block_out_channels=(32, 64, 96, 96)),
-    text=TextConfig(hidden_size=12, intermediate_size=24),
+    text_encoder=CLIPTextConfig(hidden_size=12, intermediate_size=24),
     sample=SampleConfig())
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -37,7 +37,7 @@ def listing(name):
 @functools.cache
 def mini_weights():
     """Of the small model, with the middle block's motion module: {"unet.conv_in.weight": ...}."""
-    model, g = meta_model(MINI), torch.Generator().manual_seed(0)
+    model, g = build_on_meta(MINI), torch.Generator().manual_seed(0)
     return {f"{part}.{name}": 0.1 * torch.randn(t.shape, generator=g)
             for part in PARTS for name, t in getattr(model, part).state_dict().items()}
 

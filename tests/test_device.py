@@ -9,7 +9,7 @@ import torch
 
 from mcl import InputError, device as machine, extract_motion, sample
 from mcl.networks import unet
-from mcl.device import free_memory, guided_bytes, off_the_accelerator, pick_recompute
+from mcl.device import free_memory, guided_bytes, offload_to_cpu, use_checkpointing
 
 from tests.conftest import randn
 
@@ -21,12 +21,12 @@ def test_activations_are_recomputed_when_they_would_not_fit(small, monkeypatch):
                                    (needed, "low", True), (0, "high", False),
                                    (None, "auto", False)):
         monkeypatch.setattr(machine, "free_memory", lambda device, free=free: free)
-        assert pick_recompute(memory, small, config) == expected
-    long = dataclasses.replace(config, frames=2 * config.frames)
+        assert use_checkpointing(memory, small, config) == expected
+    long = dataclasses.replace(config, num_frames=2 * config.num_frames)
     assert guided_bytes(small, long) == 2 * needed
-    assert guided_bytes(small, dataclasses.replace(long, window=config.frames)) == needed
+    assert guided_bytes(small, dataclasses.replace(long, context_length=config.num_frames)) == needed
     with pytest.raises(InputError, match="memory 'some' is not known: auto, low, high"):
-        pick_recompute("some", small, config)
+        use_checkpointing("some", small, config)
 
 
 def test_free_memory_of_this_machine_is_told():
@@ -43,7 +43,7 @@ def test_a_clip_is_the_same_with_and_without_recomputing(small, monkeypatch):
     motion = extract_motion(small, clip, noise=clip.flip(2))
     ends = []
     for again in (False, True):
-        ends.append(list(sample(small, "a star", motion, config, latents=clip, recompute=again)))
+        ends.append(list(sample(small, "a star", motion, config, latents=clip, gradient_checkpointing=again)))
     assert torch.allclose(ends[0][-1].latents, ends[1][-1].latents, atol=1e-5)
     assert set(recomputed) == {True} and len(recomputed) > 20 * config.guidance_steps
     assert ends[0][2].grad_norm == pytest.approx(ends[1][2].grad_norm, rel=1e-5)
@@ -76,7 +76,7 @@ class Parked(torch.nn.Linear):
 
 def test_what_was_off_the_accelerator_comes_back_whatever_happens():
     module = Parked(1, 1, device="meta")
-    with pytest.raises(KeyError), off_the_accelerator(module):
+    with pytest.raises(KeyError), offload_to_cpu(module):
         assert module.sent == ["cpu"]
         raise KeyError
     assert module.sent == ["cpu", "meta"]

@@ -16,7 +16,7 @@ import pytest
 
 import sample as command
 from mcl import InputError
-from mcl.files import MARK, Write, atomic, check_plan, check_target, is_our_json, write_json
+from mcl.files import FOLDER_MARKER, OutputFile, atomic_write, check_io_conflicts, check_writable, is_mcl_record, write_json
 
 ROOT = Path(__file__).parent.parent
 REF = ROOT / "examples" / "figure_eight.mp4"
@@ -91,17 +91,17 @@ def test_what_this_program_wrote_is_replaced(mine):
     for _ in range(2):
         assert run("--ref", "clip.mp4", "--out", "new", "--compare", "--maps", "drawn") == 0
         assert run("--ref", "clip.mp4", "--out", "package.mp4", "--num-samples", 2) == 0
-    assert Path("package.json").read_text() == "{}" and is_our_json(Path("package-1.mp4.json"))
-    assert {MARK, "00015.png"} < {p.name for p in Path("new").iterdir()}
+    assert Path("package.json").read_text() == "{}" and is_mcl_record(Path("package-1.mp4.json"))
+    assert {FOLDER_MARKER, "00015.png"} < {p.name for p in Path("new").iterdir()}
     assert not [p for p in mine.rglob(".*.new.*")]
 
 
 def test_a_second_look_is_taken_before_a_file_is_replaced(tmp_path):
     target = tmp_path / "a.json"
-    with pytest.raises(InputError, match="is a folder"), atomic(target) as temporary:
+    with pytest.raises(InputError, match="is a folder"), atomic_write(target) as temporary:
         temporary.write_text("x")
         target.mkdir()
-    with pytest.raises(InputError, match="pipe"), atomic(tmp_path / "b") as temporary:
+    with pytest.raises(InputError, match="pipe"), atomic_write(tmp_path / "b") as temporary:
         temporary.write_text("x")
         os.mkfifo(tmp_path / "b")
     assert stat.S_ISFIFO((tmp_path / "b").stat().st_mode)
@@ -109,7 +109,7 @@ def test_a_second_look_is_taken_before_a_file_is_replaced(tmp_path):
 
 
 def test_a_folder_comes_back_where_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
-    with atomic(tmp_path / "a", folder=True) as first:
+    with atomic_write(tmp_path / "a", folder=True) as first:
         (first / "old").touch()
     replace, calls = os.replace, []
 
@@ -121,9 +121,9 @@ def test_a_folder_comes_back_where_its_successor_cannot_take_its_place(tmp_path,
 
     monkeypatch.setattr(os, "replace", second_fails)
     with pytest.raises(InputError, match="cannot be written: no"):
-        with atomic(tmp_path / "a", folder=True) as second:
+        with atomic_write(tmp_path / "a", folder=True) as second:
             (second / "new").touch()
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {MARK, "old"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {FOLDER_MARKER, "old"}
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -134,14 +134,14 @@ def test_what_a_dead_process_left_is_cleared_up_and_a_living_one_s_is_not(tmp_pa
         (tmp_path / f".{pid}.new.a.json").write_text("half")
         (tmp_path / f".{pid}.new.b.json").write_text("another's")
     (tmp_path / f".{dead.pid}.old.frames").mkdir()
-    (tmp_path / f".{dead.pid}.old.frames" / MARK).touch()
+    (tmp_path / f".{dead.pid}.old.frames" / FOLDER_MARKER).touch()
     write_json(tmp_path / "a.json", {})
     assert {p.name for p in tmp_path.iterdir()} == {
         "a.json", f".{os.getppid()}.new.a.json", f".{os.getppid()}.new.b.json",
         f".{dead.pid}.new.b.json", f".{dead.pid}.old.frames"}
-    with pytest.raises(KeyError), atomic(tmp_path / "frames", folder=True):
+    with pytest.raises(KeyError), atomic_write(tmp_path / "frames", folder=True):
         raise KeyError
-    assert (tmp_path / "frames" / MARK).exists()
+    assert (tmp_path / "frames" / FOLDER_MARKER).exists()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="of POSIX")
@@ -195,8 +195,8 @@ def test_records_are_strict_json(tmp_path):
 
 
 def test_plans_name_what_collides(tmp_path):
-    check_plan([("--ref", tmp_path / "a")], [Write("--out", tmp_path / "b")])
+    check_io_conflicts([("--ref", tmp_path / "a")], [OutputFile("--out", tmp_path / "b")])
     with pytest.raises(InputError, match="a: is what --ref reads; give --out another name"):
-        check_plan([("--ref", tmp_path / "a")], [Write("--out", tmp_path / "." / "a")])
+        check_io_conflicts([("--ref", tmp_path / "a")], [OutputFile("--out", tmp_path / "." / "a")])
     with pytest.raises(InputError, match="cannot be a name"):
-        check_target(tmp_path / "\ud800.mp4")
+        check_writable(tmp_path / "\ud800.mp4")

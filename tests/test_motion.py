@@ -27,12 +27,12 @@ def extract(model, clip, **changes):
 def test_motion_is_the_top_of_each_row_of_the_noised_clips_maps(small, k):
     """Eqs. 4-6, written out in numpy: null prompt, one pass at t, the diagonal included."""
     clip = latents()
-    motion = extract(small, clip, top_k=k, extract_t=600)
+    motion = extract(small, clip, top_k=k, extraction_timestep=600)
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(1))
-    abar = float(small.schedule.alphas_cumprod[600])
-    z = abar ** 0.5 * clip + (1 - abar) ** 0.5 * noise
+    alpha_bar = float(small.schedule.alphas_cumprod[600])
+    z = alpha_bar ** 0.5 * clip + (1 - alpha_bar) ** 0.5 * noise
     null = small.text_encoder(torch.tensor([[49406] + [49407] * 76]))
-    maps = small.unet(z, 600, null, temporal_maps=("up_blocks.1",))[1].temporal_maps
+    maps = small.unet(z, 600, null, request=AttentionRequest(temporal=("up_blocks.1",)))[1].temporal
     assert tuple(motion.values) == tuple(maps)
     for name, probs in maps.items():
         top = np.argsort(-probs.numpy(), axis=-1, kind="stable")[..., :k]
@@ -45,7 +45,7 @@ def test_motion_is_the_top_of_each_row_of_the_noised_clips_maps(small, k):
 def test_loss_is_the_masked_mean_square_summed_over_layers(small):
     motion = extract(small, latents(), top_k=2)
     text = small.encode_text(["a star"])
-    maps = small.unet(latents(seed=5), 800, text, temporal_maps=motion.values)[1].temporal_maps
+    maps = small.unet(latents(seed=5), 800, text, request=AttentionRequest(temporal=tuple(motion.values)))[1].temporal
     expected = 0.0
     for name in motion.values:
         here = np.take_along_axis(maps[name].numpy(), motion.indices[name].numpy(), axis=-1)
@@ -62,12 +62,12 @@ def test_gradient_of_the_loss_is_that_of_finite_differences_in_float64():
     z, text = torch.randn(1, 4, 3, 4, 4, generator=g), torch.randn(1, 7, 12, generator=g)
     z, text = z.double(), text.double()
     top = {name: probs.topk(1, dim=-1) for name, probs in
-           unet(z.flip(2), 400, text, temporal_maps=("up_blocks.0",))[1].temporal_maps.items()}
+           unet(z.flip(2), 400, text, request=AttentionRequest(temporal=("up_blocks.0",)))[1].temporal.items()}
     motion = Motion({n: t.values for n, t in top.items()}, {n: t.indices for n, t in top.items()})
 
     def loss(x):
-        seen = unet(x, 900, text, temporal_maps=motion.values)[1]
-        return motion_loss(seen.temporal_maps, motion)
+        seen = unet(x, 900, text, request=AttentionRequest(temporal=tuple(motion.values)))[1]
+        return motion_loss(seen.temporal, motion)
 
     x = z.clone().requires_grad_()
     grad, = torch.autograd.grad(loss(x), x)

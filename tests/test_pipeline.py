@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mcl import InputError, load_model, model_from_state_dicts, sparse_condition
+from mcl import InputError, load_model, model_from_state_dicts, sparsectrl_condition
 
 from tests import foreign
 from tests.conftest import randn, randomize
@@ -82,7 +82,7 @@ def test_unet_with_motion_adapter(version, written):
 def test_sparsectrl(written):
     place, networks = written
     model = converted(place, "v3", "--sparsectrl", place / "rgb")
-    z, text, condition = randn(1, 4, 6, 8, 8), randn(1, 7, 12, seed=1), sparse_condition(
+    z, text, condition = randn(1, 4, 6, 8, 8), randn(1, 7, 12, seed=1), sparsectrl_condition(
         randn(1, 4, 8, 8, seed=2), [2], 6)
     with torch.no_grad():
         ours = model.residuals(condition, 300, text)
@@ -109,7 +109,7 @@ def test_text_encoder(written):
     ids = model.tokenizer(["a photo of a cat", ""])
     with torch.no_grad():
         expected = networks["text_encoder"](ids).last_hidden_state
-    assert model.config.text.heads == 3
+    assert model.config.text_encoder.num_attention_heads == 3
     assert error(model.encode_text(["a photo of a cat", ""]), expected) < 1e-4
 
 
@@ -127,7 +127,7 @@ def test_weights_in_memory_make_the_model_that_files_make(written):
         states | {"motion": motion}, states | {"unet": whole.state_dict()}))
     for model in (first, second):
         found = model.state_dict()
-        assert model.config.text.heads == 3 and list(found) == list(expected)
+        assert model.config.text_encoder.num_attention_heads == 3 and list(found) == list(expected)
         assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
     assert first.sha256 == second.sha256 and len(first.sha256) == 64
     first.unet.conv_in.bias.add_(1)

@@ -4,10 +4,10 @@ import dataclasses
 import pytest
 import torch
 
-from mcl import (InputError, Model, NumericalError, SampleConfig, Wanted, extract_motion, sample,
-                 sparse_condition)
+from mcl import (InputError, Model, NumericalError, SampleConfig, AttentionRequest, extract_motion, sample,
+                 sparsectrl_condition)
 from mcl.config import SparseCtrlConfig, from_dict
-from mcl.sampler import Trajectory, guidance_weight
+from mcl.sampler import Sampler, guidance_weight
 from mcl.schedule import ddim_step
 
 from tests.conftest import randn, randomize
@@ -48,13 +48,13 @@ def test_guidance_is_one_gradient_step_on_the_direction(small, motion):
     guided, plain = (states(small, m, motion_weight=scale)[0] for m in (motion, None))
     z = clip(3).requires_grad_()
     text = small.encode_text(["a red star"])
-    maps = small.unet(z, 999, text, temporal_maps=motion.values)[1].temporal_maps
+    maps = small.unet(z, 999, text, request=AttentionRequest(temporal=tuple(motion.values)))[1].temporal
     loss = sum((maps[n].gather(-1, motion.indices[n]) - motion.values[n]).square().mean()
                for n in motion.values)
     elements, ramp = 4 * 8 * 8 / (16 * 64 * 64), 1 / 2
     grad, = torch.autograd.grad(scale * ramp * elements * loss, z)
     t_prev = small.schedule.timesteps(6, "uneven", 3, 0.3)[1]
-    noise, noise_prev = (1 - small.schedule.abar(t) for t in (999, t_prev))
+    noise, noise_prev = (1 - small.schedule.alpha_bar(t) for t in (999, t_prev))
     moved = -noise_prev.sqrt() * noise.sqrt() * grad
     assert guided.loss == pytest.approx(loss.item(), rel=1e-4)
     assert torch.allclose(guided.latents - plain.latents, moved, atol=1e-4 * float(moved.std()) +
@@ -68,20 +68,20 @@ def test_repeated_steps_start_from_their_noise_again(small, motion, monkeypatch)
     twice = next(sample(small, "a star", motion, dataclasses.replace(config, guidance_repeats=2),
                         latents=clip(3), generator=torch.Generator().manual_seed(1)))
     z = next(sample(small, "a star", motion, config, latents=clip(3))).latents
-    kept = small.schedule.abar(999) / small.schedule.abar(850)
+    kept = small.schedule.alpha_bar(999) / small.schedule.alpha_bar(850)
     z = kept.sqrt() * z + (1 - kept).sqrt() * randn(*z.shape, seed=1)
     again = next(sample(small, "a star", motion, config, latents=z))
     assert torch.allclose(twice.latents, again.latents, atol=1e-5)
     assert twice.loss == pytest.approx(again.loss, rel=1e-4)
-    back, steps = Trajectory.back, []
-    monkeypatch.setattr(Trajectory, "back", lambda self, i, z: steps.append(i) or back(self, i, z))
-    states(small, motion, guidance_repeats=3, guidance_every=2)
+    back, steps = Sampler.back, []
+    monkeypatch.setattr(Sampler, "back", lambda self, i, z: steps.append(i) or back(self, i, z))
+    states(small, motion, guidance_repeats=3, guidance_interval=2)
     assert steps == [0, 0, 2, 2]        # of three guided steps those that take a gradient
 
 
 def test_consistency_steps_draw_their_noise_from_the_generator_and_are_guided_alike(small, motion):
     def run(motion, seed, **changes):
-        config = dataclasses.replace(small.config.sample, solver="lcm", motion_weight=3e5,
+        config = dataclasses.replace(small.config.sample, sampler="lcm", motion_weight=3e5,
                                      **changes)
         return [state.latents for state in sample(
             small, "a star", motion, config, generator=torch.Generator().manual_seed(seed))]
@@ -101,7 +101,7 @@ def test_guidance_lowers_the_loss(small, motion):
 
 
 def test_a_gradient_serves_for_several_steps(small, motion):
-    every, third = (states(small, motion, guidance_steps=4, guidance_every=n, motion_weight=3e5)
+    every, third = (states(small, motion, guidance_steps=4, guidance_interval=n, motion_weight=3e5)
                     for n in (1, 3))
     assert [s.loss is not None for s in third] == [True, False, False, True, False, False]
     assert torch.equal(third[0].latents, every[0].latents)
@@ -123,16 +123,16 @@ def test_weight_rises_falls_and_is_the_published_one_at_the_published_size():
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 def test_classifier_free_guidance_is_the_common_form(small, scale):
     text, null = small.encode_text(["a red star", ""]).split(1)
-    z, abar, abar_prev = clip(3), small.schedule.abar(999), small.schedule.abar(0)
+    z, alpha_bar, alpha_bar_prev = clip(3), small.schedule.alpha_bar(999), small.schedule.alpha_bar(0)
     cond, uncond = (small.unet(z, 999, e)[0] for e in (text, null))
     eps = uncond + scale * (cond - uncond)
-    expected = ddim_step(z, eps, eps, abar, abar_prev)
+    expected = ddim_step(z, eps, eps, alpha_bar, alpha_bar_prev)
     first = states(small, None, steps=2, guidance_steps=0, cfg_scale=scale)[0].latents
     assert torch.allclose(first, expected, atol=1e-4 * float(expected.std()))
 
 
 def test_steps_beyond_their_share_have_no_classifier_free_guidance(small):
-    none, half, full = (states(small, None, cfg_share=share) for share in (0, .5, 1))
+    none, half, full = (states(small, None, cfg_end_fraction=share) for share in (0, .5, 1))
     assert torch.equal(half[2].latents, full[2].latents)
     assert not torch.equal(half[3].latents, full[3].latents)
     weak = states(small, None, cfg_scale=1.0)
@@ -186,35 +186,35 @@ def test_settings_that_cannot_be_are_refused_with_the_legal_range(change, messag
 
 def test_a_condition_is_seen_by_the_reading_and_by_both_branches(small):
     """A whole run under SparseCtrl, against the paper written out here."""
-    config = dataclasses.replace(small.config, sparsectrl=SparseCtrlConfig("rgb", motion_heads=2))
+    config = dataclasses.replace(small.config, sparsectrl=SparseCtrlConfig("rgb", motion_num_attention_heads=2))
     model = Model(config)
     for part in model.children():
         randomize(part)
     config = dataclasses.replace(config.sample, motion_weight=3e5)
-    condition = sparse_condition(randn(1, 4, 8, 8, seed=5), [2], 4)
-    own = sparse_condition(randn(1, 4, 8, 8, seed=6), [2], 4)
+    condition = sparsectrl_condition(randn(1, 4, 8, 8, seed=5), [2], 4)
+    own = sparsectrl_condition(randn(1, 4, 8, 8, seed=6), [2], 4)
     motion = extract_motion(model, clip(), noise=clip(1), condition=own)
     found = list(sample(model, "a star", motion, latents=clip(3), config=config,
                         condition=condition))
 
     text, null = model.encode_text(["a star", ""]).split(1)
-    abar = torch.cat([model.schedule.alphas_cumprod, torch.ones(1)])    # at -1 as well
-    read = abar[400].sqrt() * clip() + (1 - abar[400]).sqrt() * clip(1)
-    seen = model.unet.attend(read, 400, null, Wanted(("up_blocks.1",)),
+    alpha_bar = torch.cat([model.schedule.alphas_cumprod, torch.ones(1)])    # at -1 as well
+    read = alpha_bar[400].sqrt() * clip() + (1 - alpha_bar[400]).sqrt() * clip(1)
+    seen = model.unet.attend(read, 400, null, AttentionRequest(("up_blocks.1",)),
                              model.sparsectrl(own, 400, null))
-    top = {name: probs.max(dim=-1, keepdim=True) for name, probs in seen.temporal_maps.items()}
+    top = {name: probs.max(dim=-1, keepdim=True) for name, probs in seen.temporal.items()}
     z, timesteps = clip(3), [state.t for state in found] + [-1]
     for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:])):
         z = z.detach().requires_grad_()
-        eps, seen = model.unet(z, t, text, temporal_maps=("up_blocks.1",),
+        eps, seen = model.unet(z, t, text, request=AttentionRequest(temporal=("up_blocks.1",)),
                                residuals=model.sparsectrl(condition, t, text))
-        g = sum((seen.temporal_maps[name].gather(-1, at) - value).square().mean()
+        g = sum((seen.temporal[name].gather(-1, at) - value).square().mean()
                 for name, (value, at) in top.items())
         weight = 3e5 * 4 * 8 * 8 / 65536 * (1, 1, .5, 0, 0, 0)[i] * (.5, 1, 1, 1, 1, 1)[i]
         grad, = torch.autograd.grad(weight * g, z)
         uncond, _ = model.unet(z, t, null, residuals=model.sparsectrl(condition, t, null))
         eps = uncond + config.cfg_scale * (eps - uncond)
-        x0 = (z - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
-        z = abar[t_prev].sqrt() * x0 + (1 - abar[t_prev]).sqrt() * (
-            eps - (1 - abar[t]).sqrt() * grad)
+        x0 = (z - (1 - alpha_bar[t]).sqrt() * eps) / alpha_bar[t].sqrt()
+        z = alpha_bar[t_prev].sqrt() * x0 + (1 - alpha_bar[t_prev]).sqrt() * (
+            eps - (1 - alpha_bar[t]).sqrt() * grad)
         assert (found[i].latents - z).norm() < 1e-4 * z.norm()

@@ -3,19 +3,19 @@ import pytest
 import torch
 
 from mcl.config import ScheduleConfig
-from mcl.schedule import Schedule, ddim_step
+from mcl.schedule import NoiseSchedule, ddim_step
 
 
 @pytest.fixture(scope="module")
 def schedule():
-    return Schedule(ScheduleConfig())
+    return NoiseSchedule(ScheduleConfig())
 
 
 @pytest.mark.parametrize("t, abar", [
     (0, 0.99914998), (1, 0.99828953), (20, 0.97999913), (400, 0.28989962), (500, 0.16077162),
     (981, 0.00195883), (999, 0.00157896), (-1, 1.0)])
-def test_betas_are_linear_in_beta(schedule, t, abar):
-    assert float(schedule.abar(t)) == pytest.approx(abar, rel=1e-5)
+def test_betas_are_linear_in_beta(schedule, t, alpha_bar):
+    assert float(schedule.alpha_bar(t)) == pytest.approx(alpha_bar, rel=1e-5)
 
 
 def test_uneven_timesteps_are_the_published_ones(schedule):
@@ -53,17 +53,17 @@ def test_timesteps_descend_whatever_the_numbers(schedule, steps, guided):
 def test_ddim_goes_from_any_level_to_the_clean_clip_when_the_noise_is_known(schedule):
     x0, noise = torch.randn(2, 3), torch.randn(2, 3)
     z = schedule.add_noise(x0, noise, 700)
-    there = ddim_step(z, noise, noise, schedule.abar(700), schedule.abar(300))
+    there = ddim_step(z, noise, noise, schedule.alpha_bar(700), schedule.alpha_bar(300))
     assert torch.allclose(there, schedule.add_noise(x0, noise, 300), atol=1e-5)
-    clean = ddim_step(there, noise, noise, schedule.abar(300), schedule.abar(-1))
+    clean = ddim_step(there, noise, noise, schedule.alpha_bar(300), schedule.alpha_bar(-1))
     assert torch.allclose(clean, x0, atol=1e-5)
 
 
 def test_guidance_descends_by_the_closed_form(schedule):
     """z_prev -= sqrt(1 - abar_prev) sqrt(1 - abar_t) grad, and not the other way round."""
     z, eps, grad = torch.randn(3, 50).double()
-    abar, abar_prev = schedule.abar(993).double(), schedule.abar(987).double()
-    plain = ddim_step(z, eps, eps, abar, abar_prev)
-    guided = ddim_step(z, eps, eps - (1 - abar).sqrt() * grad, abar, abar_prev)
-    moved = -(1 - abar_prev).sqrt() * (1 - abar).sqrt() * grad
+    alpha_bar, alpha_bar_prev = schedule.alpha_bar(993).double(), schedule.alpha_bar(987).double()
+    plain = ddim_step(z, eps, eps, alpha_bar, alpha_bar_prev)
+    guided = ddim_step(z, eps, eps - (1 - alpha_bar).sqrt() * grad, alpha_bar, alpha_bar_prev)
+    moved = -(1 - alpha_bar_prev).sqrt() * (1 - alpha_bar).sqrt() * grad
     assert torch.allclose(guided - plain, moved)

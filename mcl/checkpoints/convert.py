@@ -7,11 +7,14 @@ from typing import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from .model_file import check_finite, meta_model, metadata
-from ..config import FEW_STEPS, ModelConfig, SampleConfig, SparseCtrlConfig
+import dataclasses
+
+from .model_file import check_finite, build_on_meta, file_metadata
+from ..config import ModelConfig, SampleConfig, SparseCtrlConfig
+from ..presets import DISTILLED_PRESETS
 from ..errors import InputError
 from ..files import stream_safetensors
-from ..networks.temporal import position_encoding
+from ..networks.temporal import sinusoidal_positional_encoding
 from . import key_mapping as rename
 from .lora_math import Delta, bare
 from .detect import BASE, MOTION, SPARSECTRL, TEXT, VAE, Source, distilled
@@ -80,7 +83,7 @@ def plan(name: str, parts: Mapping[str, Source], loras: list[Lora], ema: bool = 
                for ours, theirs in taken[part].items()}
         weights |= new
         paths |= dict.fromkeys(new, source.path)
-    shapes = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in build_on_meta(config).state_dict().items()}
     check(paths, weights, shapes, parts)
     changes, unused = all_deltas(loras, shapes)
     used = Counter(paths.values())
@@ -131,7 +134,7 @@ def check_positions(source: Source) -> None:
                 torch.float8_e5m2, torch.float8_e4m3fn)
                 if torch.equal(found.to(kind).float(), found)), 0)
             if found.ndim != 3 or found.shape[2] % 2 or not torch.allclose(
-                    found[0], position_encoding(*found.shape[1:]), atol=max(5e-3, rounding)):
+                    found[0], sinusoidal_positional_encoding(*found.shape[1:]), atol=max(5e-3, rounding)):
                 raise InputError(f"{source.path}: {name} is not AnimateDiff's encoding of "
                                  "positions; such motion modules cannot be used here")
 
@@ -143,16 +146,16 @@ def infer_config(name: str, parts: Mapping[str, Source]) -> ModelConfig:
         unet.path, ModelConfig, name=name,
         unet=unet_config(unet.path, unet.shapes("unet"), unet.config("unet"),
                          motion.shapes("motion"), motion.config("motion"), motion.version,
-                         motion.max_frames),
+                         motion.motion_max_seq_length),
         vae=vae_config(parts["vae"].path, parts["vae"].shapes("vae"),
                        parts["vae"].config("vae")),
-        text=text_config(parts["text_encoder"].path, parts["text_encoder"].shapes("text_encoder"),
+        text_encoder=text_config(parts["text_encoder"].path, parts["text_encoder"].shapes("text_encoder"),
                          parts["text_encoder"].config("text_encoder")),
         sparsectrl=SparseCtrlConfig() if control is None else sparsectrl_config(
             control.path, control.shapes("sparsectrl"), control.config("sparsectrl"),
-            control.max_frames),
-        sample=SampleConfig(frames=min(16, motion.max_frames),
-                            **FEW_STEPS.get(distilled(motion.path), {})))
+            control.motion_max_seq_length),
+        sample=dataclasses.replace(DISTILLED_PRESETS.get(distilled(motion.path), SampleConfig()),
+                                   num_frames=min(16, motion.motion_max_seq_length)))
 
 
 def check(paths: Mapping[str, Path], weights: Mapping[str, LazyTensor],
@@ -180,4 +183,4 @@ def check(paths: Mapping[str, Path], weights: Mapping[str, LazyTensor],
 def write(plan: Plan, path: Path, dtype: torch.dtype, tensors: Iterator[Tensor],
           sources: Mapping[str, str]) -> None:
     """Writes `plan.tensors(dtype)`, as they come, to a file that `load_model` reads."""
-    stream_safetensors(path, plan.shapes, dtype, tensors, metadata(plan.config, sources, dtype))
+    stream_safetensors(path, plan.shapes, dtype, tensors, file_metadata(plan.config, sources, dtype))

@@ -62,7 +62,7 @@ class Source:
     parts: dict[str, dict[str, str]] = field(default_factory=dict)  # part -> our name -> its name
     dropped: dict[str, str] = field(default_factory=dict)           # its name -> why
     version: str = ""                   # of a motion module
-    max_frames: int = 0
+    motion_max_seq_length: int = 0
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         return {ours: self.checkpoint.tensors[theirs].shape
@@ -78,10 +78,10 @@ def read_source(path: Path) -> Source:
 
     Raises InputError, by the name of what it is, for what cannot be part of a model here.
     """
-    return recognise(path, open_checkpoint(path))
+    return detect(path, open_checkpoint(path))
 
 
-def recognise(path: Path, checkpoint: Checkpoint) -> Source:
+def detect(path: Path, checkpoint: Checkpoint) -> Source:
     """`read_source` of what is already open."""
     tensors = checkpoint.tensors
     for pattern, what in FOREIGN:
@@ -115,7 +115,7 @@ def controlnet(path: Path, checkpoint: Checkpoint) -> Source:
     names, dropped, length = with_positions(path, checkpoint.tensors)
     kind = "rgb" if "controlnet_cond_embedding.weight" in names else "scribble"
     return Source(path, SPARSECTRL, f"AnimateDiff's SparseCtrl ({kind})", checkpoint,
-                  {"sparsectrl": names}, dropped, max_frames=length or 32)
+                  {"sparsectrl": names}, dropped, motion_max_seq_length=length or 32)
 
 
 def with_positions(path: Path, tensors: dict[str, LazyTensor]
@@ -252,7 +252,7 @@ def networks(path: Path, checkpoint: Checkpoint) -> Source:
     source = Source(path, BASE if "unet" in parts else VAE if "vae" in parts else TEXT, "",
                     checkpoint, parts, dropped)
     if motion is not None:
-        source = replace(source, version=motion.version, max_frames=motion.max_frames)
+        source = replace(source, version=motion.version, motion_max_seq_length=motion.motion_max_seq_length)
     if "unet" in parts:
         check_unet(path, source.shapes("unet"))
         check_prediction(path, checkpoint)

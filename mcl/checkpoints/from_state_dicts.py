@@ -6,11 +6,11 @@ from typing import Any, Mapping
 import torch
 from torch import Tensor
 
-from .model_file import fill, meta_model
-from ..device import pick_device, pick_dtype
+from .model_file import build_on_meta, load_weights
+from ..device import resolve_device, resolve_dtype
 from ..model import Model
 from .convert import plan
-from .detect import FOREIGN_PART, Source, networks, recognise
+from .detect import FOREIGN_PART, Source, networks, detect
 from .lazy import Checkpoint, LazyTensor
 
 
@@ -42,14 +42,14 @@ def model_from_state_dicts(
         alone = role in ("unet", "vae", "text_encoder")
         checkpoint = Checkpoint({f"{role}.{key}" if alone else key: lazy(t)
                                  for key, t in state.items()}, (), configs=said)
-        source = networks(Path(role), checkpoint) if alone else recognise(Path(role), checkpoint)
+        source = networks(Path(role), checkpoint) if alone else detect(Path(role), checkpoint)
         parts |= {part: source for part in source.parts}
         for why in {why for why in source.dropped.values() if why.endswith(FOREIGN_PART)}:
             warnings.warn(f"{role}: left out: what is {why}", stacklevel=2)
     chosen = plan(name, parts, [])
-    where = pick_device(device)
-    weights = chosen.tensors(pick_dtype(dtype, where))
-    return fill(meta_model(chosen.config), ((key, weight.to(where))
+    where = resolve_device(device)
+    weights = chosen.tensors(resolve_dtype(dtype, where))
+    return load_weights(build_on_meta(chosen.config), ((key, weight.to(where))
                                             for key, weight in zip(chosen.shapes, weights)))
 
 

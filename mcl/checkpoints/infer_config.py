@@ -2,10 +2,8 @@
 import re
 from typing import Any, Mapping, TypeVar
 
-from ..config import (VOCABULARY, SparseCtrlConfig, TextConfig, UNetConfig, VAEConfig,
-                      VisionConfig, shown)
+from ..config import (VOCABULARY_SIZE, SparseCtrlConfig, CLIPTextConfig, UNetConfig, VAEConfig, short_repr)
 from ..errors import InputError
-from ..networks.tokenizer import LENGTH
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,7 +34,7 @@ def check_config(path: Any, part: str, config: Mapping[str, Any]) -> None:
     """Raises InputError for a config.json that describes what this project has no network for."""
     for key, value in FIXED[part].items():
         if config.get(key) not in (None, value):
-            raise InputError(f"{path}: its {part} config has {key} = {shown(config[key])}; "
+            raise InputError(f"{path}: its {part} config has {key} = {short_repr(config[key])}; "
                              f"{'CLIP' if part in CLIP_PARTS else 'Stable Diffusion 1.5'} has "
                              f"{value!r}, and only that runs here")
 
@@ -71,14 +69,14 @@ def number_of_heads(config: Mapping[str, Any], keys: tuple[str, ...], default: i
         if given is not None:
             each = given if isinstance(given, list) else [given]
             if not each or any(one != each[0] for one in each):
-                raise InputError(f"{path}: {key} = {shown(given)}: Stable Diffusion 2 or later; "
+                raise InputError(f"{path}: {key} = {short_repr(given)}: Stable Diffusion 2 or later; "
                                  "the same number of heads everywhere is what runs here")
             return each[0]
     return default
 
 
 def unet_config(path: Any, unet: Shapes, config: Mapping[str, Any], motion: Shapes,
-                motion_config: Mapping[str, Any], version: str, max_frames: int) -> UNetConfig:
+                motion_config: Mapping[str, Any], version: str, motion_max_seq_length: int) -> UNetConfig:
     """Of a UNet and a motion module, both under our names."""
     attends = tuple(level for level in range(count(unet, "down_blocks"))
                     if count(unet, f"down_blocks.{level}.attentions"))
@@ -89,13 +87,13 @@ def unet_config(path: Any, unet: Shapes, config: Mapping[str, Any], motion: Shap
         out_channels=shape_of(unet, "conv_out.weight", path)[0],
         block_out_channels=widths(unet, "down_blocks", path),
         layers_per_block=count(unet, "down_blocks.0.resnets"),
-        attention_levels=attends,
-        heads=number_of_heads(config, ("num_attention_heads", "attention_head_dim"), 8, path),
-        text_channels=shape_of(unet, to_k, path)[1],
-        norm_groups=given(config, "norm_num_groups", 32),
-        motion_heads=given(motion_config, "motion_num_attention_heads", 8),
+        cross_attention_levels=attends,
+        num_attention_heads=number_of_heads(config, ("num_attention_heads", "attention_head_dim"), 8, path),
+        cross_attention_dim=shape_of(unet, to_k, path)[1],
+        norm_num_groups=given(config, "norm_num_groups", 32),
+        motion_num_attention_heads=given(motion_config, "motion_num_attention_heads", 8),
         motion_mid_block=any(name.startswith("mid_block.motion_modules.") for name in motion),
-        norm_per_frame=version != "v1", max_frames=max_frames)
+        inflated_groupnorm=version != "v1", motion_max_seq_length=motion_max_seq_length)
 
 
 def given(config: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -104,15 +102,15 @@ def given(config: Mapping[str, Any], key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def sparsectrl_config(path: Any, control: Shapes, config: Mapping[str, Any], max_frames: int
+def sparsectrl_config(path: Any, control: Shapes, config: Mapping[str, Any], motion_max_seq_length: int
                       ) -> SparseCtrlConfig:
     embedding = "controlnet_cond_embedding"
     sizes = {"motion_heads": given(config, "motion_num_attention_heads", 8),
-             "max_frames": max_frames}
+             "max_frames": motion_max_seq_length}
     if f"{embedding}.weight" in control:
         return made(path, SparseCtrlConfig, kind="rgb", **sizes)
     strided = range(1, count(control, f"{embedding}.blocks"), 2)
-    return made(path, SparseCtrlConfig, kind="scribble", **sizes, sketch_channels=(
+    return made(path, SparseCtrlConfig, kind="scribble", **sizes, conditioning_embedding_channels=(
         shape_of(control, f"{embedding}.conv_in.weight", path)[0],
         *(shape_of(control, f"{embedding}.blocks.{i}.weight", path)[0] for i in strided)))
 
@@ -123,48 +121,19 @@ def vae_config(path: Any, vae: Shapes, config: Mapping[str, Any]) -> VAEConfig:
         latent_channels=shape_of(vae, "decoder.conv_in.weight", path)[1],
         block_out_channels=widths(vae, "encoder.down_blocks", path),
         layers_per_block=count(vae, "encoder.down_blocks.0.resnets"),
-        norm_groups=given(config, "norm_num_groups", 32),
+        norm_num_groups=given(config, "norm_num_groups", 32),
         scaling_factor=given(config, "scaling_factor", 0.18215))
 
 
-def text_config(path: Any, text: Shapes, config: Mapping[str, Any]) -> TextConfig:
+def text_config(path: Any, text: Shapes, config: Mapping[str, Any]) -> CLIPTextConfig:
     vocabulary, hidden = shape_of(text, "text_model.embeddings.token_embedding.weight", path)[:2]
-    if vocabulary < VOCABULARY:
+    if vocabulary < VOCABULARY_SIZE:
         raise InputError(f"{path}: its text encoder knows {vocabulary} tokens, CLIP's tokenizer "
-                         f"has {VOCABULARY}")
+                         f"has {VOCABULARY_SIZE}")
     return made(
-        path, TextConfig,
+        path, CLIPTextConfig,
         vocab_size=vocabulary, hidden_size=hidden,
         intermediate_size=shape_of(text, "text_model.encoder.layers.0.mlp.fc1.weight", path)[0],
-        layers=count(text, "text_model.encoder.layers"),
-        heads=number_of_heads(config, ("num_attention_heads",), 12, path),
-        max_length=shape_of(text, "text_model.embeddings.position_embedding.weight", path)[0])
-
-
-def clip_configs(path: Any, clip: Shapes, config: Mapping[str, Any]
-                 ) -> tuple[TextConfig, VisionConfig, int]:
-    """Of Hugging Face's CLIPModel: its towers, and the channels of the space that they share."""
-    if not any(name.startswith("vision_model.") for name in clip):
-        raise InputError(f"{path}: holds no CLIP of texts and pictures; the model.safetensors of "
-                         "openai/clip-vit-large-patch14 or openai/clip-vit-base-patch32 does")
-    hidden, *_, patch = shape_of(clip, "vision_model.embeddings.patch_embedding.weight", path)
-    places = shape_of(clip, "vision_model.embeddings.position_embedding.weight", path)[0] - 1
-    channels, text_hidden = shape_of(clip, "text_projection.weight", path)[:2]
-    heads = {}
-    for part, width in zip(CLIP_PARTS, (text_hidden, hidden)):
-        own = given(config, part, {})
-        if not isinstance(own, dict):
-            raise InputError(f"{path}: its {part} is {shown(own)}, which is no config")
-        check_config(path, part, own)
-        if own.get("num_attention_heads") is None and width % CLIP_HEAD:
-            raise InputError(f"{path}: how many heads its {width} channels have is told by its "
-                             "config.json alone, which is to lie beside it")
-        heads[part] = given(own, "num_attention_heads", width // CLIP_HEAD)
-    text = text_config(path, clip, {"num_attention_heads": heads["text_config"]})
-    if text.max_length < LENGTH:
-        raise InputError(f"{path}: reads {text.max_length} tokens of a text, CLIP reads {LENGTH}")
-    return text, made(
-        path, VisionConfig, hidden_size=hidden, heads=heads["vision_config"], patch=patch,
-        grid=round(max(places, 0) ** 0.5), layers=count(clip, "vision_model.encoder.layers"),
-        intermediate_size=shape_of(clip, "vision_model.encoder.layers.0.mlp.fc1.weight", path)[0]
-    ), channels
+        num_hidden_layers=count(text, "text_model.encoder.layers"),
+        num_attention_heads=number_of_heads(config, ("num_attention_heads",), 12, path),
+        max_position_embeddings=shape_of(text, "text_model.embeddings.position_embedding.weight", path)[0])

@@ -6,7 +6,7 @@ from typing import Any, Callable, Iterator, Mapping, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .model_file import check_finite, check_names, check_shape, fill
+from .model_file import check_finite, check_names, check_shape, load_weights
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -47,4 +47,4 @@ def filled(path: Path, network: N, tensors: Mapping[str, LazyTensor], device: to
             check_shape(path, name, weight, shape)
             check_finite(path, name, weight)
             yield name, weight
-    return fill(network, weights())
+    return load_weights(network, weights())

@@ -15,7 +15,7 @@ from typing import Any, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..config import is_a, shown
+from ..config import has_type, short_repr
 from ..errors import InputError
 from . import key_mapping as rename
 from .lora_math import Delta, check_fit, rank_of
@@ -148,10 +148,10 @@ def one_delta(path: Path, module: str, factors: Mapping[str, LazyTensor], shape:
                          f"another model: the weight here is {tuple(shape)}")
     if "alpha" in factors:
         alpha = factors["alpha"].read().flatten()[:1].float().sum().item()
-    if alpha is not None and not (is_a(alpha, float) and math.isfinite(alpha)):
-        raise InputError(f"{path}: the alpha of {module} is {shown(alpha)}")
+    if alpha is not None and not (has_type(alpha, float) and math.isfinite(alpha)):
+        raise InputError(f"{path}: the alpha of {module} is {short_repr(alpha)}")
     if rank is None:            # whole matrices have no rank, but PEFT divides by the one it had
-        known = alpha is not None and "alpha" not in factors and is_a(peft.get("rank"), int)
+        known = alpha is not None and "alpha" not in factors and has_type(peft.get("rank"), int)
         alpha, rank = (alpha, peft["rank"]) if known and "lokr_w1" in rest else (1, 1)
     if lora.ignore_alpha or not alpha:      # kohya's trainer takes zero for the rank, too
         alpha = rank

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..config import SampleConfig
 from ..errors import InputError, NumericalError
 
-FORESEEN = (InputError, NumericalError, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
+EXPECTED_ERRORS = (InputError, NumericalError, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"       # torch has no class for it
 
 
@@ -22,7 +22,7 @@ class Terminated(KeyboardInterrupt):
     """By a signal other than Ctrl-C's; what is unfinished is removed likewise."""
 
 
-def heed_signals() -> None:
+def install_signal_handlers() -> None:
     """Has this process end in order when it is told to, or when its terminal goes away."""
     def end(number: int, _: Any) -> NoReturn:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
@@ -69,10 +69,10 @@ class Patient(io.TextIOBase):
         return getattr(self.stream, "encoding", None) or "utf-8"
 
 
-def carry_out(main: Callable[[], int]) -> NoReturn:
+def run_main(main: Callable[[], int]) -> NoReturn:
     """The process of a command: heeds signals, bears streams that fail, exits with main's code, and
     says on stderr if what was to be said on stdout was lost."""
-    heed_signals()
+    install_signal_handlers()
     out, err = Patient(sys.stdout, 1), Patient(sys.stderr, 2)
     sys.stdout, sys.stderr = out, err       # type: ignore[assignment]
     code = main()
@@ -83,26 +83,26 @@ def carry_out(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def answer(action: Callable[[], int | None]) -> int:
+def exit_code_of(action: Callable[[], int | None]) -> int:
     """The exit code of an action, 0 where it has none; what is foreseen to fail is one line."""
     try:
         return action() or 0
     except BaseException as error:
-        if not foreseen(error):
+        if not is_expected(error):
             raise
-        code, line = explain(error)
+        code, line = format_error(error)
     if getattr(sys.stderr, "inside", False):        # behind a bar that was cut off
         line = "\n" + line
     print(line, file=sys.stderr)
     return code
 
 
-def foreseen(error: BaseException) -> bool:
+def is_expected(error: BaseException) -> bool:
     """Whether an error is one that the best of programs may end in."""
-    return isinstance(error, FORESEEN) or NO_MEMORY in str(error)
+    return isinstance(error, EXPECTED_ERRORS) or NO_MEMORY in str(error)
 
 
-class Once(argparse.Action):
+class StoreOnce(argparse.Action):
     """Keeps a file that an option names; of a second one argparse would forget the first."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
@@ -112,7 +112,7 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-class Parser(argparse.ArgumentParser):
+class OneLineErrorParser(argparse.ArgumentParser):
     """Wrong usage is one line, like every other wrong input."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -126,7 +126,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (python {self.prog} --help lists the options)")
 
 
-def explain(error: BaseException) -> tuple[int, str]:
+def format_error(error: BaseException) -> tuple[int, str]:
     """The exit code and the line for what is foreseen.
 
     1 failed, 2 bad usage or input, 130 interrupted, 143 terminated.

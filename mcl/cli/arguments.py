@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.model_file import EMBEDDED, meta_model, read_header
-from ..config import FEW_STEPS, SOLVERS, SPACINGS, SampleConfig
+from ..checkpoints.model_file import DEFAULT_WEIGHTS, build_on_meta, read_model_config
+from ..config import DISTILLED_PRESETS, SOLVERS, SPACINGS, SampleConfig
 from ..checkpoints.detect import LORAS
 from ..checkpoints.lora import IGNORE_ALPHA, parse_scaled
 from ..errors import InputError
-from ..files import check_readable, check_target
-from ..device import DTYPES, MEMORY, check_memory, pick_device, pick_dtype
+from ..files import check_readable, check_writable
+from ..device import DTYPES, MEMORY, check_memory, resolve_device, resolve_dtype
 from ..motion import Motion
 from ..sampler import check_settings
-from ..semantic import check_whole, subject_tokens
-from ..networks.temporal import Wanted
+from ..semantic import require_single_window, subject_tokens
+from ..networks.temporal import AttentionRequest
 from ..video.read import FITS
-from ..context_windows import windows_of
-from ..video.write import check_writable
-from . import Parser
+from ..context_windows import make_context_windows
+from ..video.write import check_output_path
+from . import OneLineErrorParser
 from .outputs import clips_of, reads
 
 DESCRIPTION = "Clones the motion of a reference video into a new video of a prompt."
@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "object": {"steps": 300, "guidance_steps": 180, "guidance_span": 0.4},
     "inversion-300": {"steps": 300, "guidance_steps": 200, **INVERSION},
     "inversion-500": {"steps": 500, "guidance_steps": 300, **INVERSION},
-    **FEW_STEPS}
+    **DISTILLED_PRESETS}
 FAST = "fast"                           # two thirds of the weights' own steps, in all that counts
 # Of the weight of the semantic loss to that of the motion loss, in the inversion variant.
 PUBLISHED_SEMANTIC_SHARE = 42 / 1667
@@ -55,7 +55,7 @@ REFERENCE_SEED = 1 << 32
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(prog="sample.py", description=DESCRIPTION, allow_abbrev=False)
+    p = OneLineErrorParser(prog="sample.py", description=DESCRIPTION, allow_abbrev=False)
     add = p.add_argument
     add("--ref", type=Path, help="reference video, gif or folder of images")
     add("--prompt", required=True, help="what the new video shows; may be empty")
@@ -156,7 +156,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.where = ""                     # the line of a file of jobs
     args.asked = [args.device, args.dtype]      # which all processes have in common
-    args.device = own_device(args.device)
+    args.device = local_rank_device(args.device)
     inverted = "inversion_steps" in PRESETS.get(args.preset, {})
     args.method = args.method or ("inversion" if inverted else "single-step")
     if inverted and args.method != "inversion":
@@ -201,17 +201,17 @@ def parse_image(text: str) -> tuple[Path, int]:
     return Path(text), 0
 
 
-def own_device(wanted: str) -> str:
+def local_rank_device(wanted: str) -> str:
     """"auto" is a GPU of its own for each process that torchrun started, where there are any."""
     if wanted == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return wanted
 
 
-def seeded(seed: int) -> torch.Generator:
+def make_generator(seed: int) -> torch.Generator:
     """Of a seed of up to 64 bits, each with a noise of its own: torch's generator on the CPU reads
     the low 32 bits and no more, so that longer ones are brought to 32 by a hash."""
-    digest = hashlib.sha256(seed.to_bytes(8, "big")).digest()
+    digest = hashlib.sha256(seed.to_uint8(8, "big")).digest()
     return torch.Generator().manual_seed(seed if seed < 1 << 32 else
                                          int.from_bytes(digest[:4], "big"))
 
@@ -231,7 +231,7 @@ def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
         if value is not None:
             given[field.name] = value
     if args.top_k == "all":
-        given["top_k"] = args.frames or default.frames
+        given["top_k"] = args.frames or default.num_frames
     if args.method == "inversion":
         given.setdefault("inversion_steps", 100)
     elif args.inversion_steps or args.inversion_dir:
@@ -284,31 +284,31 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
     for name in ("compare", "report"):
         if getattr(args, name) and args.ref is None:
             raise InputError(f"--{name} needs the reference itself: give it with --ref")
-    model_config = read_header(args.weights or EMBEDDED)
+    model_config = read_model_config(args.weights or DEFAULT_WEIGHTS)
     config = settings(args, model_config.sample)
     step = model_config.vae.downsampling
     if config.height % step or config.width % step:
         raise InputError(f"--size {config.width}x{config.height} is not possible: "
                          f"width and height must be multiples of {step}")
-    longest = model_config.unet.max_frames
-    windows = windows_of(config.frames, config, longest)
+    longest = model_config.unet.motion_max_seq_length
+    windows = make_context_windows(config.num_frames, config, longest)
     if args.top_k == "all":
         config = dataclasses.replace(config, top_k=windows.length)
     if config.semantic_scale:
-        check_whole(windows)
+        require_single_window(windows)
     usual = model_config.sample.motion_weight
     if 0 < config.motion_weight < usual / LEAST_WEIGHT:
         warnings.warn(f"--motion-weight {config.motion_weight:g} does next to nothing: these "
                       f"weights' own is {usual:g}")
-    device = pick_device(args.device)
-    check_memory(model_config, config, device, pick_dtype(args.dtype, device))
-    model = meta_model(model_config)
-    model.unet.resolve(Wanted(config.blocks, config.semantic_blocks))
+    device = resolve_device(args.device)
+    check_memory(model_config, config, device, resolve_dtype(args.dtype, device))
+    model = build_on_meta(model_config)
+    model.unet.resolve(AttentionRequest(config.guidance_blocks, config.semantic_blocks))
     for text, word in zip((args.ref_prompt, args.prompt), args.subject):
         subject_tokens(model, text, word)
     if args.motion is not None:
         check_settings(Motion.load(args.motion), config,
-                       (config.frames, config.height // step, config.width // step), longest)
+                       (config.num_frames, config.height // step, config.width // step), longest)
     fps = model_config.fps if args.fps is None else args.fps
     if not 0.1 <= fps <= 100:
         raise InputError(f"--fps {fps} is not possible: 0.1 to 100")
@@ -316,15 +316,15 @@ def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
         if not model_config.sparsectrl.kind:
             raise InputError(f"--image {image}: these weights have no SparseCtrl; "
                              "convert_weights.py --sparsectrl makes some that have")
-        if not -config.frames <= frame < config.frames:
+        if not -config.num_frames <= frame < config.num_frames:
             raise InputError(f"--image {image}@{frame}: the clip has frames 0 to "
-                             f"{config.frames - 1}")
+                             f"{config.num_frames - 1}")
         check_readable(image)
     for out in (args.out, *(clip.out for clip in clips_of(args))):
-        check_writable(out)
+        check_output_path(out)
     kept = args.inversion_dir           # which is gone on with, if it is there
     if kept is not None and not kept.exists():
-        check_target(kept, folder=True)
+        check_writable(kept, folder=True)
     elif kept is not None and not (kept.is_dir() and os.access(kept, os.W_OK | os.X_OK)):
         raise InputError(f"{kept}: is not a folder that can be written to; choose another")
     return config, fps

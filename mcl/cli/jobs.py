@@ -17,18 +17,18 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from ..checkpoints.model_file import EMBEDDED
-from ..config import SampleConfig, shown
+from ..checkpoints.model_file import DEFAULT_WEIGHTS
+from ..config import SampleConfig, short_repr
 from ..checkpoints.detect import LORAS
 from ..errors import InputError
-from ..files import digest, finite, write_lines
-from ..video.read import read_picture, read_video
-from . import Once, Parser, explain, foreseen
+from ..files import sha256_of, nonfinite_to_none, write_jsonl
+from ..video.read import read_image, read_video
+from . import StoreOnce, OneLineErrorParser, format_error, is_expected
 from .arguments import check, parse
 from .outputs import Clip, check_files, reads
 
 T = TypeVar("T")
-kept_digest = functools.cache(digest)   # of what is read, which one run finds as it is
+kept_digest = functools.cache(sha256_of)   # of what is read, which one run finds as it is
 FOREVER = datetime.timedelta(days=365)  # one process may have finished its share long before others
 
 
@@ -37,8 +37,8 @@ def parse_jobs(argv: list[str]) -> list[argparse.Namespace]:
 
     Raises InputError, with the file and line, for what no job can be made of.
     """
-    first = Parser(prog="sample.py", add_help=False, allow_abbrev=False)
-    first.add_argument("--jobs", type=Path, action=Once)
+    first = OneLineErrorParser(prog="sample.py", add_help=False, allow_abbrev=False)
+    first.add_argument("--jobs", type=Path, action=StoreOnce)
     known, common = first.parse_known_args(argv)
     if known.jobs is None:
         return [parse(argv)]
@@ -85,7 +85,7 @@ def words(options: Mapping[str, Any]) -> list[str]:
             elif isinstance(one, (str, int, float)) and one is not False:
                 result.append(f"{option}={one}")
             elif one is not False and one is not None:
-                raise ValueError(f"{name} is {shown(one)}, where text, a number, true or a list of "
+                raise ValueError(f"{name} is {short_repr(one)}, where text, a number, true or a list of "
                                  "these is wanted")
     return result
 
@@ -118,7 +118,7 @@ def try_reading(args: argparse.Namespace, frames: int) -> None:
         if args.ref is not None:
             read_video(args.ref, frames, (8, 8), args.start, args.duration, stride=args.stride)
         for path, _ in args.image:
-            read_picture(path, (8, 8))
+            read_image(path, (8, 8))
 
 
 def requested(clip: Clip, config: SampleConfig, fps: float) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def requested(clip: Clip, config: SampleConfig, fps: float) -> dict[str, Any]:
         "subject": args.subject, "reference": str(args.ref or args.motion), "seed": clip.seed,
         "settings": dataclasses.asdict(config), "start": args.start, "duration": args.duration,
         "stride": args.stride, "fit": args.fit, "fps": fps,
-        "weights": str(args.weights or EMBEDDED),
+        "weights": str(args.weights or DEFAULT_WEIGHTS),
         "images": [(str(path), frame) for path, frame in args.image],
         "loras": [(str(path), scale) for option in LORAS
                   for path, scale in getattr(args, option[2:].replace("-", "_"))],
@@ -159,13 +159,13 @@ def is_of(record: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON gives values back: tuples are lists there, and what is not finite is None."""
-    read: dict[str, Any] = json.loads(json.dumps(finite(values)))
+    read: dict[str, Any] = json.loads(json.dumps(nonfinite_to_none(values)))
     return read
 
 
 def digests(paths: Sequence[Path]) -> dict[str, str]:
     """sha256 of what each of some paths holds."""
-    return {str(path): digest(path) for path in paths}
+    return {str(path): sha256_of(path) for path in paths}
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,9 @@ class Crew:
 def failure(where: str, error: Exception) -> str:
     """What failed of a file of jobs, and where it stands, which is said at once; raises what is not
     foreseen, and all where there is no file."""
-    if not where or not foreseen(error):
+    if not where or not is_expected(error):
         raise error
-    line = f"{where}: {explain(error)[1]}"
+    line = f"{where}: {format_error(error)[1]}"
     tqdm.write(line, file=sys.stderr)
     return line
 
@@ -212,7 +212,7 @@ def measure_each(crew: Crew, work: Sequence[tuple[str, T]], measure: Callable[[T
         records += crew.gather(found)
         failed += crew.gather(lost)
         if crew.rank == 0:
-            write_lines(path, records)
+            write_jsonl(path, records)
     return failed
 
 

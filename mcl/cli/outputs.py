@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..checkpoints.model_file import EMBEDDED
+from ..checkpoints.model_file import DEFAULT_WEIGHTS
 from ..checkpoints.detect import LORAS
-from ..files import Write, check_plan, is_our_json
+from ..files import OutputFile, check_io_conflicts, is_mcl_record
 
 
 def check_files(jobs: list[argparse.Namespace]) -> None:
     """That no job destroys what it or another one reads, writes, or what is somebody else's."""
     of = [f" of {args.where}" if args.where else "" for args in jobs]
-    check_plan([(option + job, path) for args, job in zip(jobs, of)
+    check_io_conflicts([(option + job, path) for args, job in zip(jobs, of)
                 for option, path in reads(args)],
                [dataclasses.replace(write, what=write.what + job) for args, job in zip(jobs, of)
                 for write in writes(args)])
@@ -22,16 +22,16 @@ def check_files(jobs: list[argparse.Namespace]) -> None:
 def reads(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """All files that a job reads, each with its option."""
     named = [("--ref", args.ref), ("--motion", args.motion), ("--jobs", args.jobs),
-             ("--weights", args.weights or EMBEDDED),
+             ("--weights", args.weights or DEFAULT_WEIGHTS),
              *(("--image", path) for path, _ in args.image),
              *((option, path) for option in LORAS
                for path, _ in getattr(args, option[2:].replace("-", "_")))]
     return [(option, path) for option, path in named if path is not None]
 
 
-def writes(args: argparse.Namespace) -> list[Write]:
+def writes(args: argparse.Namespace) -> list[OutputFile]:
     """All files that a job writes."""
-    kept = [] if args.save_motion is None else [Write("--save-motion", args.save_motion)]
+    kept = [] if args.save_motion is None else [OutputFile("--save-motion", args.save_motion)]
     return kept + [write for clip in clips_of(args) for write in clip.writes()]
 
 
@@ -53,15 +53,15 @@ class Clip:
         """The clip beside its reference, out-compare.mp4."""
         return named(self.out, "-compare") if self.args.compare else None
 
-    def writes(self) -> list[Write]:
+    def writes(self) -> list[OutputFile]:
         """All that is written. The record tells whether what stands there is of an earlier run."""
-        ours, folder = partial(is_our_json, self.record), not self.out.suffix
-        result = [Write("--out", self.out, folder, None if self.out == self.args.out else ours),
-                  Write("--out", self.record, ours=ours)]
+        ours, folder = partial(is_mcl_record, self.record), not self.out.suffix
+        result = [OutputFile("--out", self.out, folder, None if self.out == self.args.out else ours),
+                  OutputFile("--out", self.record, ours=ours)]
         if self.compared is not None:
-            result.append(Write("--compare", self.compared, folder, ours))
+            result.append(OutputFile("--compare", self.compared, folder, ours))
         if self.maps is not None:
-            result.append(Write("--maps", self.maps, folder=True))
+            result.append(OutputFile("--maps", self.maps, folder=True))
         return result
 
     def made(self) -> list[Path]:

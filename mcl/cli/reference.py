@@ -10,19 +10,19 @@ from einops import rearrange
 from tqdm import tqdm
 
 from ..config import SampleConfig
-from ..inversion import Inversion, inversion_path, invert_motion
+from ..inversion import InvertedReference, inversion_timesteps, invert_reference
 from ..model import Model
 from ..motion import Motion, extract_motion
-from ..semantic import Subject, noised, subject_of
-from ..networks.sparsectrl import sparse_condition
+from ..semantic import SubjectMasks, noised_reference_attention, make_subject_masks
+from ..networks.sparsectrl import sparsectrl_condition
 from .arguments import REFERENCE_SEED
 
 
 def read_reference(args: argparse.Namespace, model: Model, reference: torch.Tensor,
-                   latents: torch.Tensor, config: SampleConfig) -> Motion | Inversion:
+                   latents: torch.Tensor, config: SampleConfig) -> Motion | InvertedReference:
     if args.method == "inversion":
-        bar = progress("inversion", len(inversion_path(model.schedule, config)))
-        return invert_motion(model, latents, args.ref_prompt, config, bar, args.inversion_dir)
+        bar = progress("inversion", len(inversion_timesteps(model.schedule, config)))
+        return invert_reference(model, latents, args.ref_prompt, config, bar, args.inversion_dir)
     motion = read_once(args, model, reference, latents, config)
     if args.save_motion is not None:
         dataclasses.replace(motion, info=motion.info | {"source": args.ref.name}).save(
@@ -42,14 +42,14 @@ def reference_noise(latents: torch.Tensor) -> torch.Tensor:
     return torch.randn(latents.shape, generator=torch.Generator().manual_seed(REFERENCE_SEED))
 
 
-def read_subject(args: argparse.Namespace, model: Model, read: Motion | Inversion,
-                 latents: torch.Tensor | None, config: SampleConfig) -> Subject | None:
+def read_subject(args: argparse.Namespace, model: Model, read: Motion | InvertedReference,
+                 latents: torch.Tensor | None, config: SampleConfig) -> SubjectMasks | None:
     if not args.subject or latents is None:
         return None
     ref_word, word = args.subject
-    attend = read.attend if isinstance(read, Inversion) else noised(
+    attend = read.attend if isinstance(read, InvertedReference) else noised_reference_attention(
         model, latents, args.ref_prompt, config, reference_noise(latents))
-    return subject_of(model, args.prompt, word, args.ref_prompt, ref_word, attend, config)
+    return make_subject_masks(model, args.prompt, word, args.ref_prompt, ref_word, attend, config)
 
 
 def given_frames(model: Model, pictures: list[torch.Tensor], args: argparse.Namespace,
@@ -62,7 +62,7 @@ def given_frames(model: Model, pictures: list[torch.Tensor], args: argparse.Name
         given = rearrange(model.vae.encode(given), "1 c n h w -> n c h w")
     else:
         given = (given + 1) / 2
-    return sparse_condition(given, [frame for _, frame in args.image], config.frames)
+    return sparsectrl_condition(given, [frame for _, frame in args.image], config.num_frames)
 
 
 def progress(title: str, steps: int) -> Any:

@@ -14,9 +14,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ..files import atomic, finite
+from ..files import atomic_write, nonfinite_to_none
 from ..motion import Motion
-from ..semantic import Masks, grid_of
+from ..semantic import Masks, infer_grid
 from .tracking import tracklets
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
@@ -56,8 +56,8 @@ def write_page(folder: Path, clips: Sequence[Shown], kept: Motion, masks: Masks 
         "masks": [] if masks is None else [
             (F.interpolate(mask[None].cpu(), grid)[0] * 100).round().int().flatten(1).tolist()
             for mask in masks]}
-    text = json.dumps(finite(data), allow_nan=False).replace("<", r"\u003c")
-    with atomic(folder, folder=True) as temporary:
+    text = json.dumps(nonfinite_to_none(data), allow_nan=False).replace("<", r"\u003c")
+    with atomic_write(folder, folder=True) as temporary:
         page = TEMPLATE.read_text("utf-8").replace("{{data}}", text)
         (temporary / "index.html").write_text(page, "utf-8")
 
@@ -82,7 +82,7 @@ def spread(motion: Motion, ranked: bool = False) -> dict[str, Tensor]:
 def packed(tables: Sequence[Mapping[str, Tensor]], aspect: float) -> tuple[tuple[int, int], str]:
     """The grid of places, and tables (table, layer, place, head, f, f) of LARGEST bytes at most:
     at all places of the coarsest layer or, if those are too many, one in 2x2 of them, 3x3, ..."""
-    h, w = grid_of(min(map(len, tables[0].values())), aspect)
+    h, w = infer_grid(min(map(len, tables[0].values())), aspect)
     for stride in itertools.count(1):
         grid = -(-h // stride), -(-w // stride)
         chosen = [torch.stack([thinned(maps, grid, aspect) for maps in table.values()])
@@ -95,7 +95,7 @@ def packed(tables: Sequence[Mapping[str, Tensor]], aspect: float) -> tuple[tuple
 
 def thinned(maps: Tensor, grid: tuple[int, int], aspect: float) -> Tensor:
     """Of maps (h*w, ...) those in the middles of the cells of a grid: (rows*columns, ...)."""
-    h, w = grid_of(len(maps), aspect)
+    h, w = infer_grid(len(maps), aspect)
     y, x = (((torch.arange(n) + 0.5) / n * size).long() for n, size in zip(grid, (h, w)))
     return maps[(y[:, None] * w + x).flatten()]
 

@@ -38,7 +38,7 @@ def fit_similarity(before: Tensor, after: Tensor, start: Tensor, levels: tuple[i
             continue
         a, b = (F.avg_pool2d(x[None].float(), level) for x in (before, after))
         h, w = a.shape[-2:]
-        y, x = torch.meshgrid(centres(h) * h / w, centres(w), indexing="ij")
+        y, x = torch.meshgrid(centers(h) * h / w, centers(w), indexing="ij")
         for _ in range(ITERATIONS):
             grid = similarity_grid(motion, x, y, h / w)
             inside = grid.abs().amax(dim=-1)[0] < 1
@@ -60,7 +60,7 @@ def fit_similarity(before: Tensor, after: Tensor, start: Tensor, levels: tuple[i
     return motion, error
 
 
-def centres(n: int) -> Tensor:
+def centers(n: int) -> Tensor:
     """The middles of n pixels that span [-1, 1]."""
     return (torch.arange(n) + 0.5) / n * 2 - 1
 
@@ -129,15 +129,15 @@ def distance(a: Tensor, b: Tensor) -> float:
     return -symmetric(-(a[:, None] - b[None]).norm(dim=-1).mean(dim=-1))
 
 
-def change_path(frames: Tensor) -> Tensor:
+def change_centroids(frames: Tensor) -> Tensor:
     """Where neighbouring frames (f, 3, H, W) differ: the centre (f - 1, 2), (x, y) in half widths,
     of the squares of their differences. What moves before a ground at rest is there, however plain
     it is; of a moving camera it tells nothing."""
     squares = frames.diff(dim=0).square().sum(dim=1)
     h, w = squares.shape[-2:]
     weight = squares.sum(dim=(1, 2)).clamp(min=1e-6)
-    return torch.stack([(squares * centres(w)).sum(dim=(1, 2)) / weight,
-                        (squares * centres(h)[:, None]).sum(dim=(1, 2)) / weight * h / w], dim=-1)
+    return torch.stack([(squares * centers(w)).sum(dim=(1, 2)) / weight,
+                        (squares * centers(h)[:, None]).sum(dim=(1, 2)) / weight * h / w], dim=-1)
 
 
 def flicker(frames: Tensor) -> float:

@@ -3,7 +3,7 @@ import math
 
 from torch import Tensor
 
-from .metrics import (camera_curves, change_path, curve_correlation, distance, fidelity, flicker,
+from .metrics import (camera_curves, change_centroids, curve_correlation, distance, fidelity, flicker,
                       top1_agreement)
 from ..motion import Motion
 from .tracking import tracklets
@@ -28,7 +28,7 @@ def measure(reference: Tensor, clip: Tensor, motion: Motion | None, own: Motion 
     a, b = tracklets(reference), tracklets(clip)
     followed = (*fidelity(a, b), distance(a, b)) if len(a) and len(b) else (math.nan,) * 3
     alike = (curve_correlation(x, y) if x.any() and y.any() else math.nan for x, y in (
-        map(curves, (clip, reference)) for curves in (camera_curves, change_path)))
+        map(curves, (clip, reference)) for curves in (camera_curves, change_centroids)))
     values = (*followed, *alike, flicker(clip))
     figures = dict(zip(COLUMNS, values))
     if motion is not None and own is not None:

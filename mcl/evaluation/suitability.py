@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..model import Model
-from ..context_windows import blend, windows_of
+from ..context_windows import blend_windows, make_context_windows
 
 
-def movement(latents: Tensor) -> float:
+def motion_magnitude(latents: Tensor) -> float:
     """How much of a clip changes, latents (1, c, f, h, w): the standard deviation in time at a
     place, of which a tenth of the places have more, as a share of that of the whole; 0 at rest.
 
@@ -32,21 +32,21 @@ def denoising_error(model: Model, latents: Tensor) -> float:
     """
     config, z = model.config.sample, latents.to(model.device).float()
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-    noisy = model.schedule.add_noise(z, noise, config.extract_t).to(model.dtype)
-    windows = windows_of(z.shape[2], config, model.config.unet.max_frames)
+    noisy = model.schedule.add_noise(z, noise, config.extraction_timestep).to(model.dtype)
+    windows = make_context_windows(z.shape[2], config, model.config.unet.motion_max_seq_length)
     null = model.encode_text([""])
-    parts = [model.unet(noisy[:, :, windows.at(start)], config.extract_t, null)[0].float()
+    parts = [model.unet(noisy[:, :, windows.at(start)], config.extraction_timestep, null)[0].float()
              for start in windows.starts]
-    return float((blend(parts, windows) - noise).square().mean())
+    return float((blend_windows(parts, windows) - noise).square().mean())
 
 
-def check_reference(model: Model, reference: Path, latents: Tensor) -> dict[str, float]:
+def warn_if_unsuitable(model: Model, reference: Path, latents: Tensor) -> dict[str, float]:
     """The `movement` and `denoising_error` of a clip, latents (1, c, f, h, w), scaled; warns, by
     the reference's name, where the model wants others. Empty where it is unknown what it wants."""
-    least, most = model.config.moves_from, model.config.error_to
+    least, most = model.config.min_reference_motion, model.config.max_denoising_error
     if not least:
         return {}
-    found = {"movement": movement(latents), "denoising_error": denoising_error(model, latents)}
+    found = {"movement": motion_magnitude(latents), "denoising_error": denoising_error(model, latents)}
     if found["movement"] < least:
         why = (f"little of it moves (its latents change by {found['movement']:.3f} of their "
                f"spread, where {least:.3f} is wanted)")

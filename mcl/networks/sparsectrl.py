@@ -1,7 +1,7 @@
-"""SparseCtrl (arXiv 2311.16933): what some frames are to show, as pictures or as sketches.
+"""SparseCtrl (arXiv 2311.16933): images or sketches that some frames of the clip show.
 
-A copy of the UNet's way down that sees no noise, only the condition, and whose features are added
-to the UNet's skips. Names are those of AnimateDiff's v3_sd15_sparsectrl files.
+SparseCtrl is a copy of the UNet's encoder that sees no noise, only the condition. Its features are
+added to the UNet's skip connections. Names are those of AnimateDiff's v3_sd15_sparsectrl files.
 """
 import dataclasses
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..config import SparseCtrlConfig, UNetConfig
 from ..errors import InputError
-from .unet import Conditioning, DownBlock, MidBlock, Residuals, TimestepEmbedding
+from .unet import BlockInputs, ControlNetResiduals, DownBlock, MidBlock, TimestepEmbedding
 
 
-class SketchEmbedding(nn.Module):
-    """A sketch and its mask, (b*f, 4, H, W), through eight convolutions to (b*f, c, h, w)."""
+class ConditioningEmbedding(nn.Module):
+    """Convolutions that reduce a sketch and its mask to the size of the latents."""
 
     def __init__(self, widths: tuple[int, ...], channels: int):
+        """Create convolutions of these widths with `channels` outputs."""
         super().__init__()
         self.conv_in = nn.Conv2d(4, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
@@ -28,6 +29,7 @@ class SketchEmbedding(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features (b*f, c, h, w) of sketches with masks (b*f, 4, H, W)."""
         x = F.silu(self.conv_in(x))
         for block in self.blocks:
             x = F.silu(block(x))
@@ -35,20 +37,23 @@ class SketchEmbedding(nn.Module):
 
 
 class SparseCtrl(nn.Module):
-    """`config` is the UNet's, to whose features the residuals are added."""
+    """Encoder whose features are added to a UNet's."""
 
     def __init__(self, config: UNetConfig, control: SparseCtrlConfig):
+        """Create the encoder for a UNet of the given config."""
         super().__init__()
         config = dataclasses.replace(
-            config, motion_modules=True, motion_mid_block=False, motion_attentions=1,
-            norm_per_frame=True, motion_heads=control.motion_heads, max_frames=control.max_frames)
+            config, motion_modules=True, motion_mid_block=False, motion_num_attention_blocks=1,
+            inflated_groupnorm=True,
+            motion_num_attention_heads=control.motion_num_attention_heads,
+            motion_max_seq_length=control.motion_max_seq_length)
         self.config, self.kind = config, control.kind
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
-        # Only the bias of conv_in acts: the noise that it was made for is left out.
+        # Only the bias of conv_in is used, because SparseCtrl does not see the noise.
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.controlnet_cond_embedding = (
             nn.Conv2d(config.in_channels + 1, widths[0], 3, padding=1) if control.kind == "rgb"
-            else SketchEmbedding(control.sketch_channels, widths[0]))
+            else ConditioningEmbedding(control.conditioning_embedding_channels, widths[0]))
         self.time_embedding = TimestepEmbedding(widths[0], config.time_channels)
         self.down_blocks = nn.ModuleList([DownBlock(config, level) for level in levels])
         self.mid_block = MidBlock(config)
@@ -57,44 +62,54 @@ class SparseCtrl(nn.Module):
         self.controlnet_down_blocks = nn.ModuleList([nn.Conv2d(c, c, 1) for c in skips])
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
-    def forward(self, condition: Tensor, t: Tensor | int, text: Tensor) -> Residuals:
-        """What to add to the UNet's skips and middle.
+    def forward(self, condition: Tensor, t: Tensor | int, text: Tensor) -> ControlNetResiduals:
+        """Return the residuals for a condition.
 
-        condition  (b, c, f, h, w) of the latents' size, or (b, 4, f, H, W) of the picture's for
-                   sketches; the last channel is 1 in the frames that are given
-        t, text    as the UNet takes them
+        Args:
+            condition: (b, c + 1, f, h, w) of the latents' size, or (b, 4, f, H, W) of the
+                picture's for sketches. The last channel is 1 in the frames that have an image.
+            t: Timestep, as for the UNet.
+            text: Text embeddings, as for the UNet.
 
-        Raises InputError for more frames than the positional encoding was trained on.
+        Raises:
+            InputError: If the clip has more frames than SparseCtrl was trained on.
         """
-        b, frames = condition.shape[0], condition.shape[2]
-        if frames > self.config.max_frames:
-            raise InputError(f"{frames} frames: this model's SparseCtrl knows up to "
-                             f"{self.config.max_frames}")
+        b, num_frames = condition.shape[0], condition.shape[2]
+        if num_frames > self.config.motion_max_seq_length:
+            raise InputError(f"num_frames = {num_frames} is out of range: this model's SparseCtrl "
+                             f"sees at most {self.config.motion_max_seq_length} frames")
         t = torch.as_tensor(t, device=condition.device).expand(b)
-        time = repeat(self.time_embedding(t), "b c -> (b f) c", f=frames)
+        time = repeat(self.time_embedding(t), "b c -> (b f) c", f=num_frames)
         x = self.controlnet_cond_embedding(rearrange(condition, "b c f h w -> (b f) c h w"))
         x = x + rearrange(self.conv_in.bias, "c -> c 1 1")
-        given, skips = Conditioning(time, text, frames), [x]
+        inputs, skips = BlockInputs(time, text, num_frames), [x]
         for block in (*self.down_blocks, self.mid_block):
-            x, skips, _ = block(x, skips, given)
-        return Residuals([zero(s) for zero, s in zip(self.controlnet_down_blocks, skips)],
-                         self.controlnet_mid_block(x))
+            x, skips, _ = block(x, skips, inputs)
+        return ControlNetResiduals([conv(s) for conv, s in zip(self.controlnet_down_blocks, skips)],
+                                   self.controlnet_mid_block(x))
 
 
-def sparse_condition(given: Tensor, indices: list[int], frames: int) -> Tensor:
-    """The condition of a clip in which only some frames are given.
+def sparsectrl_condition(images: Tensor, frame_indices: list[int], num_frames: int) -> Tensor:
+    """Return SparseCtrl's condition for a clip in which some frames have an image.
 
-    given    (n, c, h, w): latents of pictures, or sketches in [0, 1]
-    indices  the frame that each belongs to; negative ones count from the end
+    Args:
+        images: (n, c, h, w): latents of images, or sketches in [0, 1].
+        frame_indices: Frame of each image; negative indices count from the end.
+        num_frames: Frames of the clip.
 
-    Returns (1, c + 1, frames, h, w): zeros but in those frames, whose mask, the last channel, is
-    1. Raises InputError for a frame that the clip does not have.
+    Returns:
+        (1, c + 1, num_frames, h, w): the images in their frames, zeros elsewhere, and a mask as
+        the last channel.
+
+    Raises:
+        InputError: If a frame index is out of range.
     """
-    for i in indices:
-        if not -frames <= i < frames:
-            raise InputError(f"frame {i} is not possible: the clip has {frames}, 0 to {frames - 1}")
-    n, c, h, w = given.shape
-    condition = given.new_zeros(1, c + 1, frames, h, w)
-    for picture, i in zip(given, indices, strict=True):
-        condition[0, :c, i], condition[0, c, i] = picture, 1
+    for i in frame_indices:
+        if not -num_frames <= i < num_frames:
+            raise InputError(f"frame {i} is out of range: the clip has frames 0 to "
+                             f"{num_frames - 1}")
+    n, c, h, w = images.shape
+    condition = images.new_zeros(1, c + 1, num_frames, h, w)
+    for image, i in zip(images, frame_indices, strict=True):
+        condition[0, :c, i], condition[0, c, i] = image, 1
     return condition

@@ -2,17 +2,18 @@
 import torch
 from torch import Tensor, nn
 
-from ..config import TextConfig, TowerConfig
-from .layers import Linear, attention
+from ..config import CLIPTextConfig, CLIPTransformerConfig
+from .attention import attention
+from .ops import Linear
 
 
 class SelfAttention(nn.Module):
     """Of n tokens, each of which sees all or, if `causal`, itself and those before it."""
 
-    def __init__(self, config: TowerConfig, causal: bool):
+    def __init__(self, config: CLIPTransformerConfig, causal: bool):
         super().__init__()
         c = config.hidden_size
-        self.heads, self.causal = config.heads, causal
+        self.heads, self.causal = config.num_attention_heads, causal
         self.q_proj, self.k_proj = Linear(c, c), Linear(c, c)
         self.v_proj, self.out_proj = Linear(c, c), Linear(c, c)
 
@@ -25,7 +26,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """With CLIP's quick gelu, x * sigmoid(1.702 x)."""
 
-    def __init__(self, config: TowerConfig):
+    def __init__(self, config: CLIPTransformerConfig):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
@@ -36,7 +37,7 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, config: TowerConfig, causal: bool):
+    def __init__(self, config: CLIPTransformerConfig, causal: bool):
         super().__init__()
         self.self_attn = SelfAttention(config, causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size)
@@ -58,19 +59,19 @@ class Embedding(nn.Embedding):
 
 
 class Embeddings(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = Embedding(config.max_length, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: TowerConfig, causal: bool):
+    def __init__(self, config: CLIPTransformerConfig, causal: bool):
         super().__init__()
-        self.layers = nn.ModuleList([EncoderLayer(config, causal) for _ in range(config.layers)])
+        self.layers = nn.ModuleList([EncoderLayer(config, causal) for _ in range(config.num_hidden_layers)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -79,7 +80,7 @@ class Encoder(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, causal=True)
@@ -96,7 +97,7 @@ class TextEncoder(nn.Module):
     the training of Stable Diffusion 1.5.
     """
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.config = config
         self.text_model = TextTransformer(config)

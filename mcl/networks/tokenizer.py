@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-LENGTH = 77  # tokens in every encoded prompt, start and end included
+MAX_LENGTH = 77  # tokens in every encoded prompt, start and end included
 START, END = 49406, 49407
 MERGES = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 
@@ -43,15 +43,15 @@ class Tokenizer:
         this drops or cuts. (OpenAI's `tokenize` pads with 0, Stable Diffusion 1.5 with the end.)
         """
         texts = [texts] if isinstance(texts, str) else texts
-        tokens = torch.full((len(texts), LENGTH), END)
+        tokens = torch.full((len(texts), MAX_LENGTH), END)
         for row, text in zip(tokens, texts):
             pieces = self.split(text)
             ends = list(accumulate(len(ids) for _, ids in pieces))
-            dropped = [word for (word, _), end in zip(pieces, ends) if end > LENGTH - 2]
+            dropped = [word for (word, _), end in zip(pieces, ends) if end > MAX_LENGTH - 2]
             if dropped:
-                warnings.warn(f"the prompt has {ends[-1]} tokens and {LENGTH - 2} are read; "
+                warnings.warn(f"the prompt has {ends[-1]} tokens and {MAX_LENGTH - 2} are read; "
                               f"dropped: {' '.join(dropped)}", stacklevel=2)
-            kept = [START, *(i for _, ids in pieces for i in ids)][:LENGTH - 1]
+            kept = [START, *(i for _, ids in pieces for i in ids)][:MAX_LENGTH - 1]
             row[:len(kept)] = torch.tensor(kept)
         return tokens
 

@@ -1,13 +1,14 @@
-"""The 3-D UNet: Stable Diffusion 1.5, frame by frame, with a motion module after every layer.
+"""The 3-D UNet: Stable Diffusion 1.5 applied to every frame, with a motion module in each layer.
 
-`UNet3D(z, t, text, temporal_maps=("up_blocks.1",))` returns the noise estimate and, as a second
-value, the attention that was asked for. Names are those of AnimateDiff's checkpoints.
+`UNet3D(z, t, text, request=AttentionRequest(temporal=("up_blocks.1",)))` returns the noise estimate
+and the requested attention. Module names are those of AnimateDiff's checkpoints.
 """
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,29 +18,38 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import UNetConfig
 from ..errors import InputError
-from .layers import (Attention, Downsample, FrameNorm, Linear, ResnetBlock, SpatialTransformer,
-                     Upsample)
-from .temporal import Attended, MotionModule, Wanted
+from .attention import Attention, AttentionMaps, AttentionRequest
+from .layers import Downsample, InflatedGroupNorm, ResnetBlock, SpatialTransformer, Upsample
+from .ops import Linear
+from .temporal import MotionModule
 
 EPS = 1e-5
 
 
-class Residuals(NamedTuple):
-    """What SparseCtrl adds to the UNet: to each skip, (b*f, c, h, w), and to the middle."""
-    skips: list[Tensor]
-    middle: Tensor
+class ControlNetResiduals(NamedTuple):
+    """Output of SparseCtrl that is added to the UNet.
+
+    Attributes:
+        down: For each skip connection, (b*f, c, h, w).
+        mid: For the output of the middle block, (b*f, c, h, w).
+    """
+
+    down: list[Tensor]
+    mid: Tensor
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of the timestep, [cos | sin], through two layers: t (b,) -> (b, time_channels)."""
+    """Sinusoids of the timestep, [cos | sin], and two linear layers."""
 
     def __init__(self, channels: int, time_channels: int):
+        """Create an embedding of `channels` sinusoids and `time_channels` outputs."""
         super().__init__()
         self.channels = channels
         self.linear_1 = Linear(channels, time_channels)
         self.linear_2 = Linear(time_channels, time_channels)
 
     def forward(self, t: Tensor) -> Tensor:
+        """Return the embedding (b, time_channels) of timesteps t (b,)."""
         half = self.channels // 2
         rate = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000.0) / half))
         angle = t.float()[:, None] * rate
@@ -48,121 +58,157 @@ class TimestepEmbedding(nn.Module):
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """What every block of the UNet is given beside its features."""
-    time: Tensor                        # (b*f, time_channels)
-    text: Tensor                        # (b, m, text_channels)
-    frames: int
-    wanted: Wanted = Wanted()           # by the layers' full names
-    recompute: bool = False             # on the way back, rather than keep what is in a module
+class BlockInputs:
+    """Inputs that every block receives besides its features.
 
-    def run(self, part: Callable[..., Any], *args: Any) -> Any:
-        """part(*args), whose activations are kept, or computed again for the gradient."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False)
-        return part(*args)
+    Attributes:
+        time: Timestep embedding (b*f, time_channels).
+        text: Text embeddings (b, m, cross_attention_dim).
+        num_frames: Frames of each clip.
+        request: Attention to return, by full layer name.
+        gradient_checkpointing: Whether to recompute activations in the backward pass.
+    """
+
+    time: Tensor
+    text: Tensor
+    num_frames: int
+    request: AttentionRequest = AttentionRequest()
+    gradient_checkpointing: bool = False
+
+    def maybe_checkpoint(self, module: Callable[..., Any], *args: Any) -> Any:
+        """Return module(*args), with gradient checkpointing if it is enabled."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
+        return module(*args)
 
 
 class Block(nn.Module):
-    """One resolution of the UNet: layers of (resnet, spatial transformer, motion module).
+    """One resolution of the UNet: layers of residual block, spatial transformer, motion module.
 
-    Which resolutions have spatial transformers is the config's choice: in Stable Diffusion all but
-    the deepest. Every block takes features x (b*f, c, h, w) and the skips that lie open, returns
-    both as they are after it, and what was wanted of its layers.
+    Every block takes features x (b*f, c, h, w) and the open skip connections, and returns both and
+    the requested attention.
     """
 
-    def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], attends: bool,
-                 motion: bool):
+    def __init__(self, config: UNetConfig, widths: list[tuple[int, int]],
+                 has_cross_attention: bool, has_motion_modules: bool):
+        """Create a block with a layer for each (input, output) width."""
         super().__init__()
-        c_out, groups = widths[0][1], config.norm_groups
+        c_out, groups = widths[0][1], config.norm_num_groups
         self.resnets = nn.ModuleList([
-            ResnetBlock(c_in, c_out, groups, EPS, config.time_channels, config.norm_per_frame)
+            ResnetBlock(c_in, c_out, groups, EPS, config.time_channels, config.inflated_groupnorm)
             for c_in, c_out in widths])
         layers = range(len(widths))
         self.attentions = nn.ModuleList([
-            SpatialTransformer(c_out, config.heads, config.text_channels, groups)
-            for _ in layers if attends])
+            SpatialTransformer(c_out, config.num_attention_heads, config.cross_attention_dim,
+                               groups)
+            for _ in layers if has_cross_attention])
         self.motion_modules = nn.ModuleList([
-            MotionModule(c_out, config.motion_heads, groups, config.motion_attentions)
-            for _ in layers if motion])
+            MotionModule(c_out, config.motion_num_attention_heads, groups,
+                         config.motion_num_attention_blocks)
+            for _ in layers if has_motion_modules])
 
-    def attend(self, i: int, x: Tensor, given: Conditioning) -> tuple[Tensor, Attended]:
-        """The transformers of layer i, in space and in time."""
-        seen = Attended()
+    def apply_transformers(self, i: int, x: Tensor, inputs: BlockInputs
+                           ) -> tuple[Tensor, AttentionMaps]:
+        """Apply the spatial transformer and the motion module of layer i."""
+        attention = AttentionMaps()
         if self.attentions:
             name = str(self.attentions[i].name)
-            x, probs = given.run(self.attentions[i], x, given.text, name in given.wanted.text_maps)
-            seen = Attended(text_maps={} if probs is None else {name: probs})
+            x, attention_probs = inputs.maybe_checkpoint(self.attentions[i], x, inputs.text,
+                                                         name in inputs.request.cross)
+            if attention_probs is not None:
+                attention = AttentionMaps(cross={name: attention_probs},
+                                          grids={name: (x.shape[2], x.shape[3])})
         if self.motion_modules:
-            x, temporal = given.run(self.motion_modules[i], x, given.frames, given.wanted)
-            seen = seen | temporal
-        return x, seen
+            x, temporal = inputs.maybe_checkpoint(self.motion_modules[i], x, inputs.num_frames,
+                                                  inputs.request)
+            attention = attention | temporal
+        return x, attention
 
 
 class DownBlock(Block):
+    """Block of the encoder; it adds one skip connection per layer."""
+
     def __init__(self, config: UNetConfig, level: int):
+        """Create the block of one resolution; level 0 is the finest."""
         widths, last = config.block_out_channels, len(config.block_out_channels) - 1
         c_in, c_out = widths[max(level - 1, 0)], widths[level]
         super().__init__(config, [(c_in, c_out)] + [(c_out, c_out)] * (config.layers_per_block - 1),
-                         level in config.attention_levels, config.motion_modules)
+                         level in config.cross_attention_levels, config.motion_modules)
         self.downsamplers = nn.ModuleList(
             [Downsample(c_out, pad_all_sides=True)] if level < last else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], given: Conditioning
-                ) -> tuple[Tensor, list[Tensor], Attended]:
-        seen = Attended()
+    def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs
+                ) -> tuple[Tensor, list[Tensor], AttentionMaps]:
+        """Return the features, the skip connections and the requested attention."""
+        attention = AttentionMaps()
         for i, resnet in enumerate(self.resnets):
-            x, more = self.attend(i, given.run(resnet, x, given.time, given.frames), given)
-            skips, seen = [*skips, x], seen | more
+            x = inputs.maybe_checkpoint(resnet, x, inputs.time, inputs.num_frames)
+            x, layer_attention = self.apply_transformers(i, x, inputs)
+            skips, attention = [*skips, x], attention | layer_attention
         for downsample in self.downsamplers:
             x = downsample(x)
             skips = [*skips, x]
-        return x, skips, seen
+        return x, skips, attention
 
 
 class UpBlock(Block):
-    """Its layers take one skip each, beside the features."""
+    """Block of the decoder; each of its layers takes one skip connection."""
 
     def __init__(self, config: UNetConfig, level: int):
+        """Create the block of one resolution; level 0 is the finest."""
         widths = config.block_out_channels
-        deepest, n = level + 1 == len(widths), config.layers_per_block + 1
+        is_lowest, n = level + 1 == len(widths), config.layers_per_block + 1
         c_out = widths[level]
         skips = [c_out] * (n - 1) + [widths[max(level - 1, 0)]]
-        inputs = [c_out if deepest else widths[level + 1]] + [c_out] * (n - 1)
+        inputs = [c_out if is_lowest else widths[level + 1]] + [c_out] * (n - 1)
         super().__init__(config, [(c_in + skip, c_out) for c_in, skip in zip(inputs, skips)],
-                         level in config.attention_levels, config.motion_modules)
+                         level in config.cross_attention_levels, config.motion_modules)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if level > 0 else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], given: Conditioning
-                ) -> tuple[Tensor, list[Tensor], Attended]:
-        seen = Attended()
+    def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs
+                ) -> tuple[Tensor, list[Tensor], AttentionMaps]:
+        """Return the features, the remaining skip connections and the requested attention."""
+        attention = AttentionMaps()
         for i, resnet in enumerate(self.resnets):
             x, skips = torch.cat([x, skips[-1]], dim=1), skips[:-1]
-            x, more = self.attend(i, given.run(resnet, x, given.time, given.frames), given)
-            seen = seen | more
+            x = inputs.maybe_checkpoint(resnet, x, inputs.time, inputs.num_frames)
+            x, layer_attention = self.apply_transformers(i, x, inputs)
+            attention = attention | layer_attention
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[-2:])
-        return x, skips, seen
+        return x, skips, attention
 
 
 class MidBlock(Block):
-    """A resnet before and one after the transformers."""
+    """Middle block: one residual block before and one after the transformers."""
 
     def __init__(self, config: UNetConfig):
+        """Create the block at the lowest resolution."""
         c = config.block_out_channels[-1]
-        super().__init__(config, [(c, c)], attends=True, motion=config.motion_mid_block)
-        self.resnets.append(
-            ResnetBlock(c, c, config.norm_groups, EPS, config.time_channels, config.norm_per_frame))
+        super().__init__(config, [(c, c)], has_cross_attention=True,
+                         has_motion_modules=config.motion_mid_block)
+        self.resnets.append(ResnetBlock(c, c, config.norm_num_groups, EPS, config.time_channels,
+                                        config.inflated_groupnorm))
 
-    def forward(self, x: Tensor, skips: list[Tensor], given: Conditioning
-                ) -> tuple[Tensor, list[Tensor], Attended]:
-        x = given.run(self.resnets[0], x, given.time, given.frames)
-        x, seen = self.attend(0, x, given)
-        return given.run(self.resnets[1], x, given.time, given.frames), skips, seen
+    def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs
+                ) -> tuple[Tensor, list[Tensor], AttentionMaps]:
+        """Return the features, the skip connections as they were, and the requested attention."""
+        x = inputs.maybe_checkpoint(self.resnets[0], x, inputs.time, inputs.num_frames)
+        x, attention = self.apply_transformers(0, x, inputs)
+        x = inputs.maybe_checkpoint(self.resnets[1], x, inputs.time, inputs.num_frames)
+        return x, skips, attention
 
 
 class UNet3D(nn.Module):
+    """Noise predictor for clips.
+
+    Attributes:
+        block_names: Names of the blocks, in the order in which they run.
+        layers: (full name, layer) of every attention layer, in the order in which they run.
+    """
+
     def __init__(self, config: UNetConfig):
+        """Create a UNet with random weights."""
         super().__init__()
         self.config = config
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
@@ -171,10 +217,10 @@ class UNet3D(nn.Module):
         self.down_blocks = nn.ModuleList([DownBlock(config, level) for level in levels])
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList([UpBlock(config, level) for level in reversed(levels)])
-        self.conv_norm_out = FrameNorm(config.norm_groups, widths[0], EPS, config.norm_per_frame)
+        self.conv_norm_out = InflatedGroupNorm(config.norm_num_groups, widths[0], EPS,
+                                               config.inflated_groupnorm)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-        # In the order in which they run, the blocks, and the layers whose attention can be read.
         self.block_names = (*(f"down_blocks.{i}" for i in levels), "mid_block",
                             *(f"up_blocks.{i}" for i in levels))
         self.layers = [(name, module) for block in self.block_names
@@ -183,88 +229,103 @@ class UNet3D(nn.Module):
         for name, module in self.layers:
             module.name = name
 
-    def resolve(self, wanted: Wanted) -> Wanted:
-        """The same request by the full names of the layers, in the order in which they run.
+    def resolve_layers(self, request: AttentionRequest) -> AttentionRequest:
+        """Return the request with full layer names, in the order in which the layers run.
 
-        A request names a block, a module or a single layer. Raises InputError, with the blocks
-        there are, for a name under which there is no attention of its kind.
+        Raises:
+            InputError: If a name matches no attention layer of its kind.
         """
         temporal = [name for name, _ in self.layers if ".motion_modules." in name]
-        text = [name for name, _ in self.layers if name.endswith(".attn2")]
-        return Wanted(layers_under(wanted.temporal_maps, temporal, "temporal attention"),
-                      layers_under(wanted.temporal_keys, temporal, "temporal attention"),
-                      layers_under(wanted.text_maps, text, "attention to the text"))
+        cross = [name for name, _ in self.layers if name.endswith(".attn2")]
+        return AttentionRequest(
+            match_layers(request.temporal, temporal, "temporal attention"),
+            match_layers(request.temporal_keys, temporal, "temporal attention"),
+            match_layers(request.cross, cross, "cross-attention"))
 
     def forward(self, z: Tensor, t: Tensor | int, text: Tensor, *,
-                temporal_maps: Sequence[str] = (), temporal_keys: Sequence[str] = (),
-                text_maps: Sequence[str] = (), residuals: Residuals | None = None,
-                recompute: bool = False) -> tuple[Tensor, Attended]:
-        """The noise in z, and the attention that was asked for.
+                request: AttentionRequest = AttentionRequest(),
+                residuals: ControlNetResiduals | None = None,
+                gradient_checkpointing: bool = False) -> tuple[Tensor, AttentionMaps]:
+        """Return the noise estimate and the requested attention.
 
-        z          noisy latents (b, c, f, h, w)
-        t          timestep, one for all or (b,), 0 to 999
-        text       embeddings of the prompts (b, 77, text_channels)
-        temporal_maps, temporal_keys, text_maps
-                   blocks, modules or layers of which these are wanted, e.g. ("up_blocks.1",)
-        residuals  SparseCtrl's, added to the skips and to what leaves the middle block
-        recompute  keep only what enters each resnet, transformer and motion module, and compute
-                   the rest again for the gradient: the same numbers in a fraction of the memory
+        Gradients flow back from the requested attention. Blocks after the last requested one run
+        without a graph, unless the UNet is in training mode.
 
-        Returns eps, like z, and `Attended`. Gradient flows back from all that was asked for; past
-        the last block of it values go on but no gradient does, so that the top of the UNet costs
-        no graph, unless the UNet is in training mode. Raises InputError for a name under which
-        there is no such attention, and for more frames than the positional encoding was trained on.
+        Args:
+            z: Noisy latents (b, c, f, h, w).
+            t: Timestep, one for all clips or (b,), 0 to 999.
+            text: Text embeddings (b, 77, cross_attention_dim).
+            request: Blocks, modules or layers whose attention is returned.
+            residuals: Output of SparseCtrl.
+            gradient_checkpointing: Whether to store only the inputs of each module and recompute
+                the rest in the backward pass: the same numbers with less memory.
+
+        Returns:
+            The noise estimate, like z, and the attention maps.
+
+        Raises:
+            InputError: If a name of the request matches no layer, or the clip has more frames
+                than the motion modules were trained on.
         """
-        given, x, read = self.enter(z, t, text, Wanted(
-            tuple(temporal_maps), tuple(temporal_keys), tuple(text_maps)), recompute)
-        x, skips, seen = self.run(self.block_names[:read], x, [x], given, residuals)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (not read or self.training)):
-            x, skips, _ = self.run(self.block_names[read:], x, skips, given, residuals)
-            eps = self.conv_out(F.silu(self.conv_norm_out(x, given.frames)))
-        return rearrange(eps, "(b f) c h w -> b c f h w", f=given.frames), seen
+        inputs, x, needed = self.embed_inputs(z, t, text, request, gradient_checkpointing)
+        x, skips, attention = self.run_blocks(self.block_names[:needed], x, [x], inputs, residuals)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (not needed or self.training)):
+            x, skips, _ = self.run_blocks(self.block_names[needed:], x, skips, inputs, residuals)
+            eps = self.conv_out(F.silu(self.conv_norm_out(x, inputs.num_frames)))
+        return rearrange(eps, "(b f) c h w -> b c f h w", f=inputs.num_frames), attention
 
-    def attend(self, z: Tensor, t: Tensor | int, text: Tensor, wanted: Wanted,
-               residuals: Residuals | None = None) -> Attended:
-        """The attention that is wanted, as `forward` has it, by a pass that ends where it is."""
-        given, x, read = self.enter(z, t, text, wanted, recompute=False)
-        return self.run(self.block_names[:read], x, [x], given, residuals)[2]
+    def forward_to_attention(self, z: Tensor, t: Tensor | int, text: Tensor,
+                             request: AttentionRequest,
+                             residuals: ControlNetResiduals | None = None) -> AttentionMaps:
+        """Return the requested attention from a pass that stops at the last requested block.
 
-    def enter(self, z: Tensor, t: Tensor | int, text: Tensor, wanted: Wanted, recompute: bool
-              ) -> tuple[Conditioning, Tensor, int]:
-        """What the blocks are given, the features (b*f, c, h, w) that enter the first of them, and
-        how many blocks it takes to reach all that is wanted."""
-        frames = z.shape[2]
-        if self.config.motion_modules and frames > self.config.max_frames:
-            raise InputError(f"{frames} frames: this model's motion modules know up to "
-                             f"{self.config.max_frames}")
-        wanted = self.resolve(wanted)
-        read = max([0, *(i + 1 for i, block in enumerate(self.block_names)
-                         for layer in chain(*wanted) if layer.startswith(block + "."))])
+        Args and errors are those of `forward`.
+        """
+        inputs, x, needed = self.embed_inputs(z, t, text, request, gradient_checkpointing=False)
+        return self.run_blocks(self.block_names[:needed], x, [x], inputs, residuals)[2]
+
+    def embed_inputs(self, z: Tensor, t: Tensor | int, text: Tensor, request: AttentionRequest,
+                     gradient_checkpointing: bool) -> tuple[BlockInputs, Tensor, int]:
+        """Return the blocks' inputs, the first features and the number of blocks to be read."""
+        num_frames = z.shape[2]
+        if self.config.motion_modules and num_frames > self.config.motion_max_seq_length:
+            raise InputError(f"num_frames = {num_frames} is out of range: this model's motion "
+                             f"modules see at most {self.config.motion_max_seq_length} frames")
+        request = self.resolve_layers(request)
         t = torch.as_tensor(t, device=z.device).expand(z.shape[0])
-        time = repeat(self.time_embedding(t), "b c -> (b f) c", f=frames)
+        time = repeat(self.time_embedding(t), "b c -> (b f) c", f=num_frames)
         x = self.conv_in(rearrange(z, "b c f h w -> (b f) c h w"))
-        return Conditioning(time, text, frames, wanted, recompute), x, read
+        return (BlockInputs(time, text, num_frames, request, gradient_checkpointing), x,
+                self.num_blocks_needed(request))
 
-    def run(self, blocks: Sequence[str], x: Tensor, skips: list[Tensor], given: Conditioning,
-            residuals: Residuals | None) -> tuple[Tensor, list[Tensor], Attended]:
-        seen = Attended()
+    def num_blocks_needed(self, request: AttentionRequest) -> int:
+        """Return how many blocks must run to reach every requested layer."""
+        return max([0, *(i + 1 for i, block in enumerate(self.block_names)
+                         for layer in chain(*request) if layer.startswith(block + "."))])
+
+    def run_blocks(self, blocks: Sequence[str], x: Tensor, skips: list[Tensor],
+                   inputs: BlockInputs, residuals: ControlNetResiduals | None
+                   ) -> tuple[Tensor, list[Tensor], AttentionMaps]:
+        """Run consecutive blocks and return features, skip connections and attention."""
+        attention = AttentionMaps()
         for name in blocks:
-            x, skips, more = self.get_submodule(name)(x, skips, given)
-            seen = seen | more
+            x, skips, block_attention = self.get_submodule(name)(x, skips, inputs)
+            attention = attention | block_attention
             if name == "mid_block" and residuals is not None:
-                skips = [s + r for s, r in zip(skips, residuals.skips, strict=True)]
-                x = x + residuals.middle
-        return x, skips, seen
+                skips = [s + r for s, r in zip(skips, residuals.down, strict=True)]
+                x = x + residuals.mid
+        return x, skips, attention
 
 
-def layers_under(requests: Sequence[str], layers: list[str], kind: str) -> tuple[str, ...]:
-    """The layers whose name is one of those asked for, or begins with it."""
-    under = {request: [name for name in layers if f"{name}.".startswith(request + ".")]
-             for request in requests}
-    for request, names in under.items():
-        if not names:
-            blocks = dict.fromkeys(re.sub(r"\.(motion_modules|attentions)\..*", "", name)
-                                   for name in layers)
-            raise InputError(f"no {kind} under {request!r}: this model has it in "
+def match_layers(requested: Sequence[str], layers: list[str], kind: str) -> tuple[str, ...]:
+    """Return the layers whose names equal or start with a requested name."""
+    matches = {name: [layer for layer in layers if f"{layer}.".startswith(name + ".")]
+               for name in requested}
+    for name, matched in matches.items():
+        if not matched:
+            blocks = dict.fromkeys(re.sub(r"\.(motion_modules|attentions)\..*", "", layer)
+                                   for layer in layers)
+            raise InputError(f"{name!r} has no {kind} layers: this model has them in "
                              f"{', '.join(blocks)}")
-    return tuple(name for name in layers if any(name in names for names in under.values()))
+    return tuple(layer for layer in layers
+                 if any(layer in matched for matched in matches.values()))

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ..config import VAEConfig
 from ..errors import InputError, NumericalError
-from .layers import Downsample, Linear, ResnetBlock, Upsample, attention
+from .attention import attention
+from .layers import Downsample, ResnetBlock, Upsample
+from .ops import Linear
 
 EPS = 1e-6
 
@@ -47,7 +49,7 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Level(nn.Module):
+class VAEBlock(nn.Module):
     """The residual blocks of one resolution, and the way to the next one."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int,
@@ -67,10 +69,10 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups = config.block_out_channels, config.norm_groups
+        widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList([
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups,
+            VAEBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups,
                   down=i + 1 < len(widths))
             for i, width in enumerate(widths)])
         self.mid_block = MidBlock(widths[-1], groups)
@@ -87,11 +89,11 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_groups
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList([
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
+            VAEBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
                   up=i + 1 < len(widths))
             for i, width in enumerate(widths)])
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)

@@ -20,7 +20,7 @@ from av.video import VideoStream
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
 from PIL import ExifTags, Image, ImageSequence
 
-from .hdr import TRANSFERS, to_sdr
+from .hdr import TRANSFERS, tonemap_hdr_to_sdr
 from ..errors import InputError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -54,7 +54,7 @@ PILLOW_ERRORS = (OSError, IndexError, SyntaxError, ValueError, struct.error,
                  Image.DecompressionBombError)
 
 
-def pictures(path: Path) -> Iterator[Picture]:
+def iter_frames(path: Path) -> Iterator[Picture]:
     """Those of a clip, in the order of their times. Raises InputError where it cannot be read."""
     if not os.access(path, os.R_OK):
         raise InputError(f"{path}: no such file or folder, or no permission to read it")
@@ -63,7 +63,7 @@ def pictures(path: Path) -> Iterator[Picture]:
     return _animation_pictures(path) if _begins_as_picture(path) else _video_pictures(path)
 
 
-def has_sound(path: str | os.PathLike) -> bool:
+def has_audio(path: str | os.PathLike) -> bool:
     """Whether a clip that `read_video` can read has sound, which is not read."""
     path = Path(path)
     if path.is_dir() or _begins_as_picture(path):
@@ -166,7 +166,7 @@ def _video_rgba(frame: av.VideoFrame, promised: int) -> np.ndarray:
         deep = frame.to_ndarray(format="rgba64le",
                                 src_colorspace=None if known else Colorspace.BT2020)
         wide = frame.color_primaries != ColorPrimaries.BT709
-        rgb = to_sdr(deep[..., :3], transfer, wide)
+        rgb = tonemap_hdr_to_sdr(deep[..., :3], transfer, wide)
         rgba = np.dstack([rgb, (deep[..., 3] // 256).astype(np.uint8)])
     else:
         rgba = frame.to_ndarray(format="rgba")

@@ -18,7 +18,7 @@ KNEE = 0.9                              # above which light is pressed together,
 GAMMA = 2.4                             # of the usual screen (BT.1886)
 
 
-def to_sdr(rgb: np.ndarray, transfer: int, wide: bool = True) -> np.ndarray:
+def tonemap_hdr_to_sdr(rgb: np.ndarray, transfer: int, wide: bool = True) -> np.ndarray:
     """(h, w, 3) uint16 of an HDR signal -> (h, w, 3) uint8 of BT.709.
 
     transfer  one of TRANSFERS; wide: of BT.2020's primaries, not BT.709's

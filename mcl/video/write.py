@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image
 
 from ..errors import InputError, NumericalError
-from ..files import atomic, check_target
+from ..files import atomic_write, check_writable
 
 
 def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> None:
@@ -24,7 +24,7 @@ def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> No
     NumericalError for frames that are not finite, which would be black.
     """
     target = Path(path)
-    check_writable(target)
+    check_output_path(target)
     if not 0.1 <= fps <= 100:
         raise InputError(f"fps is {fps}; it must be from 0.1 to 100")
     if target.suffix.lower() == ".mp4" and any(side % 2 for side in frames.shape[-2:]):
@@ -32,28 +32,28 @@ def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> No
                          f"{frames.shape[-2]}x{frames.shape[-1]}, or write .gif or .webp")
     if not torch.isfinite(frames).all():
         raise NumericalError(f"{target}: not written: its frames are not finite")
-    pixels = to_bytes(frames)
-    with atomic(target, folder=not target.suffix) as temporary:
+    pixels = to_uint8(frames)
+    with atomic_write(target, folder=not target.suffix) as temporary:
         try:
             WRITERS[target.suffix.lower()](temporary, pixels, fps)
         except av.FFmpegError as error:
             raise InputError(f"{target}: cannot be written: {error.strerror}") from error
 
 
-def to_bytes(frames: torch.Tensor) -> np.ndarray:
+def to_uint8(frames: torch.Tensor) -> np.ndarray:
     """Frames (f, 3, H, W) in [-1, 1] as pictures (f, H, W, 3) of 8 bits."""
     levels = (frames.cpu().float().clamp(-1, 1) + 1) * 127.5
     return rearrange(levels.round().to(torch.uint8), "f c H W -> f H W c").numpy()
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_output_path(path: str | os.PathLike) -> None:
     """Raise InputError if `write_video` could not write to `path`; touches nothing."""
     target = Path(path)
     suffix = target.suffix.lower()
     if suffix not in WRITERS or target.name.lower() in WRITERS:     # ".mp4" has no extension
         raise InputError(f"{target}: its name must end in .mp4, .gif or .webp, or "
                          "have no extension for a folder of PNG frames")
-    check_target(target, folder=not suffix)
+    check_writable(target, folder=not suffix)
 
 
 def _write_mp4(path: Path, pixels: np.ndarray, fps: float) -> None:

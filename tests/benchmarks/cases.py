@@ -12,9 +12,9 @@ from torch import nn
 from mcl.checkpoints.model_file import load_model
 from mcl.config import SampleConfig
 from mcl.errors import InputError
-from mcl.files import Write, check_plan, check_readable, read_lines
+from mcl.files import OutputFile, check_io_conflicts, check_readable, read_jsonl
 from mcl.model import Model
-from mcl.cli import Once, Parser, answer, one_line_warning
+from mcl.cli import StoreOnce, OneLineErrorParser, exit_code_of, one_line_warning
 from mcl.cli.jobs import (as_json, assembled, check_each, is_of, kept_digest, measure_each, parse_jobs,
                    requested)
 from mcl.cli.outputs import clips_of, reads
@@ -44,7 +44,7 @@ def read_cases(path: Path, common: list[str], clip: Path, out: Path) -> list[Cas
     jobs = parse_jobs([*common, "--report", f"--jobs={path}"])
     check_readable(clip)
     read = [*(one for job in jobs for one in reads(job)), ("--clip", clip), ("--cases", path)]
-    check_plan(read, [Write("--out", out)])
+    check_io_conflicts(read, [OutputFile("--out", out)])
     cases = []
     for args, (config, fps) in zip(jobs, check_each(jobs)):
         if args.method != "single-step" or config.semantic_scale:
@@ -65,7 +65,7 @@ def read_cases(path: Path, common: list[str], clip: Path, out: Path) -> list[Cas
 def read_records(path: Path, cases: list[Case]) -> tuple[list[Record], list[Case]]:
     """All records of a file, and the cases that it has none of. Raises InputError where it holds
     anything else."""
-    records = read_lines(path, "a table", lambda record: isinstance(record, dict) and all(
+    records = read_jsonl(path, "a table", lambda record: isinstance(record, dict) and all(
         isinstance(figures, dict) and all(x is None or type(x) is float for x in figures.values())
         for figures in map(record.get, FIGURES)))
     return records, [case for case in cases
@@ -78,15 +78,15 @@ def main(argv: list[str] | None, description: str, load_clip: Callable[[Path], N
     """Measures cases and prints their table: 0 done, 1 some failed, 2 bad input, 130 or 143
     interrupted."""
     warnings.showwarning = one_line_warning
-    p = Parser(prog="-m tests.benchmarks.paper_table", description=description, allow_abbrev=False,
+    p = OneLineErrorParser(prog="-m tests.benchmarks.paper_table", description=description, allow_abbrev=False,
                epilog="All other options are those of sample.py, for all cases.")
-    p.add_argument("--cases", type=Path, required=True, action=Once, metavar="FILE",
+    p.add_argument("--cases", type=Path, required=True, action=StoreOnce, metavar="FILE",
                    help='a line of JSON for each, {"ref": "a.mp4", "prompt": "a star", "seed": 1}')
-    p.add_argument("--clip", type=Path, required=True, action=Once, metavar="FILE",
+    p.add_argument("--clip", type=Path, required=True, action=StoreOnce, metavar="FILE",
                    help="model.safetensors of openai/clip-vit-large-patch14 or -base-patch32")
     p.add_argument("--out", type=Path, default=Path("table.jsonl"), metavar="FILE",
                    help="the figures of each case, gone on with (default: %(default)s)")
-    return answer(lambda: run(load_clip, measure, table, *p.parse_known_args(argv)))
+    return exit_code_of(lambda: run(load_clip, measure, table, *p.parse_known_args(argv)))
 
 
 def run(load_clip: Callable[[Path], N], measure: Callable[[Model, N, Case], Record],

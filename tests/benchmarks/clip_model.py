@@ -8,14 +8,14 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from mcl.config import TextConfig, VisionConfig
+from mcl.config import CLIPTextConfig, CLIPVisionConfig
 from mcl.checkpoints.lazy import filled
 from mcl.checkpoints.containers import open_checkpoint
 from mcl.checkpoints.infer_config import clip_configs
 from mcl.networks.layers import Conv2d, Linear
 from mcl.networks.text_encoder import Embedding, Encoder, TextTransformer
 from mcl.networks.tokenizer import Tokenizer
-from mcl.video.write import to_bytes
+from mcl.video.write import to_uint8
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -23,12 +23,12 @@ MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 
 class VisionEmbeddings(nn.Module):
     """pixels (b, 3, H, W) -> (b, 1 + n, c): a token of the whole, then one of each patch."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         c = config.hidden_size
         self.class_embedding = nn.Parameter(torch.zeros(c))
-        self.patch_embedding = Conv2d(3, c, config.patch, stride=config.patch, bias=False)
-        self.position_embedding = Embedding(1 + config.grid ** 2, c)
+        self.patch_embedding = Conv2d(3, c, config.patch_size, stride=config.patch_size, bias=False)
+        self.position_embedding = Embedding(1 + config.patches_per_side ** 2, c)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = rearrange(self.patch_embedding(pixels), "b c h w -> b (h w) c")
@@ -39,7 +39,7 @@ class VisionEmbeddings(nn.Module):
 class VisionTransformer(nn.Module):
     """pixels (b, 3, H, W) -> (b, c), of the token of the whole."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size)        # so spelt in the files
@@ -53,7 +53,7 @@ class VisionTransformer(nn.Module):
 class Clip(nn.Module):
     """Texts and pictures to vectors (b, d) of length 1, whose products are cosines."""
 
-    def __init__(self, text: TextConfig, vision: VisionConfig, d: int):
+    def __init__(self, text: CLIPTextConfig, vision: CLIPVisionConfig, d: int):
         super().__init__()
         self.side = vision.patch * vision.grid
         self.text_model, self.vision_model = TextTransformer(text), VisionTransformer(vision)
@@ -85,7 +85,7 @@ def pixels_of(frames: Tensor, side: int) -> Tensor:
     height, width = (side * n // min(frames.shape[-2:]) for n in frames.shape[-2:])
     left, top = (width - side) // 2, (height - side) // 2
     small = [np.array(Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC))
-             for one in to_bytes(frames)]
+             for one in to_uint8(frames)]
     middle = np.stack(small)[:, top:top + side, left:left + side]
     pixels = torch.from_numpy(middle).float() / 255
     return rearrange((pixels - torch.tensor(MEAN)) / torch.tensor(DEVIATION), "f h w c -> f c h w")
@@ -104,3 +104,32 @@ def load_clip(path: Path, device: torch.device | str = "cpu") -> Clip:
     with torch.device("meta"):
         clip = Clip(*clip_configs(path, shapes, found.configs.get("", {})))
     return filled(path, clip, tensors, device)
+
+
+def clip_configs(path: Any, clip: Shapes, config: Mapping[str, Any]
+                 ) -> tuple[CLIPTextConfig, CLIPVisionConfig, int]:
+    """Of Hugging Face's CLIPModel: its towers, and the channels of the space that they share."""
+    if not any(name.startswith("vision_model.") for name in clip):
+        raise InputError(f"{path}: holds no CLIP of texts and pictures; the model.safetensors of "
+                         "openai/clip-vit-large-patch14 or openai/clip-vit-base-patch32 does")
+    hidden, *_, patch = shape_of(clip, "vision_model.embeddings.patch_embedding.weight", path)
+    places = shape_of(clip, "vision_model.embeddings.position_embedding.weight", path)[0] - 1
+    channels, text_hidden = shape_of(clip, "text_projection.weight", path)[:2]
+    heads = {}
+    for part, width in zip(CLIP_PARTS, (text_hidden, hidden)):
+        own = given(config, part, {})
+        if not isinstance(own, dict):
+            raise InputError(f"{path}: its {part} is {short_repr(own)}, which is no config")
+        check_config(path, part, own)
+        if own.get("num_attention_heads") is None and width % CLIP_HEAD:
+            raise InputError(f"{path}: how many heads its {width} channels have is told by its "
+                             "config.json alone, which is to lie beside it")
+        heads[part] = given(own, "num_attention_heads", width // CLIP_HEAD)
+    text = text_config(path, clip, {"num_attention_heads": heads["text_config"]})
+    if text.max_position_embeddings < MAX_LENGTH:
+        raise InputError(f"{path}: reads {text.max_position_embeddings} tokens of a text, CLIP reads {MAX_LENGTH}")
+    return text, made(
+        path, CLIPVisionConfig, hidden_size=hidden, num_attention_heads=heads["vision_config"], patch_size=patch,
+        patches_per_side=round(max(places, 0) ** 0.5), num_hidden_layers=count(clip, "vision_model.encoder.layers"),
+        intermediate_size=shape_of(clip, "vision_model.encoder.layers.0.mlp.fc1.weight", path)[0]
+    ), channels

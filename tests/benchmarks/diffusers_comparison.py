@@ -14,7 +14,7 @@ from diffusers import UNetMotionModel
 from einops import repeat
 from torch import Tensor
 
-from mcl.cli import Parser, answer, carry_out
+from mcl.cli import OneLineErrorParser, exit_code_of, run_main
 from mcl.config import SD15, SampleConfig, UNetConfig
 from mcl.errors import InputError
 from mcl.networks.unet import UNet3D
@@ -37,9 +37,9 @@ def diffusers_unet(ours: UNet3D, config: UNetConfig) -> Any:
         down_block_types=("CrossAttnDownBlockMotion",) * attending + ("DownBlockMotion",),
         up_block_types=("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * attending,
         block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_groups, cross_attention_dim=config.text_channels,
-        num_attention_heads=config.heads, motion_num_attention_heads=config.motion_heads,
-        motion_max_seq_length=config.max_frames, use_motion_mid_block=config.motion_mid_block)
+        norm_num_groups=config.norm_num_groups, cross_attention_dim=config.cross_attention_dim,
+        num_attention_heads=config.num_attention_heads, motion_num_attention_heads=config.motion_num_attention_heads,
+        motion_max_seq_length=config.motion_max_seq_length, use_motion_mid_block=config.motion_mid_block)
     tables = {name: v for name, v in oracle.state_dict().items() if name.endswith("pos_embed.pe")}
     oracle.load_state_dict({diffusers_name(k): v for k, v in ours.state_dict().items()} | tables)
     return oracle.requires_grad_(False).eval()
@@ -51,24 +51,24 @@ def oracle_noise(oracle: Any, z: Tensor, t: int, text: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="-m tests.benchmarks.diffusers_comparison", description=__doc__.splitlines()[0])
+    p = OneLineErrorParser(prog="-m tests.benchmarks.diffusers_comparison", description=__doc__.splitlines()[0])
     p.add_argument("--size", type=int, default=256)
     p.add_argument("--frames", type=int, default=16)
     p.add_argument("--repeat", type=int, default=3)
-    return answer(lambda: run(p.parse_args(argv)))
+    return exit_code_of(lambda: run(p.parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
-    SampleConfig(frames=args.frames, height=args.size)      # refuses what is below 1
+    SampleConfig(num_frames=args.frames, height=args.size)      # refuses what is below 1
     if args.repeat < 1 or args.size % SD15.vae.downsampling or (
-            args.frames > SD15.unet.max_frames):
+            args.frames > SD15.unet.motion_max_seq_length):
         raise InputError(f"--size is a multiple of {SD15.vae.downsampling}, --frames at most "
-                         f"{SD15.unet.max_frames}, --repeat 1 or more")
+                         f"{SD15.unet.motion_max_seq_length}, --repeat 1 or more")
     ours = random_model(SD15, torch.device("cpu"), torch.float32).unet
     theirs = diffusers_unet(ours, SD15.unet)
     side = args.size // SD15.vae.downsampling
     z = torch.randn(1, SD15.unet.in_channels, args.frames, side, side)
-    text = torch.randn(1, SD15.text.max_length, SD15.unet.text_channels)
+    text = torch.randn(1, SD15.text_encoder.max_position_embeddings, SD15.unet.cross_attention_dim)
     passes = {"mcl": lambda: ours(z, 500, text)[0],
               "diffusers": lambda: oracle_noise(theirs, z, 500, text)}
     times: dict[str, list[float]] = {name: [] for name in passes}
@@ -86,4 +86,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    carry_out(main)
+    run_main(main)

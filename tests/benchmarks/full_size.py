@@ -16,10 +16,10 @@ from typing import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mcl.checkpoints.model_file import meta_model
-from mcl.cli import Parser, answer, carry_out
+from mcl.checkpoints.model_file import build_on_meta
+from mcl.cli import OneLineErrorParser, exit_code_of, run_main
 from mcl.config import SD15
-from mcl.files import atomic, check_target, stream_safetensors
+from mcl.files import atomic_write, check_writable, stream_safetensors
 
 ROOT = Path(__file__).parent.parent.parent
 LOAD = "from mcl import load_model; load_model({!r}, device='cpu', dtype='float16')"
@@ -49,22 +49,22 @@ def measured(what: str, argv: Sequence[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="-m tests.benchmarks.full_size", description=__doc__.splitlines()[0])
+    p = OneLineErrorParser(prog="-m tests.benchmarks.full_size", description=__doc__.splitlines()[0])
     p.add_argument("folder", type=Path, help="empty or new, for 9 GB of files")
-    return answer(lambda: run(p.parse_args(argv).folder.resolve()))
+    return exit_code_of(lambda: run(p.parse_args(argv).folder.resolve()))
 
 
 def run(folder: Path) -> None:
-    check_target(folder, folder=True)
+    check_writable(folder, folder=True)
     base, module, out = (folder / name for name in ("sd15", "v3_sd15_mm.ckpt", "out.safetensors"))
-    model = meta_model(SD15)
+    model = build_on_meta(SD15)
     motion = {name: t.shape for name, t in model.unet.state_dict().items() if "motion_mod" in name}
     for part, file in FILES.items():
         shapes = {name: t.shape for name, t in getattr(model, part).state_dict().items()
                   if name not in motion}
         (base / file).parent.mkdir(parents=True, exist_ok=True)
         stream_safetensors(base / file, shapes, torch.float32, numbers(shapes), {})
-    with atomic(module) as temporary:
+    with atomic_write(module) as temporary:
         torch.save(dict(zip(motion, numbers(motion))), temporary)
     sizes = [sum((base / file).stat().st_size for file in FILES.values()), module.stat().st_size]
     print(" + ".join(f"{size / 1e9:.2f}" for size in sizes) + " GB")
@@ -75,4 +75,4 @@ def run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    carry_out(main)
+    run_main(main)

@@ -16,13 +16,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.benchmarks.step_cost import CONFIGS, Flops, peak_bytes, random_model, seconds, steps_of
-from mcl.checkpoints.model_file import meta_model
-from mcl.cli import Parser, answer, carry_out
+from mcl.checkpoints.model_file import build_on_meta
+from mcl.cli import OneLineErrorParser, exit_code_of, run_main
 from mcl.config import ModelConfig, SampleConfig
 from mcl.errors import InputError
-from mcl.files import atomic, check_target
-from mcl.device import (DTYPES, free_memory, guided_bytes, keep_freed_memory, pick_device,
-                       pick_dtype)
+from mcl.files import atomic_write, check_writable
+from mcl.device import (DTYPES, free_memory, guided_bytes, disable_malloc_trimming, resolve_device,
+                       resolve_dtype)
 from mcl.model import Model
 from mcl.networks.unet import UNet3D
 
@@ -48,9 +48,9 @@ def counted(config: ModelConfig, settings: SampleConfig) -> dict[str, int]:
     """The arithmetic of each kind of step, by tensors that have shapes but no values."""
     totals = {}
     with FakeTensorMode():
-        model = meta_model(config)
+        model = build_on_meta(config)
         model.unet = UNet3D(config.unet).requires_grad_(False).eval()
-        steps = steps_of(model, settings, recompute=False)
+        steps = steps_of(model, settings, gradient_checkpointing=False)
         for kind in KINDS:
             with Flops() as counter:
                 steps[kind]()
@@ -64,17 +64,17 @@ def fits(model: Model, settings: SampleConfig) -> bool:
 
 
 def measured(model: Model, settings: SampleConfig, flops: dict[str, int]) -> Cost:
-    steps = steps_of(model, settings, recompute=False)
+    steps = steps_of(model, settings, gradient_checkpointing=False)
     peak = {kind: peak_bytes(steps[kind], model.device) for kind in KINDS}      # and warm
     taken = {kind: seconds(steps[kind], model.device) for kind in KINDS}
-    return Cost(settings.frames, settings.width, flops, taken, dict(peak), True)
+    return Cost(settings.num_frames, settings.width, flops, taken, dict(peak), True)
 
 
 def reckoned(settings: SampleConfig, flops: dict[str, int], by: Cost) -> Cost:
-    more = settings.frames * settings.width ** 2 / by.elements
+    more = settings.num_frames * settings.width ** 2 / by.elements
     peak = {kind: None if had is None else had * more for kind, had in by.peak.items()}
     taken = {kind: by.seconds[kind] * flops[kind] / by.flops[kind] for kind in KINDS}
-    return Cost(settings.frames, settings.width, flops, taken, peak, False)
+    return Cost(settings.num_frames, settings.width, flops, taken, peak, False)
 
 
 def cost_table(costs: list[Cost]) -> str:
@@ -103,37 +103,37 @@ def plot(costs: list[Cost], first_size: int, path: Path) -> None:
              f"frames, {first_size}x{first_size}"),
             (axes[1], over_pixels, [c.size ** 2 / 1e6 for c in over_pixels],
              f"megapixels, {FRAMES} frames")):
-        for kind, colour in zip(KINDS, ("C0", "C1")):
+        for kind, color in zip(KINDS, ("C0", "C1")):
             ys = [c.seconds[kind] for c in some]
-            axis.plot(xs, ys, color=colour, label=kind)
+            axis.plot(xs, ys, color=color, label=kind)
             for x, y, c in zip(xs, ys, some):
-                axis.plot(x, y, "o", color=colour, mfc=colour if c.measured else "white")
+                axis.plot(x, y, "o", color=color, mfc=color if c.measured else "white")
         axis.set_xlabel(label)
         axis.set_ylabel("seconds")
         axis.set_ylim(bottom=0)
         axis.legend()
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
 def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
-        check_target(args.plot)
+        check_writable(args.plot)
         if importlib.util.find_spec("matplotlib") is None:
             raise InputError("--plot needs matplotlib: pip install -e '.[maps]'")
-    keep_freed_memory()
-    config, device = CONFIGS[args.config], pick_device(args.device)
-    model = random_model(config, device, pick_dtype(args.dtype, device))
-    lengths = args.frames or [n for n in (8, 16, 24, 32) if n <= config.unet.max_frames]
+    disable_malloc_trimming()
+    config, device = CONFIGS[args.config], resolve_device(args.device)
+    model = random_model(config, device, resolve_dtype(args.dtype, device))
+    lengths = args.frames or [n for n in (8, 16, 24, 32) if n <= config.unet.motion_max_seq_length]
     wanted = {(frames, args.sizes[0]) for frames in lengths} | {
         (FRAMES, size) for size in args.sizes}
     longest = max(frames for frames, _ in wanted)
-    if longest > config.unet.max_frames:
+    if longest > config.unet.motion_max_seq_length:
         raise InputError(f"{longest} frames: this model's motion modules know up to "
-                         f"{config.unet.max_frames}")
+                         f"{config.unet.motion_max_seq_length}")
     costs: list[Cost] = []
     for frames, size in sorted(wanted, key=lambda pair: pair[0] * pair[1] ** 2):
-        settings = dataclasses.replace(config.sample, frames=frames, height=size, width=size,
+        settings = dataclasses.replace(config.sample, num_frames=frames, height=size, width=size,
                                        top_k=1)
         flops = counted(config, settings)
         guess = None
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="-m tests.benchmarks.growth",
+    p = OneLineErrorParser(prog="-m tests.benchmarks.growth",
                description="How a step's cost grows with frames and size.")
     p.add_argument("--config", choices=CONFIGS, default="tiny")
     p.add_argument("--frames", type=int, nargs="+", help="up to 32, as far as the model goes")
@@ -160,8 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw it too; needs matplotlib")
-    return answer(lambda: run(p.parse_args(argv)))
+    return exit_code_of(lambda: run(p.parse_args(argv)))
 
 
 if __name__ == "__main__":
-    carry_out(main)
+    run_main(main)

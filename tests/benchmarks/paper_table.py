@@ -11,13 +11,13 @@ from typing import Sequence
 
 import numpy as np
 
-from mcl.cli import carry_out
+from mcl.cli import run_main
 from tests.benchmarks import cases
 from tests.benchmarks.cases import FIGURES, Case, Record
-from mcl.cli.arguments import seeded
+from mcl.cli.arguments import make_generator
 from mcl.cli.reference import progress, read_once
-from mcl.files import finite
-from mcl.device import pick_recompute
+from mcl.files import nonfinite_to_none
+from mcl.device import use_checkpointing
 from mcl.model import Model
 from mcl.sampler import sample
 from mcl.video.read import read_video
@@ -31,17 +31,17 @@ PAPER = {"CLIP text alignment": 0.3187, "CLIP temporal consistency": 0.9621}    
 def measure(model: Model, clip: Clip, case: Case) -> Record:
     """Makes the two clips of a case: its request, and the figures of each."""
     args, config = case.args, case.config
-    reference = read_video(args.ref, config.frames, (config.height, config.width), args.start,
+    reference = read_video(args.ref, config.num_frames, (config.height, config.width), args.start,
                            args.duration, args.fit, stride=args.stride)
     motion = read_once(args, model, reference, model.vae.encode(reference), config)
     *_, last = progress(args.where, config.steps)(sample(
-        model, args.prompt, motion, config, generator=seeded(case.seed),
-        recompute=pick_recompute(args.memory, model, config)))
+        model, args.prompt, motion, config, generator=make_generator(case.seed),
+        gradient_checkpointing=use_checkpointing(args.memory, model, config)))
     made = dict(zip(FIGURES, (last.latents, unguided(args, model, config, case.seed, None))))
     figures = measured(model, config, reference, made)
     for name, latents in made.items():
         figures[name] |= zip(PAPER, clip.cosines(args.prompt, model.vae.decode(latents)))
-    return {**case.request, **finite(figures)}
+    return {**case.request, **nonfinite_to_none(figures)}
 
 
 def table(records: Sequence[Record]) -> str:
@@ -86,4 +86,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    carry_out(main)
+    run_main(main)

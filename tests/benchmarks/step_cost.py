@@ -17,17 +17,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mcl.checkpoints.model_file import load_model, meta_model
-from mcl.cli import Parser, answer, carry_out
+from mcl.checkpoints.model_file import load_model, build_on_meta
+from mcl.cli import OneLineErrorParser, exit_code_of, run_main
 from mcl.cli.arguments import parse_size
 from mcl.config import SD15, SD15_V2, TINY, ModelConfig, SampleConfig
 from mcl.errors import InputError
-from mcl.device import DTYPES, MEMORY, keep_freed_memory, pick_device, pick_dtype, pick_recompute
+from mcl.device import DTYPES, MEMORY, disable_malloc_trimming, resolve_device, resolve_dtype, use_checkpointing
 from mcl.model import Model
-from mcl.motion import motion_guide, strongest
-from mcl.sampler import Trajectory, clip_shape, noise_and_gradient, predict
-from mcl.networks.temporal import Wanted
-from mcl.networks.ops import channels_last
+from mcl.motion import motion_guidance, top_k_motion
+from mcl.sampler import Sampler, latent_shape, predict_noise_and_gradient, predict
+from mcl.networks.temporal import AttentionRequest
+from mcl.networks.ops import to_channels_last
 from mcl.networks.unet import UNet3D
 
 CONFIGS = {"tiny": TINY, "sd15": SD15, "sd15-v2": SD15_V2}
@@ -44,31 +44,31 @@ FORMULAS = {
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
     """A model with a UNet alone; the other networks have no weights."""
-    model = meta_model(config)
+    model = build_on_meta(config)
     with torch.device(device):
         model.unet = UNet3D(config.unet).to(dtype)
-    channels_last(model.unet)
+    to_channels_last(model.unet)
     return model.requires_grad_(False).eval()
 
 
-def steps_of(model: Model, config: SampleConfig, recompute: bool
+def steps_of(model: Model, config: SampleConfig, gradient_checkpointing: bool
              ) -> dict[str, Callable[[], object]]:
     """A forward pass of the UNet, a step without guidance, and one with it."""
-    z = torch.randn(clip_shape(model, config), device=model.device)
-    text, null = torch.randn(2, 1, model.config.text.max_length, model.config.unet.text_channels,
+    z = torch.randn(latent_shape(model, config), device=model.device)
+    text, null = torch.randn(2, 1, model.config.text_encoder.max_position_embeddings, model.config.unet.cross_attention_dim,
                              device=model.device, dtype=model.dtype)
     with torch.no_grad():
         seen = model.unet.attend(torch.randn_like(z).to(model.dtype), T, null,
-                                 Wanted(temporal_maps=config.blocks))
-    trajectory = Trajectory(model, text, null, config)
-    guides = [motion_guide(strongest([seen.temporal_maps], config.top_k, trajectory.windows, {}))]
+                                 AttentionRequest(temporal=config.guidance_blocks))
+    trajectory = Sampler(model, text, null, config)
+    guides = [motion_guidance(top_k_motion([seen.temporal], config.top_k, trajectory.windows, {}))]
 
     def unguided() -> None:
         predict(model, z, T, text)
         predict(model, z, T, null)
 
     def guided() -> None:
-        noise_and_gradient(trajectory, z, T, guides, recompute)
+        predict_noise_and_gradient(trajectory, z, T, guides, gradient_checkpointing)
         predict(model, z, T, null)
 
     return {"UNet, forward": lambda: predict(model, z, T, text), "unguided step": unguided,
@@ -138,7 +138,7 @@ class Flops(TorchDispatchMode):
         return out
 
 
-def report(model: Model, config: SampleConfig, recompute: bool, repeat: int) -> None:
+def report(model: Model, config: SampleConfig, gradient_checkpointing: bool, repeat: int) -> None:
     device, dtype = model.device, model.dtype
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"{device.type}, {torch.get_num_threads()} threads")
@@ -147,10 +147,10 @@ def report(model: Model, config: SampleConfig, recompute: bool, repeat: int) -> 
           f"{rate / 1e9:.0f} GFLOP/s in products of {str(dtype).removeprefix('torch.')} matrices")
     parameters = sum(p.numel() for p in model.unet.parameters())
     print(f"model    {model.config.name}, UNet of {parameters / 1e6:.1f} M parameters, "
-          f"{config.frames} frames of {config.width}x{config.height}, "
-          f"{'activations recomputed' if recompute else 'activations kept'}")
+          f"{config.num_frames} frames of {config.width}x{config.height}, "
+          f"{'activations recomputed' if gradient_checkpointing else 'activations kept'}")
     print(f"{'':15}  {'seconds':>8}  {'peak MB':>8}  {'GFLOP':>8}  {'GFLOP/s':>8}  of the rate")
-    steps = steps_of(model, config, recompute)
+    steps = steps_of(model, config, gradient_checkpointing)
     memory, works = {}, {}
     for what, action in steps.items():
         with Flops() as counter:        # the first time, which takes longer than the others
@@ -167,7 +167,7 @@ def report(model: Model, config: SampleConfig, recompute: bool, repeat: int) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="-m tests.benchmarks.step_cost", description="What a step of sampling costs here.")
+    p = OneLineErrorParser(prog="-m tests.benchmarks.step_cost", description="What a step of sampling costs here.")
     p.add_argument("--config", choices=CONFIGS, default="tiny")
     p.add_argument("--frames", type=int)
     p.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT")
@@ -175,24 +175,24 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     p.add_argument("--memory", default="auto", choices=MEMORY)
     p.add_argument("--repeat", type=int, default=3, help="times of which the median is taken")
-    return answer(lambda: run(p.parse_args(argv)))
+    return exit_code_of(lambda: run(p.parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
     if args.repeat < 1:
         raise InputError(f"--repeat {args.repeat} is not possible: 1 or more")
-    device, config = pick_device(args.device), CONFIGS[args.config]
+    device, config = resolve_device(args.device), CONFIGS[args.config]
     model = (load_model(None, args.device, args.dtype) if config is TINY
-             else random_model(config, device, pick_dtype(args.dtype, device)))
+             else random_model(config, device, resolve_dtype(args.dtype, device)))
     given = {} if args.frames is None else {"frames": args.frames}
     if args.size:
         given |= dict(zip(("width", "height"), args.size))
     settings = dataclasses.replace(model.config.sample, **given)
-    recompute = pick_recompute(args.memory, model, settings)
-    if not recompute:
-        keep_freed_memory()
-    report(model, settings, recompute, args.repeat)
+    gradient_checkpointing = use_checkpointing(args.memory, model, settings)
+    if not gradient_checkpointing:
+        disable_malloc_trimming()
+    report(model, settings, gradient_checkpointing, args.repeat)
 
 
 if __name__ == "__main__":
-    carry_out(main)
+    run_main(main)

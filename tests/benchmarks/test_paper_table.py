@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import sample as command
 from mcl import InputError
-from mcl.checkpoints.model_file import EMBEDDED
+from mcl.checkpoints.model_file import DEFAULT_WEIGHTS
 from mcl.cli.jobs import kept_digest, parse_jobs
 from mcl.checkpoints.infer_config import clip_configs
 from tests.benchmarks.clip_model import Clip, load_clip, pixels_of
@@ -124,7 +124,7 @@ def test_every_weight_of_openai_s_models_has_its_place(sizes):
         text, vision, d = clip_configs("a file", shapes, {})
         ours = Clip(text, vision, d)
     assert {name: t.shape for name, t in ours.state_dict().items()} == shapes
-    assert (text.heads, vision.heads, ours.side) == (sizes["text_heads"], sizes["heads"], 224)
+    assert (text.num_attention_heads, vision.heads, ours.side) == (sizes["text_heads"], sizes["heads"], 224)
     assert clip_configs("a file", shapes, config.to_dict()) == (text, vision, d)
 
 
@@ -265,7 +265,7 @@ def test_what_is_measured_is_not_measured_again_but_what_changes_is(here, folder
 
 @pytest.mark.parametrize("argv, message", [
     (["--clip", "none"], "none: no such file"), (["--clip", "ref.mp4"], "neither safetensors nor"),
-    (["--clip", str(EMBEDDED)], "holds no CLIP of texts and pictures"),
+    (["--clip", str(DEFAULT_WEIGHTS)], "holds no CLIP of texts and pictures"),
     (["--cases", "none.jsonl"], "none.jsonl: cannot be read"),
     (["--cases", "ref.mp4"], "ref.mp4: cannot be read"),
     (["--out", "cases.jsonl"], "is what --cases reads"), (["--out", "ref.mp4"], "is what --ref"),

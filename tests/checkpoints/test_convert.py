@@ -16,7 +16,7 @@ import convert_weights
 import sample as command
 from mcl import load_model, read_video
 from mcl.cli import reference
-from mcl.config import FEW_STEPS, SD15, SD15_V1, SD15_V2, from_dict
+from mcl.config import DISTILLED_PRESETS, SD15, SD15_V1, SD15_V2, from_dict
 from mcl.config import ModelConfig
 from mcl.checkpoints.detect import distilled
 from mcl.sampler import guidance_weight
@@ -197,9 +197,9 @@ def test_motion_modules(name, folder, tmp_path):
     assert equal(out, wanted(torch.float16 if "half" in name else torch.float32,
                              middle=version == "v2"))
     unet = from_dict(ModelConfig, json.loads(header(out)["config"])).unet
-    assert unet.norm_per_frame == (version != "v1")
+    assert unet.inflated_groupnorm == (version != "v1")
     assert unet.motion_mid_block == (version == "v2")
-    assert unet.max_frames == (24 if version == "v1" else 32)
+    assert unet.motion_max_seq_length == (24 if version == "v1" else 32)
 
 
 @pytest.mark.parametrize("name, preset", [
@@ -210,7 +210,7 @@ def test_motion_modules(name, folder, tmp_path):
     ("AnimateLCM_sd15_t2v.ckpt", "animatelcm"), ("mm_sd_v15_v2.ckpt", "")])
 def test_distilled_motion_modules_are_known_by_their_names(name, preset):
     assert distilled(Path("/models", name)) == preset
-    assert preset in ("", *FEW_STEPS)
+    assert preset in ("", *DISTILLED_PRESETS)
 
 
 def test_a_distilled_motion_module_brings_its_settings(folder, tmp_path, capsys):
@@ -250,7 +250,7 @@ def test_what_is_written_describes_itself_and_loads(folder, tmp_path, capsys):
     model = load_model(out, device="cpu")
     assert model.config.name == "my"
     assert model.config.unet.block_out_channels == MINI.unet.block_out_channels
-    assert model.config.vae == MINI.vae and model.config.text == MINI.text
+    assert model.config.vae == MINI.vae and model.config.text_encoder == MINI.text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["my.safetensors"]
 
 
@@ -311,7 +311,7 @@ def test_a_model_without_sparsectrl_takes_no_pictures(capsys):
 
 
 def test_presets_name_the_real_sizes():
-    assert (SD15.unet.max_frames, SD15_V1.unet.max_frames, SD15_V2.unet.max_frames) == (32, 24, 32)
+    assert (SD15.unet.motion_max_seq_length, SD15_V1.unet.motion_max_seq_length, SD15_V2.unet.motion_max_seq_length) == (32, 24, 32)
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mcl import InputError, Model, Motion
-from mcl.checkpoints.model_file import meta_model, save_model
+from mcl.checkpoints.model_file import build_on_meta, save_model
 from mcl.checkpoints.convert import check_positions, plan
-from mcl.checkpoints.detect import recognise
+from mcl.checkpoints.detect import detect
 from mcl.checkpoints.lazy import Checkpoint, LazyTensor
 from mcl.checkpoints.lora import Lora, deltas
 from mcl.config import SD15, SD15_V1, SD15_V2, SparseCtrlConfig
@@ -42,7 +42,7 @@ def real(name, rank=8):
 
 
 def source(tensors, path="file", configs=None):
-    return recognise(Path(path), Checkpoint(tensors, (), configs=configs or {}))
+    return detect(Path(path), Checkpoint(tensors, (), configs=configs or {}))
 
 
 def base(kind="ldm"):
@@ -64,7 +64,7 @@ def test_real_listings_fill_the_real_model_and_nothing_is_left(kind, name):
     assert (motion.slot, motion.version) == ("--motion-module", MOTIONS[name])
     found = plan("sd15", parts(base(kind), motion), [])
     preset = PRESETS[MOTIONS[name]]
-    assert (found.config.unet, found.config.vae, found.config.text) == (
+    assert (found.config.unet, found.config.vae, found.config.text_encoder) == (
         preset.unet, preset.vae, preset.text)
     assert found.weights.keys() == found.shapes.keys()
     # Each tensor of the files once: used, or dropped and then an encoding of positions.
@@ -120,7 +120,7 @@ def test_real_sparsectrl_listings_fill_the_real_model_and_nothing_is_left(name, 
 def test_real_loras_change_weights_that_the_real_model_has(name, slot, changed, dropped):
     found = source(real(name))
     assert found.slot == slot
-    model = meta_model(SD15)
+    model = build_on_meta(SD15)
     shapes = {f"{part}.{key}": t.shape for part in ("unet", "vae", "text_encoder")
               for key, t in getattr(model, part).state_dict().items()}
     change, why = deltas(Lora(found), shapes)
@@ -266,7 +266,7 @@ def test_a_text_projection_in_a_base_is_dropped():
     ({"prediction_type": "v_prediction"}, True)])
 def test_the_metadata_tell_a_v_prediction_model(metadata, refused):
     def known():
-        return recognise(Path("file"), Checkpoint(real("diffusers_unet"), (), metadata=metadata))
+        return detect(Path("file"), Checkpoint(real("diffusers_unet"), (), metadata=metadata))
     if not refused:
         assert known().slot == "--base"
         return

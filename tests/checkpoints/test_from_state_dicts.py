@@ -8,11 +8,11 @@ import warnings
 import pytest
 import torch
 
-from mcl import (Guide, InputError, Model, NumericalError, SampleConfig, Wanted, extract_motion,
-                 invert_motion, load_model, motion_guide, sample, semantic_guide, sparse_condition,
-                 subject_of)
+from mcl import (Guidance, InputError, Model, NumericalError, SampleConfig, AttentionRequest, extract_motion,
+                 invert_reference, load_model, motion_guidance, sample, semantic_guidance, sparsectrl_condition,
+                 make_subject_masks)
 from mcl.config import SparseCtrlConfig
-from mcl.inversion import inversion_guide
+from mcl.inversion import inversion_guidance
 from mcl.semantic import noised
 
 from tests.conftest import SMALL, randn
@@ -81,7 +81,7 @@ def test_embeddings_are_as_good_as_the_text(small):
 def test_what_cannot_be_is_refused_when_called(small):
     """Not at the first step, and in the words of arguments."""
     config = small.config.sample
-    guide = Guide(Wanted(temporal_maps=("up_blocks.9",)), lambda seen, t: torch.zeros(()))
+    guide = Guidance(AttentionRequest(temporal=("up_blocks.9",)), lambda seen, t: torch.zeros(()))
     for arguments, message in (
             ({"prompt": ["a", "b"]}, "the prompt is list, where one text is wanted"),
             ({"prompt": randn(1, 77, 13)}, r"the prompt is \(1, 77, 13\), where"),
@@ -95,8 +95,8 @@ def test_what_cannot_be_is_refused_when_called(small):
             sample(small, **{"prompt": "a star"} | arguments)
         assert "--" not in str(caught.value)
     with pytest.raises(InputError, match="blocks = 'up_blocks.1' is not possible: a list, each"):
-        SampleConfig(blocks="up_blocks.1")
-    assert SampleConfig(blocks=["up_blocks.1"]).blocks == ("up_blocks.1",)
+        SampleConfig(guidance_blocks="up_blocks.1")
+    assert SampleConfig(guidance_blocks=["up_blocks.1"]).blocks == ("up_blocks.1",)
 
 
 def test_a_motion_is_one_guide_among_others(small):
@@ -105,20 +105,20 @@ def test_a_motion_is_one_guide_among_others(small):
     config = dataclasses.replace(small.config.sample, motion_weight=3e5)
     expected = list(sample(small, "a star", motion, config, latents=clip(2)))
     found = list(sample(small, "a star", None, config, latents=clip(2),
-                        guides=[motion_guide(motion)]))
+                        guides=[motion_guidance(motion)]))
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(found, expected))
 
     def spread(seen, t):
-        return sum(probs.var(dim=-1).mean() for probs in seen.temporal_maps.values())
+        return sum(probs.var(dim=-1).mean() for probs in seen.temporal.values())
 
-    own = Guide(Wanted(temporal_maps=("down_blocks.1",)), spread)
+    own = Guidance(AttentionRequest(temporal=("down_blocks.1",)), spread)
     both = list(sample(small, "a star", motion, config, latents=clip(2), guides=[own]))
     z = clip(2).requires_grad_()
     seen = small.unet.attend(z, both[0].t, small.encode_text(["a star"]), own.wanted)
     loss = spread(seen, both[0].t)
     assert both[0].loss == pytest.approx(expected[0].loss + float(loss), rel=1e-4)
     grad, = torch.autograd.grad(loss, z)
-    noises = [(1 - small.schedule.abar(state.t)).sqrt() for state in both[:2]]
+    noises = [(1 - small.schedule.alpha_bar(state.t)).sqrt() for state in both[:2]]
     moved = -noises[0] * noises[1] * 3e5 * 4 * 8 * 8 / (16 * 64 * 64) / 2 * grad
     difference = both[0].latents - expected[0].latents
     assert (difference - moved).norm() < 1e-2 * moved.norm()
@@ -137,7 +137,7 @@ def test_motions_of_models_in_memory_are_told_apart(small):
 def test_the_whole_pipeline_runs_on_another_device(kind, monkeypatch):
     """The meta device has shapes and no values: what was left on the CPU would be found."""
     monkeypatch.setattr(torch, "isfinite", lambda values: torch.ones(1))
-    config = dataclasses.replace(SMALL, sparsectrl=SparseCtrlConfig(kind=kind, motion_heads=2),
+    config = dataclasses.replace(SMALL, sparsectrl=SparseCtrlConfig(kind=kind, motion_num_attention_heads=2),
                                  sample=dataclasses.replace(
                                      SMALL.sample, semantic_scale=1.0, mask_threshold=0.5))
     with torch.device("meta"):
@@ -145,16 +145,16 @@ def test_the_whole_pipeline_runs_on_another_device(kind, monkeypatch):
     model.file_sha256 = "of no file"
     frames = torch.zeros(4, 3, 32, 32)
     latents = model.vae.encode(frames)
-    condition = sparse_condition(latents[0, :, 0][None], [1], 4) if kind else None
+    condition = sparsectrl_condition(latents[0, :, 0][None], [1], 4) if kind else None
     motion = extract_motion(model, latents, noise=clip(), condition=condition)
-    inversion = invert_motion(model, latents, "a ball", model.config.sample)
-    subject = subject_of(model, "a star", "star", "a ball", "ball",
+    inversion = invert_reference(model, latents, "a ball", model.config.sample)
+    subject = make_subject_masks(model, "a star", "star", "a ball", "ball",
                          noised(model, latents, "a ball", model.config.sample, clip()),
                          model.config.sample)
-    guides = [inversion_guide(inversion, model.config.sample),
-              semantic_guide(model, "a star", clip(1), model.config.sample, subject, condition)]
+    guides = [inversion_guidance(inversion, model.config.sample),
+              semantic_guidance(model, "a star", clip(1), model.config.sample, subject, condition)]
     states = sample(model, "a star", motion, latents=clip(1), guides=guides, condition=condition,
-                    recompute=True)
+                    gradient_checkpointing=True)
     with pytest.raises(RuntimeError, match="meta"):     # in the end a value is asked for
         next(states)
 
@@ -171,9 +171,9 @@ def test_a_model_under_training_learns_from_its_maps(small):
     losses = []
     for _ in range(3):
         eps, seen = unet(clip(), 500, small.encode_text(["a star"]),
-                         temporal_maps=("up_blocks.1",))
+                         temporal=("up_blocks.1",))
         losses.append(eps.square().mean() + sum(
-            probs.var() for probs in seen.temporal_maps.values()))
+            probs.var() for probs in seen.temporal.values()))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()

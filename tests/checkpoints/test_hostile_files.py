@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from mcl import InputError, ModelConfig, load_model
-from mcl.config import (SampleConfig, ScheduleConfig, SparseCtrlConfig, TextConfig, UNetConfig,
+from mcl.config import (SampleConfig, ScheduleConfig, SparseCtrlConfig, CLIPTextConfig, UNetConfig,
                         VAEConfig, from_dict)
 from mcl.checkpoints.containers import open_checkpoint, read_json
-from mcl.errors import printable
+from mcl.errors import escape_control_characters
 
 from tests.foreign import convert, ldm, motion, save
 
@@ -26,13 +26,13 @@ from tests.foreign import convert, ldm, motion, save
     (UNetConfig, {"motion_modules": 1}), (UNetConfig, {"max_frames": 10**9}),
     (VAEConfig, {"scaling_factor": float("nan")}), (VAEConfig, {"scaling_factor": 0}),
     (VAEConfig, {"norm_groups": 7}), (VAEConfig, {"latent_channels": -4}),
-    (TextConfig, {"layers": 10**6}), (TextConfig, {"heads": 5}), (TextConfig, {"vocab_size": 9}),
+    (CLIPTextConfig, {"layers": 10**6}), (CLIPTextConfig, {"heads": 5}), (CLIPTextConfig, {"vocab_size": 9}),
     (ScheduleConfig, {"beta_start": float("nan")}), (ScheduleConfig, {"train_steps": 10**12}),
     (SparseCtrlConfig, {"kind": "depth"}), (SparseCtrlConfig, {"sketch_channels": ()}),
     (SampleConfig, {"frames": "16"}), (SampleConfig, {"cfg_scale": float("nan")}),
     (ModelConfig, {"name": 3}), (ModelConfig, {"unet": {}}), (ModelConfig, {"fps": 0}),
     (ModelConfig, {"unet": UNetConfig(in_channels=9)}),
-    (ModelConfig, {"sparsectrl": SparseCtrlConfig("rgb", motion_heads=7)})], ids=str)
+    (ModelConfig, {"sparsectrl": SparseCtrlConfig("rgb", motion_num_attention_heads=7)})], ids=str)
 def test_impossible_values_are_refused_where_a_config_is_made(kind, values):
     with pytest.raises(InputError, match="is not possible: |the rest gives"):
         kind(**values)
@@ -127,7 +127,7 @@ def test_fp8_in_pickles_is_read(tmp_path):
 
 
 def test_what_is_printed_of_a_file_moves_no_cursor(tmp_path, capsys):
-    assert printable("a\x1b[2J\n\u2028\u202e\udcffé 字") == r"a\x1b[2J\n\u2028\u202e\udcffé 字"
+    assert escape_control_characters("a\x1b[2J\n\u2028\u202e\udcffé 字") == r"a\x1b[2J\n\u2028\u202e\udcffé 字"
     evil = "evil\n\x1b[2J\x1b[31mRED"
     torch.save({evil: torch.zeros(1)}, tmp_path / "x.ckpt")
     vae = save(tmp_path / f"{evil}.safetensors", {

@@ -12,7 +12,7 @@ from lycoris.modules.norms import NormModule
 from torch import nn
 
 from mcl import InputError
-from mcl.checkpoints.detect import recognise
+from mcl.checkpoints.detect import detect
 from mcl.checkpoints.lazy import Checkpoint, LazyTensor
 from mcl.checkpoints.lora import Lora, deltas, merged
 
@@ -38,7 +38,7 @@ def lazy(tensor):
 def found(state, layer, scale=1.0):
     """The layer's parameters after a merge, and what was dropped."""
     checkpoint = Checkpoint({f"lora_unet_x.{name}": lazy(t) for name, t in state.items()}, ())
-    lora = Lora(recognise(Path("file"), checkpoint), scale)
+    lora = Lora(detect(Path("file"), checkpoint), scale)
     parameters = dict(layer.named_parameters())
     changes, dropped = deltas(lora, {f"unet.x.{name}": tuple(p.shape)
                                      for name, p in parameters.items()})
@@ -121,7 +121,7 @@ def test_what_belongs_elsewhere_is_dropped_for_a_reason():
         "lora_unet_x.diff": (16, 12), "lora_unet_x.diff_b": (16,),
         "lora_te_text_projection.lora_down.weight": (4, 12),
         "bundle_emb.cat.string_to_param.*": (2, 12)}.items()}, ())
-    changes, dropped = deltas(Lora(recognise(Path("file"), checkpoint)),
+    changes, dropped = deltas(Lora(detect(Path("file"), checkpoint)),
                               {"unet.x.weight": tuple(layer.weight.shape)})
     assert list(changes) == ["unet.x.weight"]
     assert dropped == {

@@ -123,7 +123,7 @@ def test_a_job_that_fails_stops_no_other_and_only_it_is_made_again(capsys, loade
     lambda: Path("b.mp4").unlink(), lambda: Path("b.mp4.json").write_text("{}"),
     lambda: shutil.copy(ROOT / "examples" / "zigzag.mp4", "ref.mp4")])
 def test_a_clip_is_made_again_when_anything_of_it_is_another(change, loaded, monkeypatch):
-    monkeypatch.setattr(jobs, "kept_digest", jobs.digest)     # as in a process of its own
+    monkeypatch.setattr(jobs, "kept_digest", jobs.sha256_of)     # as in a process of its own
     write({"out": "b.mp4"})
     assert run() == 0
     change()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sample as command
 from mcl import InputError, SampleConfig, load_model
 from mcl.checkpoints.model_file import save_model
-from mcl.cli.arguments import check, own_device, parse, seeded, settings
+from mcl.cli.arguments import check, local_rank_device, parse, make_generator, settings
 
 ROOT = Path(__file__).parents[2]
 REF = str(ROOT / "examples" / "figure_eight.mp4")
@@ -61,14 +61,14 @@ def test_the_same_command_writes_the_same_bytes(tmp_path):
 
 
 def test_presets_set_steps_and_options_go_before_them():
-    own = SampleConfig(steps=60, guidance_steps=25, guidance_span=.25, warmup=6, cooldown=0)
-    for preset, steps, guided, span, warmup in (("camera", 100, 50, .3, 6),
+    own = SampleConfig(steps=60, guidance_steps=25, guidance_noise_range=.25, guidance_warmup_steps=6, guidance_cooldown_steps=0)
+    for preset, steps, guided, span, guidance_warmup_steps in (("camera", 100, 50, .3, 6),
                                                 ("object", 300, 180, .4, 6),
                                                 ("fast", 40, 17, .25, 4)):
         args = parse(["--ref", REF, "--prompt", "", "--preset", preset])
         found = settings(args, own)
-        assert (found.steps, found.guidance_steps, found.guidance_span) == (steps, guided, span)
-        assert (found.warmup, found.cooldown, found.motion_weight) == (warmup, 0, own.motion_weight)
+        assert (found.steps, found.guidance_steps, found.guidance_noise_range) == (steps, guided, span)
+        assert (found.guidance_warmup_steps, found.guidance_cooldown_steps, found.motion_weight) == (guidance_warmup_steps, 0, own.motion_weight)
         args.steps = 200
         args.guidance_steps = 30
         assert settings(args, own).steps == 200 and settings(args, own).guidance_steps == 30
@@ -77,9 +77,9 @@ def test_presets_set_steps_and_options_go_before_them():
 def test_the_published_settings_are_the_defaults_and_the_presets():
     """METHOD of arXiv 2406.05338: version 4 and later, and versions 1 to 3."""
     own = SampleConfig()
-    assert (own.steps, own.guidance_steps, own.guidance_span, own.spacing) == (
+    assert (own.steps, own.guidance_steps, own.guidance_noise_range, own.timestep_spacing) == (
         100, 50, .3, "uneven")
-    assert (own.motion_weight, own.warmup, own.cooldown, own.extract_t, own.top_k, own.blocks,
+    assert (own.motion_weight, own.guidance_warmup_steps, own.guidance_cooldown_steps, own.extraction_timestep, own.top_k, own.guidance_blocks,
             own.cfg_scale) == (2000, 10, 10, 400, 1, ("up_blocks.1",), 8.5)
     assert own.mask_threshold == 0.3
     for preset, steps, guided in (("inversion-300", 300, 200), ("inversion-500", 500, 300)):
@@ -87,17 +87,17 @@ def test_the_published_settings_are_the_defaults_and_the_presets():
         found = settings(args, own)
         assert args.method == "inversion"
         assert (found.steps, found.guidance_steps, found.spacing) == (steps, guided, "linspace")
-        assert (found.warmup, found.cooldown, found.inversion_steps) == (10, 0, 1000)
-        per_map = {b: w * found.motion_weight for b, w in found.weights_of_blocks.items()}
+        assert (found.guidance_warmup_steps, found.guidance_cooldown_steps, found.inversion_steps) == (10, 0, 1000)
+        per_map = {b: w * found.motion_weight for b, w in found.block_weight_map.items()}
         assert per_map == pytest.approx({"up_blocks.1": 1667, "up_blocks.2": 833})
         assert (found.semantic_scale, found.semantic_blocks) == (42, ("up_blocks.1",))
         other = parse(["--ref", REF, "--prompt", "", "--preset", preset, "--blocks", "up_blocks.2"])
-        assert settings(other, own).block_weights == ()         # which were of other blocks
+        assert settings(other, own).guidance_block_weights == ()         # which were of other blocks
         with pytest.raises(InputError, match="belongs to --method inversion"):
             parse(["--prompt", "", "--preset", preset, "--method", "single-step"])
     changed = ["--spacing", "leading", "--warmup", "3", "--cooldown", "4", "--mask-threshold", ".2"]
     found = settings(parse(["--ref", REF, "--prompt", "", *changed]), own)
-    assert (found.spacing, found.warmup, found.cooldown, found.mask_threshold) == (
+    assert (found.spacing, found.guidance_warmup_steps, found.guidance_cooldown_steps, found.mask_threshold) == (
         "leading", 3, 4, .2)
 
 
@@ -198,9 +198,9 @@ def test_seeds_have_64_bits_and_short_ones_are_torch_s():
         return tuple(torch.randn(3, generator=generator).tolist())
 
     seeds = [0, 1, 2 ** 32 - 1, 2 ** 32, 2 ** 32 + 1, 2 ** 40 + 1, 2 ** 63 + 1, 2 ** 64 - 1]
-    assert len({noise(seeded(seed)) for seed in seeds}) == len(seeds)
+    assert len({noise(make_generator(seed)) for seed in seeds}) == len(seeds)
     for seed in seeds[:3]:
-        assert noise(seeded(seed)) == noise(torch.Generator().manual_seed(seed))
+        assert noise(make_generator(seed)) == noise(torch.Generator().manual_seed(seed))
     assert run("--ref", REF, "--prompt", "", "--seed", 2 ** 64 - 1, "--num-samples", 2) == 2
 
 
@@ -331,7 +331,7 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "5")
-    assert own_device("auto") == "cuda:1" and own_device("cpu") == "cpu"
+    assert local_rank_device("auto") == "cuda:1" and local_rank_device("cpu") == "cpu"
 
 
 def test_a_run_that_is_not_finite_fails_and_leaves_nothing(tmp_path, capsys):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import sample as command
 from mcl import Motion, read_video
 from mcl.cli.arguments import REFERENCE_SEED
-from mcl.files import MARK
+from mcl.files import FOLDER_MARKER
 from mcl.evaluation.html_report import TEMPLATE, Shown, write_page
 
 from tests.conftest import randn
@@ -49,7 +49,7 @@ def made(tmp_path_factory):
         patch.setattr(command, "write_page", lambda *a: (given.append(a), write_page(*a)))
         clone(folder / "a.mp4", "--top-k", 2, "--maps", folder / "maps", "--ref-prompt",
               "a circle", "--subject", "circle", "star", prompt=PROMPT)
-    assert sorted(p.name for p in (folder / "maps").iterdir()) == [MARK, "index.html"]
+    assert sorted(p.name for p in (folder / "maps").iterdir()) == [FOLDER_MARKER, "index.html"]
     return folder / "maps" / "index.html", given[0]
 
 
@@ -61,9 +61,9 @@ def test_the_page_holds_the_attention_of_the_noised_clips(made, embedded):
     config = embedded.config.sample
     latents = embedded.vae.encode(read_video(REF, 16, (64, 64)))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(REFERENCE_SEED))
-    z = embedded.schedule.add_noise(latents, noise, config.extract_t)
-    own = embedded.unet(z, config.extract_t, embedded.encode_text([""]),
-                        temporal_maps=config.blocks)[1].temporal_maps
+    z = embedded.schedule.add_noise(latents, noise, config.extraction_timestep)
+    own = embedded.unet(z, config.extraction_timestep, embedded.encode_text([""]),
+                        temporal=config.guidance_blocks)[1].temporal
     assert data["layers"] == list(own) and data["grid"] == [4, 4] and data["k"] == 2
     for n, (name, probs) in enumerate(own.items()):
         for table, clip in zip(maps, clips):
@@ -120,7 +120,7 @@ def test_a_folder_of_somebody_else_is_not_replaced(tmp_path):
     (tmp_path / "maps" / "index.html").write_bytes(b"of somebody")
     argv = ["--ref", REF, "--prompt", "", "--out", tmp_path / "a.mp4", "--maps", tmp_path / "maps"]
     assert run(*argv) == 2
-    (tmp_path / "maps" / MARK).touch()
+    (tmp_path / "maps" / FOLDER_MARKER).touch()
     assert run(*argv, *QUICK) == 0 and data_of(tmp_path / "maps" / "index.html")
 
 
@@ -149,8 +149,8 @@ def test_sixteen_frames_of_512_are_at_most_three_megabytes(tmp_path):
         assert np.abs(maps[0][n] / 255 - expected.flatten(0, 1).numpy()).max() < 0.5 / 255 + 1e-6
 
 
-def luminance(colour):
-    full = colour if len(colour) == 7 else "#" + "".join(2 * c for c in colour[1:])
+def luminance(color):
+    full = color if len(color) == 7 else "#" + "".join(2 * c for c in color[1:])
     parts = [int(full[i:i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -161,13 +161,13 @@ def test_text_stands_out_in_the_light_and_in_the_dark():
     themes = re.findall(r":root \{(.*?)\}", TEMPLATE.read_text("utf-8"), re.S)
     assert len(themes) == 2
     for theme in themes:
-        colours = dict(re.findall(r"--(\w+): (#\w+)", theme))
+        colors = dict(re.findall(r"--(\w+): (#\w+)", theme))
         for front, backs, least in (("ink", ("ground", "panel", "bar"), 4.5),
                                     ("soft", ("ground", "panel"), 4.5),
                                     ("accent", ("ground", "panel"), 4.5),
                                     ("second", ("ground", "panel"), 4.5)):
             for back in backs:
-                low, high = sorted((luminance(colours[front]), luminance(colours[back])))
+                low, high = sorted((luminance(colors[front]), luminance(colors[back])))
                 assert (high + 0.05) / (low + 0.05) >= least, (front, back)
 
 

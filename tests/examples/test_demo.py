@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mcl import write_video
-from mcl.cli import answer
+from mcl.cli import exit_code_of
 
 from tests.evaluation.test_html_report import chromium, click, find, waited
 from tests.cli.test_sample import PROMPT, QUICK, REF, ROOT, clone
@@ -164,5 +164,5 @@ def test_wrong_options_are_one_line(monkeypatch, tmp_path, capsys):
                            (["--colour"], "error: unrecognized arguments: --colour"),
                            (["--port", "x"], "error: argument --port: invalid int value: 'x'"),
                            (["--port", str(port)], f"error: --host 127.0.0.1, --port {port}: ")):
-            assert answer(lambda: demo.serve(argv)) == 2
+            assert exit_code_of(lambda: demo.serve(argv)) == 2
             assert capsys.readouterr().err.splitlines()[-1].startswith(line)

@@ -9,13 +9,13 @@ import torch
 from einops import rearrange, repeat
 from torch import nn
 
-from mcl import InputError, Model, extract_motion, sample, sparse_condition
-from mcl.config import SampleConfig, ScheduleConfig, SparseCtrlConfig, TextConfig, UNetConfig
-from mcl.inversion import invert
+from mcl import InputError, Model, extract_motion, sample, sparsectrl_condition
+from mcl.config import SampleConfig, ScheduleConfig, SparseCtrlConfig, CLIPTextConfig, UNetConfig
+from mcl.inversion import ddim_invert
 from tests.benchmarks.diffusers_comparison import diffusers_name, diffusers_unet, oracle_noise
 from mcl.motion import Motion, motion_loss
-from mcl.sampler import Trajectory
-from mcl.schedule import Schedule, ddim_step
+from mcl.sampler import Sampler
+from mcl.schedule import NoiseSchedule, ddim_step
 from mcl.networks.sparsectrl import SparseCtrl
 from mcl.networks.text_encoder import TextEncoder
 from mcl.networks.tokenizer import Tokenizer
@@ -30,10 +30,10 @@ motion_unet = pytest.importorskip("diffusers.models.unets.unet_motion_model")
 transformers = pytest.importorskip("transformers")
 
 # SD1.5's four levels and two layers; the two kinds of heads differ in number.
-V3 = UNetConfig(block_out_channels=(16, 24, 32, 32), layers_per_block=2, heads=2, text_channels=12,
-                norm_groups=4, motion_heads=4, max_frames=24)
+V3 = UNetConfig(block_out_channels=(16, 24, 32, 32), layers_per_block=2, num_attention_heads=2, cross_attention_dim=12,
+                norm_num_groups=4, motion_num_attention_heads=4, motion_max_seq_length=24)
 V2 = dataclasses.replace(V3, motion_mid_block=True)
-V1 = dataclasses.replace(V3, norm_per_frame=False)
+V1 = dataclasses.replace(V3, inflated_groupnorm=False)
 BATCH = 2
 BLOCK = "up_blocks.1"
 
@@ -85,9 +85,9 @@ def unets(config):
     for module in list(oracle.modules()):
         if isinstance(module, motion_unet.AnimateDiffTransformer3D):
             module.norm = PerFrame(module.norm)
-        elif isinstance(module, motion_unet.ResnetBlock2D) and not config.norm_per_frame:
+        elif isinstance(module, motion_unet.ResnetBlock2D) and not config.inflated_groupnorm:
             module.norm1, module.norm2 = OverFrames(module.norm1), OverFrames(module.norm2)
-    if not config.norm_per_frame:
+    if not config.inflated_groupnorm:
         oracle.conv_norm_out = OverFrames(oracle.conv_norm_out)
     return ours, oracle
 
@@ -107,14 +107,14 @@ def oracle_noise_and_maps(oracle, z, t, text):
     maps = {}
     for name in [name for name in seen if name.endswith(".to_q")]:
         q, k = (rearrange(seen[name[:-1] + letter], "b n (heads d) -> b heads n d",
-                          heads=V3.motion_heads) for letter in "qk")
+                          heads=V3.motion_num_attention_heads) for letter in "qk")
         scores = torch.einsum("b a n d, b a m d -> b a n m", q, k) / q.shape[-1] ** 0.5
         maps[name.removesuffix(".to_q")] = scores.softmax(dim=-1)
     return eps, maps
 
 
 def inputs(frames, h, w, batch=BATCH, seed=0):
-    return randn(batch, 4, frames, h, w, seed=seed), randn(batch, 77, V3.text_channels, seed=seed)
+    return randn(batch, 4, frames, h, w, seed=seed), randn(batch, 77, V3.cross_attention_dim, seed=seed)
 
 
 @pytest.mark.parametrize("config, frames, h, w, t", [
@@ -158,7 +158,7 @@ def test_temporal_attention_maps():
     ours, oracle = unets(V3)
     z, text = inputs(8, 9, 13)
     with torch.no_grad():
-        maps = ours(z, 400, text, temporal_maps=(BLOCK,))[1].temporal_maps
+        maps = ours(z, 400, text, temporal=(BLOCK,))[1].temporal
         _, expected = oracle_noise_and_maps(oracle, z, 400, text)
     assert [diffusers_name(name) for name in maps] == list(expected) and len(maps) == 6
     for name, probs in maps.items():
@@ -171,12 +171,12 @@ def test_gradient_of_the_motion_loss():
     z, text = inputs(8, 9, 13)
     with torch.no_grad():
         maps = ours(randn(*z.shape, seed=1), 400, text,
-                    temporal_maps=(BLOCK,))[1].temporal_maps
+                    temporal=(BLOCK,))[1].temporal
     top = {name: probs.topk(2, dim=-1) for name, probs in maps.items()}
     motion = Motion({name: found.values for name, found in top.items()},
                     {name: found.indices for name, found in top.items()})
     z.requires_grad_()
-    maps = ours(z, 700, text, temporal_maps=(BLOCK,))[1].temporal_maps
+    maps = ours(z, 700, text, temporal=(BLOCK,))[1].temporal
     grad, = torch.autograd.grad(motion_loss(maps, motion), z)
 
     _, maps = oracle_noise_and_maps(oracle, z, 700, text)
@@ -191,15 +191,15 @@ def test_gradient_of_the_motion_loss():
 @functools.cache
 def sparse_controls(kind):
     """Ours and diffusers' with the same random weights."""
-    own = SparseCtrlConfig(kind, motion_heads=V3.motion_heads, max_frames=V3.max_frames,
-                           sketch_channels=(4, 8, 8, 12))
+    own = SparseCtrlConfig(kind, motion_num_attention_heads=V3.motion_num_attention_heads, motion_max_seq_length=V3.motion_max_seq_length,
+                           conditioning_embedding_channels=(4, 8, 8, 12))
     ours = randomize(SparseCtrl(V3, own))
     oracle = sparse_unet.SparseControlNetModel(
         conditioning_channels=4 if kind == "rgb" else 3, block_out_channels=V3.block_out_channels,
-        layers_per_block=V3.layers_per_block, norm_num_groups=V3.norm_groups,
-        cross_attention_dim=V3.text_channels, num_attention_heads=V3.heads,
-        motion_num_attention_heads=V3.motion_heads, motion_max_seq_length=V3.max_frames,
-        conditioning_embedding_out_channels=own.sketch_channels,
+        layers_per_block=V3.layers_per_block, norm_num_groups=V3.norm_num_groups,
+        cross_attention_dim=V3.cross_attention_dim, num_attention_heads=V3.heads,
+        motion_num_attention_heads=V3.motion_num_attention_heads, motion_max_seq_length=V3.motion_max_seq_length,
+        conditioning_embedding_out_channels=own.conditioning_embedding_channels,
         use_simplified_condition_embedding=kind == "rgb")
     tables = {name: v for name, v in oracle.state_dict().items() if name.endswith("pos_embed.pe")}
     oracle.load_state_dict({diffusers_name(k): v for k, v in ours.state_dict().items()} | tables)
@@ -216,7 +216,7 @@ def test_sparsectrl(kind, frames, h, w, t):
     unet, unet_oracle = unets(V3)
     z, text = inputs(frames, h, w)
     given = randn(2, 4, h, w) if kind == "rgb" else randn(2, 3, 8 * h, 8 * w).sigmoid()
-    condition = sparse_condition(given, [0, -1], frames).repeat(BATCH, 1, 1, 1, 1)
+    condition = sparsectrl_condition(given, [0, -1], frames).repeat(BATCH, 1, 1, 1, 1)
     condition[1] = condition[1].flip(1) * 0.5           # the two of a batch differ
     flat = repeat(text, "b m c -> (b f) m c", f=frames)
     with torch.no_grad():
@@ -244,7 +244,7 @@ def vaes():
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels, norm_num_groups=config.norm_groups,
+        latent_channels=config.latent_channels, norm_num_groups=config.norm_num_groups,
         scaling_factor=config.scaling_factor)
     oracle.load_state_dict(ours.state_dict())
     return ours, oracle.requires_grad_(False).eval()
@@ -284,11 +284,11 @@ def test_vae_refuses_sizes_that_are_not_multiples(h, w):
 
 @pytest.mark.filterwarnings("ignore")           # what is cut off
 def test_text_encoder():
-    config = TextConfig(hidden_size=32, intermediate_size=64, layers=3, heads=4)
+    config = CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
     ours = randomize(TextEncoder(config))
     oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(
         hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
         hidden_act="quick_gelu", bos_token_id=49406, eos_token_id=49407)).eval()
     inner = getattr(oracle, "text_model", oracle)       # before transformers 5.6
     inner.load_state_dict(ours.text_model.state_dict())
@@ -306,11 +306,11 @@ def test_every_norm_adds_as_little_as_the_oracle_s():
         return {rename(f"{name}.weight"): module.eps for name, module in network.named_modules()
                 if isinstance(module, (nn.GroupNorm, nn.LayerNorm))}
 
-    text = TextEncoder(SMALL.text).text_model
+    text = TextEncoder(SMALL.text_encoder).text_model
     oracle_text = transformers.CLIPTextModel(transformers.CLIPTextConfig())
     unet, control = UNet3D(V2), sparse_controls("rgb")[0]
     raw = sparse_unet.SparseControlNetModel(block_out_channels=V3.block_out_channels,
-                                            norm_num_groups=V3.norm_groups)
+                                            norm_num_groups=V3.norm_num_groups)
     for ours, oracle in (
             (epsilons(unet, diffusers_name), epsilons(diffusers_unet(unet, V2))),
             (epsilons(control, diffusers_name), epsilons(raw)),
@@ -328,9 +328,9 @@ def scheduler(spacing="leading"):
 
 
 def test_alphas_and_noising():
-    ours, oracle = Schedule(ScheduleConfig()), scheduler()
+    ours, oracle = NoiseSchedule(ScheduleConfig()), scheduler()
     assert (ours.alphas_cumprod - oracle.alphas_cumprod).abs().max() < 1e-7
-    assert ours.abar(-1) == oracle.final_alpha_cumprod
+    assert ours.alpha_bar(-1) == oracle.final_alpha_cumprod
     x, noise = randn(2, 50)
     for t in (0, 400, 999):
         assert error(ours.add_noise(x, noise, t),
@@ -340,7 +340,7 @@ def test_alphas_and_noising():
 @pytest.mark.parametrize("spacing, steps", [
     ("leading", 25), ("leading", 30), ("linspace", 30), ("linspace", 1000), ("uneven", 100)])
 def test_ddim_steps(spacing, steps):
-    ours, oracle = Schedule(ScheduleConfig()), scheduler()
+    ours, oracle = NoiseSchedule(ScheduleConfig()), scheduler()
     timesteps = ours.timesteps(steps, spacing, 50, 0.3)
     if spacing != "uneven":
         oracle = scheduler(spacing)
@@ -353,13 +353,13 @@ def test_ddim_steps(spacing, steps):
             # diffusers goes back by 1000 // steps: here exactly to the next of any list.
             oracle.num_inference_steps = Fraction(1000, t - t_prev)
         expected = oracle.step(eps, t, z).prev_sample
-        z = ddim_step(z, eps, eps, ours.abar(t), ours.abar(t_prev))
+        z = ddim_step(z, eps, eps, ours.alpha_bar(t), ours.alpha_bar(t_prev))
         assert error(z, expected) < 1e-5
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 25, 999])
 def test_trailing_steps_are_euler_s_and_ddim_s(steps):
-    ours = Schedule(ScheduleConfig())
+    ours = NoiseSchedule(ScheduleConfig())
     timesteps = ours.timesteps(steps, "trailing", 0, 0.3)
     euler = diffusers.EulerDiscreteScheduler(
         beta_schedule="linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing")
@@ -373,7 +373,7 @@ def test_trailing_steps_are_euler_s_and_ddim_s(steps):
         assert error(euler.scale_model_input(x, euler.timesteps[i]), z) < 1e-5
         eps = torch.tanh(z @ weight + t / 1000)
         x = euler.step(eps, euler.timesteps[i], x).prev_sample
-        before, z = z, ddim_step(z, eps, eps, ours.abar(t), ours.abar(t_prev))
+        before, z = z, ddim_step(z, eps, eps, ours.alpha_bar(t), ours.alpha_bar(t_prev))
         assert error(x / (1 + euler.sigmas[i + 1] ** 2).sqrt(), z) < 1e-5
         if t - t_prev == 1000 // steps:                 # as far as diffusers' DDIM goes
             assert error(z, ddim.step(eps, t, before).prev_sample) < 1e-5
@@ -384,9 +384,9 @@ def test_lcm_steps(steps):
     """Through the loop's own step, with the same draws of noise."""
     oracle = diffusers.LCMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012)
     oracle.set_timesteps(steps)
-    config = SampleConfig(steps=steps, guidance_steps=0, spacing="lcm", solver="lcm", cfg_scale=1.0)
+    config = SampleConfig(steps=steps, guidance_steps=0, timestep_spacing="lcm", sampler="lcm", cfg_scale=1.0)
     none, (ours, theirs) = torch.zeros(1), (torch.Generator().manual_seed(5) for _ in range(2))
-    trajectory = Trajectory(Dummy(None), none, none, config, None, ours)
+    trajectory = Sampler(Dummy(None), none, none, config, None, ours)
     assert [t for t, _ in trajectory.steps] == oracle.timesteps.tolist()
     z, weight = randn(3, 40), randn(40, 40, seed=1) / 40 ** 0.5
     for i, (t, _) in enumerate(trajectory.steps):
@@ -400,7 +400,7 @@ class Dummy:
     """A model whose noise is a fixed function of the latents and the timestep."""
 
     def __init__(self, noise_of):
-        self.schedule, self.noise_of = Schedule(ScheduleConfig()), noise_of
+        self.schedule, self.noise_of = NoiseSchedule(ScheduleConfig()), noise_of
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def encode_text(self, prompts):
@@ -423,7 +423,7 @@ def test_ddim_inversion(spacing, steps):
     model = Dummy(lambda z, t: torch.tanh(z @ weight + t / 1000))
     z = start = randn(1, 4, 3, 9, 9)
     timesteps = oracle.timesteps.tolist()
-    for (t, mine), expected_t in zip(invert(model, start, "", timesteps), timesteps, strict=True):
+    for (t, mine), expected_t in zip(ddim_invert(model, start, "", timesteps), timesteps, strict=True):
         assert t == expected_t
         z = oracle.step(model.noise_of(z, t), t, z).prev_sample
         assert error(mine, z) < 1e-5
@@ -435,13 +435,13 @@ def test_inversion_and_sampling_are_a_round_trip():
     model = Dummy(lambda z, t: z @ weight)
     clip = randn(1, 4, 3, 9, 9)
     timesteps = list(range(1000))
-    for _, z in invert(model, clip, "", timesteps):
+    for _, z in ddim_invert(model, clip, "", timesteps):
         pass
     assert relative(z, clip) > 0.5
-    abar = model.schedule.abar
+    alpha_bar = model.schedule.alpha_bar
     for t in reversed(timesteps):
         eps = model.noise_of(z, t)
-        z = ddim_step(z, eps, eps, abar(t), abar(t - 1))
+        z = ddim_step(z, eps, eps, alpha_bar(t), alpha_bar(t - 1))
     assert (z - clip).abs().max() < 1e-4 * clip.abs().max()
 
 
@@ -455,20 +455,20 @@ def oracle_run(oracle, reference, z, text, null, config):
     top = {name: probs.max(dim=-1, keepdim=True) for name, probs in maps.items()}
 
     n, g = config.steps, config.guidance_steps
-    border = int((1 - config.guidance_span) * 1000)
+    border = int((1 - config.guidance_noise_range) * 1000)
     timesteps = np.concatenate([np.linspace(999, border, g), np.linspace(border - 1, 0, n - g)])
     timesteps = np.rint(timesteps).astype(int).tolist()
-    abar = scheduler().alphas_cumprod
+    alpha_bar = scheduler().alphas_cumprod
     scale = config.motion_weight * z[0, 0].numel() / (16 * 64 * 64)
     for i, t in enumerate(timesteps):
-        a, a_prev = abar[t], abar[timesteps[i + 1]] if i + 1 < n else torch.tensor(1.0)
+        a, a_prev = alpha_bar[t], alpha_bar[timesteps[i + 1]] if i + 1 < n else torch.tensor(1.0)
         grad = torch.zeros_like(z)
         if i < g:
             weight = scale
-            if i < config.warmup:
-                weight *= (i + 1) / config.warmup
-            if i > g - config.cooldown:
-                weight *= (g - i) / config.cooldown
+            if i < config.guidance_warmup_steps:
+                weight *= (i + 1) / config.guidance_warmup_steps
+            if i > g - config.guidance_cooldown_steps:
+                weight *= (g - i) / config.guidance_cooldown_steps
             z = z.detach().requires_grad_()
             _, maps = oracle_noise_and_maps(oracle, z, t, text)
             loss = sum(((maps[name].gather(-1, m) - value) ** 2).mean()
@@ -485,8 +485,8 @@ def oracle_run(oracle, reference, z, text, null, config):
 
 
 def test_a_whole_guided_run():
-    config = dataclasses.replace(SMALL.sample, steps=12, guidance_steps=8, frames=8, warmup=3,
-                                 cooldown=4, cfg_scale=8.5, motion_weight=3e5)
+    config = dataclasses.replace(SMALL.sample, steps=12, guidance_steps=8, num_frames=8, guidance_warmup_steps=3,
+                                 guidance_cooldown_steps=4, cfg_scale=8.5, motion_weight=3e5)
     model = Model(SMALL)
     model.unet = unets(V3)[0]
     randomize(model.text_encoder)

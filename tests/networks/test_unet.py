@@ -8,9 +8,9 @@ import torch
 from mcl import InputError
 from mcl.config import SD15, SD15_V2, UNetConfig
 from mcl.networks.layers import GEGLU, Conv2d, Linear, attention
-from mcl.networks.temporal import Attended, Wanted, position_encoding
+from mcl.networks.temporal import AttentionMaps, AttentionRequest, sinusoidal_positional_encoding
 from mcl.networks.text_encoder import TextEncoder
-from mcl.networks.ops import Gate
+from mcl.networks.ops import GEGLUFunction
 from mcl.networks.unet import UNet3D
 from mcl.networks.vae import AutoencoderKL
 
@@ -22,7 +22,7 @@ BLOCK = "up_blocks.1"
 
 @pytest.mark.parametrize("network, config, name", [
     (UNet3D, SD15.unet, "official_unet3d_v3"), (UNet3D, SD15_V2.unet, "official_unet3d_v2"),
-    (AutoencoderKL, SD15.vae, "diffusers_vae"), (TextEncoder, SD15.text, "diffusers_text_encoder")])
+    (AutoencoderKL, SD15.vae, "diffusers_vae"), (TextEncoder, SD15.text_encoder, "diffusers_text_encoder")])
 def test_names_and_shapes_are_those_of_the_real_checkpoints(network, config, name):
     with torch.device("meta"):
         state = network(config).state_dict()
@@ -38,15 +38,15 @@ def test_size_of_sd15_with_v3_modules():
 def inputs(frames=5, h=8, w=12, batch=1, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(batch, 4, frames, h, w, generator=g, dtype=dtype)
-    text = torch.randn(batch, 7, SMALL.unet.text_channels, generator=g, dtype=dtype)
+    text = torch.randn(batch, 7, SMALL.unet.cross_attention_dim, generator=g, dtype=dtype)
     return z, text
 
 
 def test_maps_are_named_shaped_and_normalised(small):
     z, text = inputs(batch=2)
-    eps, seen = small.unet(z, 500, text, temporal_maps=(BLOCK,))
-    maps = seen.temporal_maps
-    assert eps.shape == z.shape and not seen.temporal_keys and not seen.text_maps
+    eps, seen = small.unet(z, 500, text, temporal=(BLOCK,))
+    maps = seen.temporal
+    assert eps.shape == z.shape and not seen.temporal_keys and not seen.cross
     assert list(maps) == [f"{BLOCK}.motion_modules.{m}.temporal_transformer.transformer_blocks.0."
                           f"attention_blocks.{k}" for m in range(2) for k in range(2)]
     for probs in maps.values():
@@ -57,26 +57,26 @@ def test_maps_are_named_shaped_and_normalised(small):
 def test_asking_for_maps_does_not_change_the_noise(small):
     z, text = inputs()
     plain, none = small.unet(z, 300, text)
-    asked, _ = small.unet(z, 300, text, temporal_maps=("down_blocks.0", BLOCK),
-                          text_maps=("mid_block",))
-    assert none == Attended()
+    asked, _ = small.unet(z, 300, text, temporal=("down_blocks.0", BLOCK),
+                          cross=("mid_block",))
+    assert none == AttentionMaps()
     assert torch.allclose(plain, asked, atol=1e-5 * float(plain.std()))
 
 
 def test_the_pass_can_end_after_the_last_block_asked_for(small):
     z, text = inputs()
-    _, whole = small.unet(z, 10, text, temporal_maps=(BLOCK,), text_maps=(BLOCK,))
-    ended = small.unet.attend(z, 10, text, Wanted((BLOCK,), text_maps=(BLOCK,)))
-    for kind in Wanted._fields:
+    _, whole = small.unet(z, 10, text, temporal=(BLOCK,), cross=(BLOCK,))
+    ended = small.unet.attend(z, 10, text, AttentionRequest((BLOCK,), cross=(BLOCK,)))
+    for kind in AttentionRequest._fields:
         one, other = getattr(whole, kind), getattr(ended, kind)
         assert list(one) == list(other) and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def test_a_single_layer_can_be_asked_for(small):
     z, text = inputs()
-    layer = small.unet.resolve(Wanted((BLOCK,))).temporal_maps[2]
-    seen = small.unet.attend(z, 10, text, Wanted(temporal_maps=(layer,), temporal_keys=(layer,)))
-    assert list(seen.temporal_maps) == list(seen.temporal_keys) == [layer]
+    layer = small.unet.resolve(AttentionRequest((BLOCK,))).temporal[2]
+    seen = small.unet.attend(z, 10, text, AttentionRequest(temporal=(layer,), temporal_keys=(layer,)))
+    assert list(seen.temporal) == list(seen.temporal_keys) == [layer]
 
 
 @pytest.mark.parametrize("kind", ["temporal_maps", "temporal_keys", "text_maps"])
@@ -92,12 +92,12 @@ def test_a_block_without_such_attention_is_refused_with_those_that_have_it(small
 def test_no_gradient_past_the_last_block_asked_for_but_in_training(small):
     z, text = inputs()
     z.requires_grad_()
-    eps, seen = small.unet(z, 10, text, temporal_maps=(BLOCK,))
+    eps, seen = small.unet(z, 10, text, temporal=(BLOCK,))
     assert not eps.requires_grad
-    assert all(probs.requires_grad for probs in seen.temporal_maps.values())
+    assert all(probs.requires_grad for probs in seen.temporal.values())
     trained = copy.deepcopy(small.unet).requires_grad_(True).train()
-    eps, seen = trained(z, 10, text, temporal_maps=(BLOCK,))
-    probs = next(iter(seen.temporal_maps.values()))
+    eps, seen = trained(z, 10, text, temporal=(BLOCK,))
+    probs = next(iter(seen.temporal.values()))
     (eps.square().mean() + probs.square().mean()).backward()
     assert all(p.grad is not None for name, p in trained.named_parameters())
 
@@ -106,9 +106,9 @@ def test_the_gradient_is_also_that_of_torch_func(small):
     z, text = inputs(frames=2, h=4, w=4)
 
     def loss(x):
-        return small.unet(x, 10, text, temporal_maps=(BLOCK,))[1].temporal_maps[layer].var()
+        return small.unet(x, 10, text, temporal=(BLOCK,))[1].temporal[layer].var()
 
-    layer = small.unet.resolve(Wanted((BLOCK,))).temporal_maps[0]
+    layer = small.unet.resolve(AttentionRequest((BLOCK,))).temporal[0]
     x = z.clone().requires_grad_()
     expected, = torch.autograd.grad(loss(x), x)
     assert torch.allclose(torch.func.grad(loss)(z), expected, atol=1e-5 * float(expected.std()))
@@ -116,14 +116,14 @@ def test_the_gradient_is_also_that_of_torch_func(small):
 
 def test_it_compiles_to_one_graph():
     unet = randomize(UNet3D(dataclasses.replace(SMALL.unet, block_out_channels=(8, 12),
-                                                attention_levels=(0,))))
+                                                cross_attention_levels=(0,))))
     z, text = inputs(frames=2, h=4, w=4)
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     asked = {"temporal_maps": ("up_blocks.0",), "text_maps": ("mid_block",)}
     eps, seen = compiled(z, torch.tensor(10), text, **asked)
     expected, plain = unet(z, 10, text, **asked)
     assert torch.allclose(eps, expected, atol=1e-5)
-    assert list(seen.temporal_maps) == list(plain.temporal_maps)
+    assert list(seen.temporal) == list(plain.temporal)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -131,7 +131,7 @@ def test_maps_are_float32_in_half_precision_too(dtype):
     """Of queries and keys whose products half precision cannot hold."""
     g = torch.Generator().manual_seed(1)
     q, k, v = (s * torch.randn(1, 5, 8, generator=g).to(dtype) for s in (200, 200, 1))
-    out, probs = attention(q, k, v, heads=1, want_map=True)
+    out, probs = attention(q, k, v, heads=1, return_map=True)
     expected = (q.double() @ k.double().transpose(1, 2) / 8 ** 0.5).softmax(dim=-1)
     assert probs.dtype == torch.float32 and out.dtype == dtype
     assert torch.allclose(probs[:, 0].double(), expected, atol=1e-4)
@@ -141,7 +141,7 @@ def test_maps_are_float32_in_half_precision_too(dtype):
 def test_maps_are_softmax_of_scaled_products(n, m):
     g = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, tokens, 6, generator=g) for tokens in (n, m, m))
-    out, probs = attention(q, k, v, heads=2, want_map=True)
+    out, probs = attention(q, k, v, heads=2, return_map=True)
     fused, none = attention(q, k, v, heads=2)
     head = (q[1, :, 3:] @ k[1, :, 3:].T / 3 ** 0.5).softmax(dim=-1)
     assert none is None
@@ -162,23 +162,23 @@ def test_a_causal_token_sees_itself_and_those_before_it(n):
 def test_the_gate_has_its_gradient_and_keeps_what_it_is_given_alone():
     value, gate = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True,
                               generator=torch.Generator().manual_seed(1))
-    assert torch.autograd.gradcheck(Gate.apply, (value, gate))
+    assert torch.autograd.gradcheck(GEGLUFunction.apply, (value, gate))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda saved: saved):
-        Gate.apply(value, gate)
+        GEGLUFunction.apply(value, gate)
     assert len(kept) == 2
 
 
 def test_frames_are_told_apart_by_position_alone(small):
     """The same picture in all frames: what is not the position cannot differ."""
     z, text = inputs(frames=1)
-    _, seen = small.unet(z.expand(-1, -1, 6, -1, -1), 10, text, temporal_maps=(BLOCK,))
-    probs = next(iter(seen.temporal_maps.values()))
+    _, seen = small.unet(z.expand(-1, -1, 6, -1, -1), 10, text, temporal=(BLOCK,))
+    probs = next(iter(seen.temporal.values()))
     assert (probs[..., 0, :] - probs[..., 5, :]).abs().max() > 1e-3
 
 
 def test_position_encoding_is_the_interleaved_table():
-    table = position_encoding(24, 6)
+    table = sinusoidal_positional_encoding(24, 6)
     assert table.shape == (24, 6)
     assert table[5, 2].item() == pytest.approx(torch.tensor(5 * 10000 ** (-2 / 6)).sin().item())
     assert table[5, 3].item() == pytest.approx(torch.tensor(5 * 10000 ** (-2 / 6)).cos().item())
@@ -189,7 +189,7 @@ def test_v1_norms_mix_frames_and_v3_norms_do_not():
     other = z.clone()
     other[:, :, 3] *= 5
     for per_frame in (True, False):
-        config = dataclasses.replace(SMALL.unet, norm_per_frame=per_frame, motion_modules=False)
+        config = dataclasses.replace(SMALL.unet, inflated_groupnorm=per_frame, motion_modules=False)
         unet = randomize(UNet3D(config))
         same = torch.equal(unet(z, 10, text)[0][:, :, 0], unet(other, 10, text)[0][:, :, 0])
         assert same == per_frame
@@ -211,7 +211,7 @@ def test_default_config_is_sd15():
     assert UNetConfig().block_out_channels == (320, 640, 1280, 1280)
 
 
-def kept_for_gradient(unet, z, text, recompute):
+def kept_for_gradient(unet, z, text, gradient_checkpointing):
     """The gradient of a loss on the maps, the maps, and the bytes that autograd kept for it."""
     sizes = {}
 
@@ -221,16 +221,16 @@ def kept_for_gradient(unet, z, text, recompute):
 
     z = z.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        eps, seen = unet(z, 500, text, temporal_maps=(BLOCK,), recompute=recompute)
-        loss = sum(m[..., :2].square().mean() for m in seen.temporal_maps.values())
+        eps, seen = unet(z, 500, text, temporal=(BLOCK,), gradient_checkpointing=gradient_checkpointing)
+        loss = sum(m[..., :2].square().mean() for m in seen.temporal.values())
     grad, = torch.autograd.grad(loss, z)
     return grad, eps, sum(size for size, _ in sizes.values())
 
 
 def test_recomputing_gives_the_same_gradient_from_less_memory(small):
     z, text = torch.randn(1, 4, 8, 16, 16), torch.randn(1, 77, 12)
-    plain, eps, kept = kept_for_gradient(small.unet, z, text, recompute=False)
-    again, same, less = kept_for_gradient(small.unet, z, text, recompute=True)
+    plain, eps, kept = kept_for_gradient(small.unet, z, text, gradient_checkpointing=False)
+    again, same, less = kept_for_gradient(small.unet, z, text, gradient_checkpointing=True)
     assert torch.equal(eps, same)
     assert torch.allclose(plain, again, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
     assert less < 0.3 * kept

@@ -13,7 +13,7 @@ from weights.training.clips import tone
 from weights.training.evaluate import door, measured, save_strip, sheet, strip_name, table
 from weights.training.clip_metrics import measure, psnr
 from weights.training.held_out import CAMERAS, PATHS, held_out_cases, word_cases
-from weights.training.scenes import COLOURS, GROUNDS, render
+from weights.training.scenes import COLORS, GROUNDS, render
 from weights.training.vocabulary import EMOJI, emoji
 
 
@@ -21,7 +21,7 @@ def perfect(case, scene=None):
     """What was asked for, drawn with a scene's motion."""
     ground = GROUNDS[case.ground]
     return render(dataclasses.replace(scene or case.scene, shape=case.shape, ground=ground,
-                                      colour=COLOURS[case.colour], second=tone(ground)), 128)
+                                      color=COLORS[case.color], second=tone(ground)), 128)
 
 
 @pytest.mark.parametrize("case", held_out_cases(PATHS, 6, 16, 40), ids=lambda case: case.motion)
@@ -50,7 +50,7 @@ def test_the_door_counts_who_passes_and_who_is_followed():
              (.3, .1, {"direction": .2, "camera": .8}), (.5, .2, {"direction": .6})]
     records = [{"movement": moved, "denoising error": error, **figures}
                for moved, error, figures in found]
-    wanted = dataclasses.replace(TINY, moves_from=.4, error_to=.15)
+    wanted = dataclasses.replace(TINY, min_reference_motion=.4, max_denoising_error=.15)
     assert door(records, wanted) == ("not warned of: 2 of 4 references, of which 1 are followed; "
                                      "of the others 1 are")
 

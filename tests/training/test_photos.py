@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mcl.checkpoints.model_file import EMBEDDED, load_model
+from mcl.checkpoints.model_file import DEFAULT_WEIGHTS, load_model
 from mcl.errors import InputError
 from weights.training import train
 from weights.training.clips import VOCABULARY, caption, tone
@@ -17,7 +17,7 @@ from weights.training.clip_metrics import measure, track
 from weights.training.held_out import CAMERAS, PATHS, held_out_cases, word_cases
 from weights.training.photos import (GROUND, drawn_ground, find_photos, mixed_scene, read_photo,
                              shake)
-from weights.training.scenes import COLOURS, GROUNDS, TEXTURES, Scene, render, seen_centre
+from weights.training.scenes import COLORS, GROUNDS, TEXTURES, Scene, render, projected_center
 from weights.training.vocabulary import EMOJI, FONT, emoji
 from mcl.networks.tokenizer import Tokenizer
 
@@ -76,9 +76,9 @@ def test_the_thing_before_a_photograph_is_where_its_path_says(folder, by_hand):
     for case in held_out_cases(PATHS, 3, 16, 40, photos=photos, by_hand=by_hand):
         with_it = render(case.scene, 128)
         without = render(dataclasses.replace(case.scene, shape=""), 128)
-        centre, found = track((with_it - without).abs().amax(dim=1) > 0.05)
+        center, found = track((with_it - without).abs().amax(dim=1) > 0.05)
         assert found.all()
-        assert (centre - seen_centre(case.scene)).norm(dim=-1).mean() < 0.06
+        assert (center - projected_center(case.scene)).norm(dim=-1).mean() < 0.06
         moving = (without - without[:1]).abs().max() > 0.05
         assert moving == by_hand
 
@@ -103,14 +103,14 @@ def test_an_emoji_before_a_photograph_is_asked_for_as_another(folder, drawn_word
         assert case.shape in EMOJI and scene.shape in EMOJI and case.shape != scene.shape
         assert case.shape in case.prompt and case.kind == "emoji over photographs"
         frames, bare = (render(s, 64) for s in (scene, dataclasses.replace(scene, shape="")))
-        centre, found = track((frames != bare).any(dim=1))
-        assert found.all() and (centre - seen_centre(scene)).norm(dim=-1).max() < 0.1
+        center, found = track((frames != bare).any(dim=1))
+        assert found.all() and (center - projected_center(scene)).norm(dim=-1).max() < 0.1
 
 
 def test_an_emoji_is_seen_once_with_its_own_outline_and_named_without_a_colour(drawn_words):
     one, still = torch.ones(1), torch.zeros(1)
     ground, skin = GROUNDS["navy"], drawn_words("cat")
-    scene = Scene("cat", COLOURS["red"], "plain", ground, ground, 1.0, 0.0,
+    scene = Scene("cat", COLORS["red"], "plain", ground, ground, 1.0, 0.0,
                   torch.tensor([[.4, .2]]), 0.2 * one, still, torch.zeros(1, 2), one, still,
                   skin=skin)
     picture = (render(scene, 200)[0] + 1) / 2
@@ -122,7 +122,7 @@ def test_an_emoji_is_seen_once_with_its_own_outline_and_named_without_a_colour(d
     phrases = {caption(scene, np.random.default_rng(seed)) for seed in range(60)}
     words = {word.strip(",") for phrase in phrases for word in phrase.split()}
     assert "a cat on a navy background" in phrases and words <= set(VOCABULARY)
-    assert all("cat" in phrase for phrase in phrases) and not words & set(COLOURS)
+    assert all("cat" in phrase for phrase in phrases) and not words & set(COLORS)
 
 
 def test_every_emoji_is_one_token_that_no_other_word_of_the_captions_has():
@@ -183,7 +183,7 @@ def test_a_perfect_clone_of_a_reference_over_a_photograph_is_measured_as_one(fol
     texture = next((t for t in TEXTURES if t in case.prompt), "plain")
     assert (texture == "plain") == bool(case.scene.shape)       # a camera is seen by a texture
     frames = render(dataclasses.replace(
-        case.scene, shape=case.shape, colour=COLOURS[case.colour], photo=None, texture=texture,
+        case.scene, shape=case.shape, color=COLORS[case.color], photo=None, texture=texture,
         ground=ground, second=tone(ground)), 128)
     follows = "direction" if case.scene.shape else "camera"
     assert measure(frames, case)[follows] > 0.97
@@ -207,15 +207,15 @@ def test_the_world_is_drawn_and_trained_on_from_a_model_that_is_there(
 
     monkeypatch.setattr("weights.training.data.SHARD", 4)
     out, weights = tmp_path / "run", tmp_path / "new.safetensors"
-    command = ["--out", out, "--start", EMBEDDED, "--photos", folder, "--weights", weights,
+    command = ["--out", out, "--start", DEFAULT_WEIGHTS, "--photos", folder, "--weights", weights,
                "--clips", "4", "--motion-batch", "1", "--vae-batch", "8", "--decoder-steps", "1"]
     assert train.main([*map(str, command), "--clips", "0"]) == 2
     assert "has no clips; draw some" in capsys.readouterr().err
     assert train.main([*map(str, command), "--motion-steps", "1"]) == 0
     drawn = (out / "latents" / "000000.pt").read_bytes()
-    start, first = (load_model(file, "cpu") for file in (EMBEDDED, weights))
+    start, first = (load_model(file, "cpu") for file in (DEFAULT_WEIGHTS, weights))
     assert changed(start, first) == {"unet", "text_encoder", "vae.decoder", "vae.post_quant_conv"}
-    assert set(EMOJI) < set(first.config.vocabulary)
+    assert set(EMOJI) < set(first.config.training_vocabulary)
     assert train.main([*map(str, command), "--motion-steps", "2"]) == 0
     assert torch.load(out / "motion.pt", weights_only=True)["step"] == 2
     assert (out / "latents" / "000000.pt").read_bytes() == drawn

@@ -16,11 +16,11 @@ from PIL import Image, ImageOps
 
 from mcl.video import decode
 from mcl.video import write as writers
-from mcl.video.decode import has_sound
+from mcl.video.decode import has_audio
 from mcl.errors import InputError, NumericalError
-from mcl.files import MARK
-from mcl.video.read import FITS, read_picture, read_video
-from mcl.video.write import check_writable, write_video
+from mcl.files import FOLDER_MARKER
+from mcl.video.read import FITS, read_image, read_video
+from mcl.video.write import check_output_path, write_video
 
 
 @pytest.fixture(autouse=True)
@@ -90,10 +90,10 @@ def test_round_trip(tmp_path, name, worst):
 
 
 def test_mp4_keeps_colours_and_names_them(tmp_path):
-    colours = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [0.6, -0.2, -0.6]])
-    write_video(tmp_path / "a.mp4", repeat(colours, "f c -> f c 32 32"), fps=7.5)
+    colors = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [0.6, -0.2, -0.6]])
+    write_video(tmp_path / "a.mp4", repeat(colors, "f c -> f c 32 32"), fps=7.5)
     again = read_video(tmp_path / "a.mp4", 4, (32, 32))
-    assert ((again.mean((2, 3)) - colours) * 127.5).abs().max() < 3
+    assert ((again.mean((2, 3)) - colors) * 127.5).abs().max() < 3
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
         assert (stream.colorspace, stream.color_primaries, stream.color_trc) == (1, 1, 1)  # BT.709
@@ -126,7 +126,7 @@ def test_folder_of_frames_is_replaced_whole(tmp_path):
     target = tmp_path / "frames"
     write_video(target, counting_frames([1, 2, 3]), fps=8)
     write_video(target, counting_frames([4, 5]), fps=8)
-    assert sorted(os.listdir(target)) == [MARK, "00000.png", "00001.png"]
+    assert sorted(os.listdir(target)) == [FOLDER_MARKER, "00000.png", "00001.png"]
     assert counted(read_video(target, 2, (16, 16))) == [4, 5]
     assert os.listdir(tmp_path) == ["frames"]
 
@@ -169,7 +169,7 @@ def test_refused_targets(tmp_path):
     for name, says in [("a.mov", ".mp4, .gif or .webp"), ("missing/a.mp4", "missing"),
                        ("file/a.mp4", "there is no folder"), ("file", "is a file"),
                        ("folder.mp4", "is a folder"), ("mine", "did not write")]:
-        for refuse in (check_writable, lambda path: write_video(path, smooth_frames(), 8)):
+        for refuse in (check_output_path, lambda path: write_video(path, smooth_frames(), 8)):
             with pytest.raises(InputError, match=re.escape(says)) as error:
                 refuse(tmp_path / name)
             assert name in str(error.value) and "\n" not in str(error.value)
@@ -179,7 +179,7 @@ def test_refused_targets(tmp_path):
 def test_folder_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # a test may run as root
     with pytest.raises(InputError, match="can be written to"):
-        check_writable(tmp_path / "a.mp4")
+        check_output_path(tmp_path / "a.mp4")
 
 
 @pytest.mark.parametrize("fps", [0, -1, 1000, float("nan")])
@@ -391,7 +391,7 @@ def test_pictures_are_turned_as_the_camera_was_held(tmp_path, ending):
         Image.fromarray(stored).save(file, exif=exif, quality=100)
         with Image.open(file) as image:
             expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        found = read_picture(file, expected.shape[:2])
+        found = read_image(file, expected.shape[:2])
         assert np.abs((found[0].movedim(0, -1).numpy() + 1) * 127.5 - expected).max() < 1e-3
         if orientation > 4:
             file.rename(tmp_path / "folder" / file.name)
@@ -404,7 +404,7 @@ def test_pictures_are_turned_as_the_camera_was_held(tmp_path, ending):
 def test_a_picture_whose_exif_is_broken_is_taken_as_it_lies(tmp_path, ending):
     file = tmp_path / f"a.{ending}"
     Image.new("L", (32, 16), 77).save(file, exif=b"Exif\0\0no EXIF at all")
-    assert levels(read_picture(file, (16, 32))).sub(77).abs().max() < 2
+    assert levels(read_image(file, (16, 32))).sub(77).abs().max() < 2
 
 
 @pytest.mark.parametrize("name, codec, format", [
@@ -538,8 +538,8 @@ def test_no_frame_and_no_video(tmp_path):
         container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
     assert_refused(tmp_path / "sound.mp4", "holds no video")
-    assert has_sound(tmp_path / "sound.mp4") and not has_sound(tmp_path / "none.avi")
-    assert not has_sound(image_folder(tmp_path / "clip", {}))
+    assert has_audio(tmp_path / "sound.mp4") and not has_audio(tmp_path / "none.avi")
+    assert not has_audio(image_folder(tmp_path / "clip", {}))
 
 
 def test_bad_folder(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor
 from mcl.evaluation.metrics import camera_curves, curve_correlation, flicker
 from .clips import tone
 from .held_out import CAMERAS, Case
-from .scenes import COLOURS, GROUNDS, SHAPES, Scene, render, seen_centre
+from .scenes import COLORS, GROUNDS, SHAPES, Scene, render, projected_center
 from .vocabulary import EMOJI, emoji
 
 K = TypeVar("K")
@@ -25,10 +25,10 @@ Rgb = tuple[float, float, float]
 FOUND_AREA = 0.004                      # of the picture: the least that counts as a subject
 
 
-def subject_mask(frames: Tensor, colour: str, ground: str) -> Tensor:
+def subject_mask(frames: Tensor, color: str, ground: str) -> Tensor:
     """Where a clip (f, 3, H, W) in [-1, 1] is nearer to the subject's colour: (f, H, W) bool."""
     to_fore, to_back = ((frames / 2 + 0.5 - torch.tensor(c)[:, None, None]).square().sum(dim=1)
-                        for c in (COLOURS[colour], GROUNDS[ground]))
+                        for c in (COLORS[color], GROUNDS[ground]))
     return (to_fore < to_back) & (to_fore < 0.15)
 
 
@@ -51,9 +51,9 @@ def direction_agreement(found: Tensor, truth: Tensor, still: float = 0.02) -> fl
     return float(cosine[moves].mean())
 
 
-def commonest(colours: Tensor, named: dict[K, Rgb]) -> K:
+def commonest(colors: Tensor, named: dict[K, Rgb]) -> K:
     """The name that is nearest to most of the colours (n, 3)."""
-    which = torch.cdist(colours, torch.tensor(list(named.values()))).argmin(dim=1)
+    which = torch.cdist(colors, torch.tensor(list(named.values()))).argmin(dim=1)
     return list(named)[int(which.mode().values)]
 
 
@@ -79,11 +79,11 @@ def spanned(picture: Tensor, mask: Tensor, grid: int = 48) -> tuple[Tensor, floa
 
 
 @functools.cache
-def portrait(subject: str, colour: Rgb, ground: Rgb) -> Tensor:
+def portrait(subject: str, color: Rgb, ground: Rgb) -> Tensor:
     """A shape, or an emoji, on a plain ground: (1, 3, 192, 192) in [-1, 1]."""
     one, origin = torch.ones(1), torch.zeros(1, 2)
     skin = emoji(subject) if subject in EMOJI else None
-    return render(Scene(subject, colour, "plain", ground, ground, 1.0, 0.0, origin, one * 0.8,
+    return render(Scene(subject, color, "plain", ground, ground, 1.0, 0.0, origin, one * 0.8,
                         one * 0, origin, one, one * 0, skin=skin), 192)
 
 
@@ -97,41 +97,41 @@ def best_subject(frame: Tensor, mask: Tensor, ground: str) -> str:
     """The emoji, or "red star", that looks on this ground most like what a mask (H, W) spans."""
     cut, aspect = spanned(frame, mask, 16)
     scores = {}
-    for colour, subject in (*itertools.product(COLOURS, SHAPES), *(("", word) for word in EMOJI)):
-        drawn = portrait(subject, COLOURS.get(colour, (0., 0., 0.)), GROUNDS[ground])
+    for color, subject in (*itertools.product(COLORS, SHAPES), *(("", word) for word in EMOJI)):
+        drawn = portrait(subject, COLORS.get(color, (0., 0., 0.)), GROUNDS[ground])
         template, its_aspect = spanned(drawn[0], unlike_ground(drawn, ground)[0], 16)
-        scores[f"{colour} {subject}".strip()] = (
+        scores[f"{color} {subject}".strip()] = (
             float((cut - template).square().mean()) + 0.1 * abs(math.log(aspect / its_aspect)))
     return min(scores, key=lambda name: scores[name])
 
 
 def measure(frames: Tensor, case: Case) -> dict[str, float]:
     """All figures of one clip (f, 3, H, W) in [-1, 1] against its case."""
-    truth = seen_centre(case.scene)
-    mask = (subject_mask(frames, case.colour, case.ground) if case.colour else
+    truth = projected_center(case.scene)
+    mask = (subject_mask(frames, case.color, case.ground) if case.color else
             unlike_ground(frames, case.ground))
-    centre, found = track(mask)
+    center, found = track(mask)
     picture = (frames + 1) / 2
     textured = case.motion in CAMERAS
     figures = {
-        "direction": direction_agreement(centre, truth),
-        "position error": float((centre - truth).norm(dim=-1).mean()),
+        "direction": direction_agreement(center, truth),
+        "position error": float((center - truth).norm(dim=-1).mean()),
         "found": float(found.float().mean()),
         "flicker": flicker(frames),
         "colour": 0.0, "ground": 0.0}
     subjects = []
     # A texture has two tones of its colour, and either may cover more of the picture.
-    grounds = {(name, i): colour for name, plain in GROUNDS.items()
-               for i, colour in enumerate((plain, tone(plain)) if textured else (plain,))}
+    grounds = {(name, i): color for name, plain in GROUNDS.items()
+               for i, color in enumerate((plain, tone(plain)) if textured else (plain,))}
     for i in range(len(frames)):
         around = rearrange(picture[i], "c h w -> (h w) c")[~mask[i].flatten()]
         if len(around):
             figures["ground"] += (commonest(around, grounds)[0] == case.ground)
-        if found[i] and not case.colour:
+        if found[i] and not case.color:
             subjects.append(best_subject(frames[i], mask[i], case.ground))
         elif found[i]:
             inside = picture[i][:, mask[i]].median(dim=1).values
-            figures["colour"] += (commonest(inside[None], COLOURS) == case.colour)
+            figures["colour"] += (commonest(inside[None], COLORS) == case.color)
             subjects.append(best_shape(mask[i]))
     figures["shape"] = subjects.count(case.shape)
     figures["steady"] = max(map(subjects.count, subjects), default=0)
@@ -143,7 +143,7 @@ def measure(frames: Tensor, case: Case) -> dict[str, float]:
                                  case.scene.roll[:, None]], dim=-1)
         figures["camera"] = curve_correlation(camera_curves(frames)[:, curves],
                                               true_curves[:, curves])
-    return figures if case.colour else {k: v for k, v in figures.items() if k != "colour"}
+    return figures if case.color else {k: v for k, v in figures.items() if k != "colour"}
 
 
 def psnr(frames: Tensor, truth: Tensor) -> float:

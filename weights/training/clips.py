@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene
+from .scenes import COLORS, GROUNDS, SHAPES, TEXTURES, Scene
 from .vocabulary import EMOJI
 
 Rng = np.random.Generator
@@ -33,15 +33,15 @@ def random_scene(rng: Rng, frames: int) -> Scene:
     if camera:
         pan, zoom, roll = moving_camera(rng, frames)
     if moving in ("object", "both"):
-        centre = path(rng, frames, reach=1 - 0.8 * float(radius.max()))
+        center = path(rng, frames, reach=1 - 0.8 * float(radius.max()))
     else:
         reach = 0.35 if camera else 1 - 0.8 * float(radius.max())
-        centre = torch.tensor(rng.uniform(-reach, reach, 2), dtype=torch.float32).expand(frames, 2)
+        center = torch.tensor(rng.uniform(-reach, reach, 2), dtype=torch.float32).expand(frames, 2)
     return Scene(
-        shape=str(rng.choice(SHAPES)), colour=COLOURS[str(rng.choice(list(COLOURS)))],
+        shape=str(rng.choice(SHAPES)), color=COLORS[str(rng.choice(list(COLORS)))],
         texture=texture, ground=GROUNDS[ground], second=second_colour(rng, ground),
         cell=rng.uniform(.4, .65), texture_angle=rng.uniform(-.6, .6) * (rng.random() < 0.3),
-        centre=centre, radius=radius.float(), angle=angle.float(),
+        center=center, radius=radius.float(), angle=angle.float(),
         pan=pan, zoom=zoom, roll=roll)
 
 
@@ -67,8 +67,8 @@ def second_colour(rng: Rng, ground: str) -> tuple[float, float, float]:
     return tone(GROUNDS[ground])
 
 
-def tone(colour: tuple[float, float, float]) -> tuple[float, float, float]:
-    r, g, b = (c + .35 * (1 - c) if sum(colour) < 1.2 else c * .6 for c in colour)
+def tone(color: tuple[float, float, float]) -> tuple[float, float, float]:
+    r, g, b = (c + .35 * (1 - c) if sum(color) < 1.2 else c * .6 for c in color)
     return r, g, b
 
 
@@ -145,7 +145,7 @@ def caption(scene: Scene, rng: Rng) -> str:
     known = scene.shape in SHAPES
     if not scene.shape or (known and scene.skin is not None):
         return "a photo"
-    colour = next(name for name, value in COLOURS.items() if value == scene.colour)
+    color = next(name for name, value in COLORS.items() if value == scene.color)
     ground = next(name for name, value in GROUNDS.items() if value == scene.ground)
     ground = ground if scene.photo is None else "photo"
     if ground == "gray" and rng.random() < 0.25:
@@ -156,11 +156,11 @@ def caption(scene: Scene, rng: Rng) -> str:
         parts = [scene.texture, ground] if rng.random() < .5 else [ground, scene.texture]
         ground = " ".join(parts)
     back = rng.choice(["background", "ground", "backdrop"], p=[.5, .4, .1])
-    subject, said = f"{colour} {scene.shape}", rng.random()
+    subject, said = f"{color} {scene.shape}", rng.random()
     if said < .06 or not known:
         subject = scene.shape
     elif said < .09:
-        subject = f"{colour} shape"
+        subject = f"{color} shape"
     if rng.random() < .1:
         return an(subject) if rng.random() < .6 else subject
     behind = f"{ground} {back}"
@@ -170,10 +170,10 @@ def caption(scene: Scene, rng: Rng) -> str:
         f"{an(subject)} {rng.choice(['over', 'against', 'in front of'])} {an(behind)}",
         f"{behind}, {subject}", f"{an(behind)} with {an(subject)}",
         f"{an(subject)}, {ground} {back}", f"{an(subject)} on {ground}"]
-    if subject == f"{colour} {scene.shape}":
-        that = f"{an(scene.shape)} that is {colour}"
+    if subject == f"{color} {scene.shape}":
+        that = f"{an(scene.shape)} that is {color}"
         phrases += [f"{that}, {behind}", f"{that} on {an(behind)}", that,
-                    f"{an(scene.shape)} in {colour} on {an(behind)}"]
+                    f"{an(scene.shape)} in {color} on {an(behind)}"]
     return str(rng.choice(phrases))
 
 
@@ -182,6 +182,6 @@ def an(words: str) -> str:
 
 
 VOCABULARY = tuple(sorted({
-    *SHAPES, *COLOURS, *GROUNDS, *EMOJI, "grey", *TEXTURES[1:], "photo", "shape", "background",
+    *SHAPES, *COLORS, *GROUNDS, *EMOJI, "grey", *TEXTURES[1:], "photo", "shape", "background",
     "ground", "backdrop", "a", "an", "that", "is", "in", "on", "over", "against", "front", "of",
     "with", "and"}))

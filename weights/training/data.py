@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mcl.errors import InputError
-from mcl.files import atomic
+from mcl.files import atomic_write
 from mcl.networks.vae import AutoencoderKL
 from .clips import at, caption
 from .photos import mixed_scene
@@ -63,7 +63,7 @@ def encode_clips(folder: Path, photos: Sequence[Path], vae: AutoencoderKL, clips
             latents.append(mean.half().cpu())
             logvars.append(logvar.float().mean(dim=(0, 2, 3)).cpu())
             captions.append([caption(scene, rng) for _ in range(CAPTIONS)])
-        with atomic(file) as temporary:
+        with atomic_write(file) as temporary:
             torch.save({"latents": torch.stack(latents), "captions": captions,
                         "logvar": torch.stack(logvars).mean(dim=0)}, temporary)
         print(f"{folder.name} {first + SHARD}/{clips}", file=sys.stderr, flush=True)

@@ -23,18 +23,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mcl.checkpoints.model_file import load_model
-from mcl.cli import Parser, answer, carry_out
+from mcl.cli import OneLineErrorParser, exit_code_of, run_main
 from mcl.config import ModelConfig, SampleConfig, from_dict, to_dict
 from mcl.errors import InputError
-from mcl.files import atomic, check_target, finite, read_lines, write_lines
-from mcl.inversion import inversion_guide, invert_motion
+from mcl.files import atomic_write, check_writable, nonfinite_to_none, read_jsonl, write_jsonl
+from mcl.inversion import inversion_guidance, invert_reference
 from mcl.device import DTYPES
-from mcl.evaluation.suitability import denoising_error, movement
+from mcl.evaluation.suitability import denoising_error, motion_magnitude
 from tests.benchmarks.paper_table import interval
 from mcl.model import Model
 from mcl.motion import extract_motion
-from mcl.sampler import sample, starting_noise
-from mcl.semantic import semantic_guide, subject_of
+from mcl.sampler import sample, initial_noise
+from mcl.semantic import semantic_guidance, make_subject_masks
 from .clip_metrics import measure, psnr
 from .held_out import CAMERAS, PATHS, STILL, Case, held_out_cases, word_cases
 from .photos import FOLDERS, find_photos
@@ -52,17 +52,17 @@ def clone(model: Model, case: Case, config: SampleConfig, guided: bool = True, s
     The reference is inverted where the settings have inversion_steps, and semantic guidance given
     where they have a semantic_scale. Other seeds start from other noise.
     """
-    start = starting_noise(model, config, torch.Generator().manual_seed(case.seed + 1000 * seed))
+    start = initial_noise(model, config, torch.Generator().manual_seed(case.seed + 1000 * seed))
     motion, guides = None, []
     if guided:
         latents = model.vae.encode(render(case.scene, config.height))
         if config.inversion_steps:
-            inversion = invert_motion(model, latents, case.reference_prompt, config)
-            guides.append(inversion_guide(inversion, config))
+            inversion = invert_reference(model, latents, case.reference_prompt, config)
+            guides.append(inversion_guidance(inversion, config))
             if config.semantic_scale:
-                subject = subject_of(model, case.prompt, case.shape, case.reference_prompt,
+                subject = make_subject_masks(model, case.prompt, case.shape, case.reference_prompt,
                                      case.scene.shape, inversion.attend, config)
-                guides.append(semantic_guide(model, case.prompt, start, config, subject))
+                guides.append(semantic_guidance(model, case.prompt, start, config, subject))
         else:
             motion = extract_motion(model, latents, config,
                                     generator=torch.Generator().manual_seed(case.seed + 1))
@@ -71,7 +71,7 @@ def clone(model: Model, case: Case, config: SampleConfig, guided: bool = True, s
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="-m weights.training.evaluate", description="Measures cloning on held-out clips.")
+    p = OneLineErrorParser(prog="-m weights.training.evaluate", description="Measures cloning on held-out clips.")
     p.add_argument("--weights", type=Path, help="the embedded model's without it")
     p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--clips", type=int, default=12, help="references with a moving object")
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", type=Path, help="file of the figures, gone on from")
     p.add_argument("--save", type=Path,
                    help="folder for the clips, as PNG strips, and sheet.png, the best and worst")
-    return answer(lambda: run(p.parse_args(argv)))
+    return exit_code_of(lambda: run(p.parse_args(argv)))
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -108,7 +108,7 @@ def setting(text: str) -> tuple[str, Any]:
 def run(args: argparse.Namespace) -> None:
     for path, folder in ((args.out, False), (args.save, True)):
         if path and not (folder and path.is_dir()):
-            check_target(path, folder)
+            check_writable(path, folder)
     photos = find_photos(args.photos, held_out=True) if args.photo_clips else []
     model = load_model(args.weights, dtype=args.dtype)
     config = from_dict(SampleConfig, to_dict(model.config.sample) | dict(args.set))
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     of = {"model": model.sha256, "dtype": args.dtype}
     records = measured(args.out, of) if args.out else []
     done = {(r["row"], r["clip"], r["seed"]) for r in records}
-    cases = asked_for(args, config.frames, photos)
+    cases = asked_for(args, config.num_frames, photos)
     # In any order, so that all kinds have had their share whenever it is stopped.
     order = np.random.default_rng(0).permutation(len(cases))
     runs = [(seed, cases[i], row) for seed in range(args.seeds) for i in order
@@ -126,16 +126,16 @@ def run(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         frames = clone(model, case, config, row == own, seed)
         record = of | {"row": row, "clip": clip_name(case), "seed": seed, "kind": case.kind,
-                       "seconds": time.perf_counter() - began} | finite(measure(frames, case))
+                       "seconds": time.perf_counter() - began} | nonfinite_to_none(measure(frames, case))
         reference = render(case.scene, config.height)
         if row == own:
             latents = model.vae.encode(reference)
-            record |= {"movement": movement(latents),
+            record |= {"movement": motion_magnitude(latents),
                        "denoising error": denoising_error(model, latents),
                        "PSNR": psnr(model.vae.decode(latents), reference)}
         records.append(record)
         if args.out:
-            write_lines(args.out, records)
+            write_jsonl(args.out, records)
         if args.save:
             save_strip(args.save / strip_name(record), [reference, frames])
     print(table(records))
@@ -170,7 +170,7 @@ def measured(path: Path, of: dict[str, Any]) -> list[dict[str, Any]]:
 
     Raises InputError for a file of another, and for one that has no such figures.
     """
-    records = read_lines(path, "an evaluation", lambda record: isinstance(record, dict) and (
+    records = read_jsonl(path, "an evaluation", lambda record: isinstance(record, dict) and (
         {*of, "row", "clip", "seed", "kind"} <= set(record)))
     if any(record[name] != value for record in records for name, value in of.items()):
         raise InputError(f"{path}: has figures of another model or dtype; give another file")
@@ -207,7 +207,7 @@ def figure(record: dict[str, Any], column: str) -> list[float]:
 
 def door(records: list[dict[str, Any]], wanted: ModelConfig) -> str:
     """One line: how many references are as the model wants them, and how many are followed."""
-    some = [(r["movement"] >= wanted.moves_from and r["denoising error"] <= wanted.error_to,
+    some = [(r["movement"] >= wanted.min_reference_motion and r["denoising error"] <= wanted.max_denoising_error,
              (r.get("camera", r["direction"]) or 0) >= FOLLOWED) for r in records]
     passed = [follows for passes, follows in some if passes]
     return (f"not warned of: {len(passed)} of {len(some)} references, of which "
@@ -235,9 +235,9 @@ def sheet(records: list[dict[str, Any]], strips: Path, number: int = 5) -> None:
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         imageio.imwrite(temporary, pixels, extension=".png")
 
 
 if __name__ == "__main__":
-    carry_out(main)
+    run_main(main)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .clips import an, caption, tone
 from .photos import photo_ground, shake
-from .scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Scene
+from .scenes import COLORS, GROUNDS, SHAPES, TEXTURES, Scene
 from .vocabulary import EMOJI, emoji
 
 PATHS = ("figure eight", "square", "spiral", "zigzag", "circle", "hops")
@@ -33,7 +33,7 @@ class Case:
     reference_prompt: str               # what the reference shows, for inversion
     prompt: str
     shape: str
-    colour: str
+    color: str
     ground: str
     seed: int
 
@@ -81,12 +81,12 @@ def word_cases(number: int, frames: int, seed: int, photos: Sequence[Path] = ())
     for i, case in enumerate(held_out_cases(PATHS, number, frames, seed, photos=photos)):
         word, seen = (words[(seed + i + far) % len(words)] for far in (0, len(words) // 2))
         scene = dataclasses.replace(case.scene, radius=0.2 + case.scene.radius / 2,
-                                    centre=0.7 * case.scene.centre)
+                                    center=0.7 * case.scene.center)
         skin = emoji(seen)          # of plain grounds too: what measures the clones draws emoji
         if photos:
             scene = dataclasses.replace(scene, shape=seen, skin=skin)
         cases.append(dataclasses.replace(
-            case, kind=case.kind.replace("object", "emoji"), shape=word, colour="", scene=scene,
+            case, kind=case.kind.replace("object", "emoji"), shape=word, color="", scene=scene,
             prompt=f"{an(word)} on {an(case.ground)} background"))
     return cases
 
@@ -96,11 +96,11 @@ def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = Fa
     """The case of a seed: a reference of so many frames, and what is asked of its clone."""
     rng = np.random.default_rng([9, seed])
     radius = rng.uniform(.2, .4)
-    colours, grounds = rng.permutation(list(COLOURS)), rng.permutation(list(GROUNDS))
+    colors, grounds = rng.permutation(list(COLORS)), rng.permutation(list(GROUNDS))
     shapes, textures = rng.permutation(SHAPES), rng.permutation(TEXTURES[1:])
     still, t = torch.zeros(frames), torch.linspace(0, 1, frames)
     camera = motion in CAMERAS
-    centre, pan, zoom, roll = torch.zeros(frames, 2), torch.zeros(frames, 2), still, still
+    center, pan, zoom, roll = torch.zeros(frames, 2), torch.zeros(frames, 2), still, still
     if motion == "pan":
         heading = torch.tensor(rng.uniform(0, 2 * math.pi))
         along = 0.8 * (t - 0.5) + 0.1 * (3 * math.pi * t).sin()
@@ -110,19 +110,19 @@ def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = Fa
     elif motion == "roll":
         roll = float(rng.choice([-1, 1])) * 0.8 * (t + 0.08 * (3 * math.pi * t).sin())
     elif motion not in STILL:
-        centre = held_out_path(motion, frames, 1 - 0.9 * radius)
-        centre = centre.flip(-1) if rng.random() < 0.5 else centre
+        center = held_out_path(motion, frames, 1 - 0.9 * radius)
+        center = center.flip(-1) if rng.random() < 0.5 else center
     reference_ground = GROUNDS[str(grounds[0])]
     scene = Scene(
-        shape=str(shapes[0]), colour=COLOURS[str(colours[0])],
+        shape=str(shapes[0]), color=COLORS[str(colors[0])],
         texture=str(textures[0]) if camera else "plain", ground=reference_ground,
-        second=tone(reference_ground), cell=0.5, texture_angle=0.0, centre=centre,
+        second=tone(reference_ground), cell=0.5, texture_angle=0.0, center=center,
         radius=still + radius, angle=still, pan=pan, zoom=zoom.exp(), roll=roll)
     prompts = []
     for i in range(2):
         texture = textures[i if other_textures else 0]
         ground = f"{texture} {grounds[i]}" if camera else str(grounds[i])
-        prompts.append(f"{an(str(colours[i]))} {shapes[i]} on {an(ground)} background")
+        prompts.append(f"{an(str(colors[i]))} {shapes[i]} on {an(ground)} background")
     kind = "camera" if camera else "still" if motion in STILL else "object"
     kind += ", another texture" if camera and other_textures else ""
     if photos:
@@ -136,5 +136,5 @@ def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = Fa
         scene = dataclasses.replace(scene, pan=scene.pan + more_pan, zoom=scene.zoom * more_zoom,
                                     roll=scene.roll + more_roll)
         kind += ", by hand"
-    return Case(kind, motion, scene, prompts[0], prompts[1], str(shapes[1]), str(colours[1]),
+    return Case(kind, motion, scene, prompts[0], prompts[1], str(shapes[1]), str(colors[1]),
                 str(grounds[1]), seed)

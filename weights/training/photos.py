@@ -26,7 +26,7 @@ from .vocabulary import EMOJI, emoji
 FOLDERS = (Path("/usr/share/backgrounds"), Path("/usr/share/wallpapers"))
 INSTALL = ("apt-get install gnome-backgrounds plasma-workspace-wallpapers mate-backgrounds "
            "lomiri-wallpapers ukui-wallpapers")
-SHORT = 768                             # pixels of a photograph's shorter side, once it is read
+DTYPE_ALIASES = 768                             # pixels of a photograph's shorter side, once it is read
 GROUND = 256                            # of a ground: four half widths, at the clips' own scale
 KINDS = (.45, .25, .19, .11)            # shares of plain and textured grounds, cameras, ...
 WORDS = 0.4                             # share of the subjects that are emoji
@@ -59,8 +59,8 @@ def find_photos(folders: Sequence[Path], held_out: bool) -> list[Path]:
 def read_photo(file: Path) -> Tensor:
     """A photograph (3, H, W) uint8, its shorter side SHORT pixels at most."""
     with Image.open(file) as image:
-        image.draft("RGB", (SHORT, SHORT))                  # a JPEG is read at a part of its size
-        scale = min(1, SHORT / min(image.size))
+        image.draft("RGB", (DTYPE_ALIASES, DTYPE_ALIASES))                  # a JPEG is read at a part of its size
+        scale = min(1, DTYPE_ALIASES / min(image.size))
         size = (round(scale * image.width), round(scale * image.height))
         pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BOX))
     return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
@@ -153,8 +153,8 @@ def mixed_scene(rng: Rng, frames: int, photos: Sequence[Path]) -> Scene:
     skin = scene.skin
     if kind != "camera" and not word and rng.random() < 0.25:
         skin = F.avg_pool2d(any_ground(rng, photos), 4)     # a subject is a quarter of the picture
-    centre = path(rng, frames, 1 - 0.8 * float(scene.radius.max()), fastest=2.5)
+    center = path(rng, frames, 1 - 0.8 * float(scene.radius.max()), fastest=2.5)
     return dataclasses.replace(
         scene, shape="" if kind == "camera" else scene.shape, texture="plain",
-        photo=any_ground(rng, photos), skin=skin, centre=centre, pan=pan, zoom=zoom, roll=roll,
+        photo=any_ground(rng, photos), skin=skin, center=center, pan=pan, zoom=zoom, roll=roll,
         slant=slant)

@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
-COLOURS = {
+COLORS = {
     "red": (.90, .15, .15), "green": (.15, .75, .25), "blue": (.20, .35, .95),
     "yellow": (.95, .85, .15), "purple": (.60, .20, .80), "orange": (1.0, .55, .10),
     "white": (.97, .97, .97), "cyan": (.20, .85, .90)}
@@ -31,13 +31,13 @@ class Scene:
     A skin of four channels, colours times alpha and alpha, is a subject with its own outline.
     """
     shape: str                           # or a word of EMOJI, or "" where there is no subject
-    colour: tuple[float, float, float]
+    color: tuple[float, float, float]
     texture: str
     ground: tuple[float, float, float]
     second: tuple[float, float, float]   # the texture's other colour
     cell: float                          # size of the texture's cells, in half widths
     texture_angle: float
-    centre: Tensor                       # (f, 2) the subject's centre, in the world
+    center: Tensor                       # (f, 2) the subject's centre, in the world
     radius: Tensor                       # (f,) of the subject, in half widths
     angle: Tensor                        # (f,) of the subject
     pan: Tensor                          # (f, 2) the camera's centre, in the world
@@ -48,9 +48,9 @@ class Scene:
     slant: tuple[float, float] = (0., 0.)   # of a ground that leans away, where no subject is
 
 
-def seen_centre(scene: Scene) -> Tensor:
+def projected_center(scene: Scene) -> Tensor:
     """Where the subject is in the picture: (f, 2), in half widths from the middle."""
-    return rotate(scene.centre - scene.pan, -scene.roll) * scene.zoom[:, None]
+    return rotate(scene.center - scene.pan, -scene.roll) * scene.zoom[:, None]
 
 
 def rotate(points: Tensor, angle: Tensor) -> Tensor:
@@ -79,9 +79,9 @@ def render(scene: Scene, size: int) -> Tensor:
     if not scene.shape:
         return rearrange(image, "f h w c -> f c h w") * 2 - 1
     radius, angle = (rearrange(v, "f -> f 1 1") for v in (scene.radius, scene.angle))
-    local = rotate(world - rearrange(scene.centre, "f two -> f 1 1 two"), -angle)
+    local = rotate(world - rearrange(scene.center, "f two -> f 1 1 two"), -angle)
     local = local / radius[..., None]
-    paint = torch.tensor(scene.colour)
+    paint = torch.tensor(scene.color)
     if scene.skin is not None:
         paint = photo_at(scene.skin, local.clamp(-2, 2))
     if paint.shape[-1] == 4:
@@ -97,16 +97,16 @@ def render(scene: Scene, size: int) -> Tensor:
 def photo_at(photo: Tensor, points: Tensor) -> Tensor:
     """The colours (f, h, w, c) of a photograph (c, n, n) at points (f, h, w, 2)."""
     photos = repeat(photo, "c h w -> f c h w", f=len(points))
-    colours = F.grid_sample(photos, points / 2, padding_mode="reflection", align_corners=False)
-    return rearrange(colours, "f c h w -> f h w c")
+    colors = F.grid_sample(photos, points / 2, padding_mode="reflection", align_corners=False)
+    return rearrange(colors, "f c h w -> f h w c")
 
 
 def texture_cover(scene: Scene, world: Tensor, pixels: Tensor) -> Tensor:
     """How much of the texture's second colour each point shows, in [0, 1]."""
     p = rotate(world, torch.tensor(scene.texture_angle)) / scene.cell
     if scene.texture == "dotted":
-        centre = p - p.round()
-        distance = (centre.norm(dim=-1) - 0.3) * scene.cell
+        center = p - p.round()
+        distance = (center.norm(dim=-1) - 0.3) * scene.cell
         return (0.5 - distance * pixels).clamp(0, 1)
     # A square wave per axis, in [-1, 1], with edges one pixel wide.
     phase = (p % 2) - 1

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mcl.checkpoints.model_file import EMBEDDED, load_model, save_model
-from mcl.cli import Parser, answer, carry_out
+from mcl.checkpoints.model_file import DEFAULT_WEIGHTS, load_model, save_model
+from mcl.cli import OneLineErrorParser, exit_code_of, run_main
 from mcl.config import TINY
-from mcl.files import check_target
-from mcl.device import pick_device
+from mcl.files import check_writable
+from mcl.device import resolve_device
 from mcl.model import Model
-from mcl.networks.ops import channels_last
+from mcl.networks.ops import to_channels_last
 from mcl.networks.vae import AutoencoderKL
 from .clips import VOCABULARY
 from .data import FRAMES, Clips, encode_clips, parts, pictures
@@ -77,7 +77,7 @@ def train_vae(folder: Path, photos: Sequence[Path], plan: Hyperparameters, devic
               ) -> AutoencoderKL:
     torch.manual_seed(0)
     vae = AutoencoderKL(TINY.vae).to(device)
-    channels_last(vae)
+    to_channels_last(vae)
     trainee = Trainee(vae, lambda name: plan.vae_rate, folder / "vae.pt", plan.ema)
 
     def loss_of(step: int) -> tuple[Tensor, str]:
@@ -117,13 +117,13 @@ def denoising_loss(model: Model, x0: Tensor, text: Tensor, rng: np.random.Genera
     which a few clips would not be.
     """
     spread = (rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0)
-    t = torch.from_numpy((spread * model.schedule.config.train_steps).astype(np.int64))
+    t = torch.from_numpy((spread * model.schedule.config.num_train_timesteps).astype(np.int64))
     noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)).to(x0)
     z = model.schedule.add_noise(x0, noise, t)
     with autocast(str(x0.device)):
         eps, _ = model.unet(z, t.to(x0.device), text)
-    abar = rearrange(model.schedule.abar(t).to(x0), "b -> b 1 1 1 1")
-    snr = abar / (1 - abar)
+    alpha_bar = rearrange(model.schedule.alpha_bar(t).to(x0), "b -> b 1 1 1 1")
+    snr = alpha_bar / (1 - alpha_bar)
     return (snr.rsqrt() * (eps.float() - noise).square()).mean()
 
 
@@ -134,7 +134,7 @@ def train_denoiser(model: Model, file: Path, clips: Clips, steps: int, images: i
     """
     torch.manual_seed(2)
     both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
-    channels_last(both.requires_grad_(True).train())
+    to_channels_last(both.requires_grad_(True).train())
     learn_words(model)
     trainee = Trainee(both, rate_of, file, plan.ema)
 
@@ -182,7 +182,7 @@ def learn_words(model: Model) -> None:
 def train_decoder(model: Model, folder: Path, photos: Sequence[Path], plan: Hyperparameters
                   ) -> None:
     vae, device = model.vae, str(model.device)
-    channels_last(vae)
+    to_channels_last(vae)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     trainee = Trainee(decoder, lambda name: plan.decoder_rate, folder / "decoder.pt", plan.ema)
 
@@ -196,8 +196,8 @@ def train_decoder(model: Model, folder: Path, photos: Sequence[Path], plan: Hype
         noise = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(z)
         noisy = model.schedule.add_noise(z[:half], noise[:half], t)
         eps, _ = model.unet(noisy[:, :, None], t, text)
-        abar = rearrange(model.schedule.abar(t), "b -> b 1 1 1")
-        guess = (noisy - (1 - abar).sqrt() * eps[:, :, 0].float()) / abar.sqrt()
+        alpha_bar = rearrange(model.schedule.alpha_bar(t), "b -> b 1 1 1")
+        guess = (noisy - (1 - alpha_bar).sqrt() * eps[:, :, 0].float()) / alpha_bar.sqrt()
         return torch.cat([guess, z[half:] + 0.05 * noise[half:]])
 
     def loss_of(step: int) -> tuple[Tensor, str]:
@@ -220,16 +220,16 @@ def save(model: Model, weights: Path) -> None:
     int8, for a repository's sake."""
     model.config = dataclasses.replace(
         model.config, sample=dataclasses.replace(model.config.sample, **DEFAULTS),
-        vocabulary=VOCABULARY, moves_from=MOVES_FROM, error_to=ERROR_TO)
+        training_vocabulary=VOCABULARY, min_reference_motion=MOVES_FROM, max_denoising_error=ERROR_TO)
     weights.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, weights, torch.float16, sources={}, pack_from=1 << 16)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="-m weights.training.train", description="Trains the embedded model.")
+    parser = OneLineErrorParser(prog="-m weights.training.train", description="Trains the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--weights", type=Path, default=EMBEDDED)
+    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
     parser.add_argument("--start", type=Path, help="model to go on with, in place of the stages "
                                                    "vae and image")
     parser.add_argument("--photos", type=Path, nargs="+", default=FOLDERS,
@@ -237,15 +237,15 @@ def main(argv: list[str] | None = None) -> int:
     for f in dataclasses.fields(Hyperparameters):
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
                             default=f.default)
-    return answer(lambda: run(parser.parse_args(argv)))
+    return exit_code_of(lambda: run(parser.parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
     plan = Hyperparameters(**{f.name: getattr(args, f.name)
                               for f in dataclasses.fields(Hyperparameters)})
-    device = str(pick_device(args.device))
+    device = str(resolve_device(args.device))
     if not args.out.is_dir():
-        check_target(args.out, folder=True)
+        check_writable(args.out, folder=True)
     photos = find_photos(args.photos, held_out=False)
     for word in EMOJI:
         emoji(word)                                         # before anything is trained
@@ -271,4 +271,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    carry_out(main)
+    run_main(main)

@@ -10,7 +10,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
-from mcl.files import atomic
+from mcl.files import atomic_write
 
 
 class Muon(torch.optim.Muon):
@@ -65,7 +65,7 @@ class Trainee:
             self.step = state["step"]
 
     def save(self) -> None:
-        with atomic(self.file) as temporary:
+        with atomic_write(self.file) as temporary:
             torch.save({"module": self.module.state_dict(), "average": self.average.state_dict(),
                         "optimizers": [o.state_dict() for o in self.optimizers],
                         "step": self.step}, temporary)

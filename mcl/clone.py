@@ -1,0 +1,272 @@
+"""The whole method as one function: reference video and prompt in, clip out."""
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .checkpoints.model_file import load_model
+from .config import ModelConfig, SampleConfig, short_repr
+from .context_windows import make_context_windows
+from .device import (GUIDED_STEP_FEATURES, MIN_STEP_FEATURES, free_memory, offload_to_cpu,
+                     use_checkpointing)
+from .errors import InputError
+from .guidance import Guidance
+from .inversion import (InvertedReference, inversion_guidance, inversion_timesteps,
+                        invert_reference)
+from .model import Model
+from .motion import Motion, extract_motion, reference_noise
+from .networks.sparsectrl import sparsectrl_condition
+from .presets import build_config
+from .sampler import SamplerStep, initial_noise, sample
+from .semantic import make_subject_masks, noised_reference_attention, semantic_guidance
+from .video.read import read_image, read_video, resize_frames
+from .video.write import write_video
+
+Progress = Callable[..., Iterable]          # like tqdm: progress(iterable, desc=..., total=...)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A reference that was read once, for one or more clips.
+
+    Attributes:
+        motion: Its motion, or its inverted latents.
+        frames: Frames (f, 3, H, W) in [-1, 1]; None if only the motion is known.
+        latents: Scaled latents (1, c, f, h, w) of the frames.
+    """
+
+    motion: Motion | InvertedReference
+    frames: Tensor | None = None
+    latents: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A generated clip.
+
+    Attributes:
+        frames: Frames (f, 3, H, W) in [-1, 1], float32 on the CPU.
+        latents: Scaled latents (1, c, f, h, w), float32.
+        fps: Frames per second.
+        motion: The reference's motion, or its inverted latents.
+        steps: One SamplerStep for each step, without its latents.
+    """
+
+    frames: Tensor
+    latents: Tensor
+    fps: float
+    motion: Motion | InvertedReference
+    steps: list[SamplerStep]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the clip to an .mp4, .gif or .webp file, or a folder of PNG images."""
+        write_video(path, self.frames, self.fps)
+
+
+def clone(reference: str | os.PathLike | Tensor | Motion | Reference, prompt: str, *,
+          model: Model | str | Path | None = None, seed: int = 0, preset: str | None = None,
+          guidance: Sequence[Guidance] = (), control: Mapping[int, Any] | None = None,
+          start: float = 0.0, duration: float | None = None,
+          callback: Callable[[SamplerStep], Any] | None = None, progress: Progress | None = None,
+          **settings: Any) -> Clip:
+    """Generate a clip of a prompt that moves like a reference (MotionClone, arXiv 2406.05338).
+
+    Args:
+        reference: Path of a video; frames (f, 3, H, W) in [-1, 1] of any size and length; a Motion;
+            or a Reference from `read_reference`.
+        prompt: What the clip shows.
+        model: A Model, the path of a converted model, or None for the built-in demo model.
+        seed: Seed of the initial noise, 0 to 2**64 - 1.
+        preset: Name of published settings (`mcl.presets`).
+        guidance: More guidance beside the motion.
+        control: SparseCtrl images by frame index, each a path or a tensor (3, H, W) in [-1, 1].
+        start: Start of the part of the video that is used, in seconds.
+        duration: Length of that part in seconds; None for all the rest.
+        callback: Function that is called with every SamplerStep.
+        progress: Function that wraps an iterable in a progress bar, such as `tqdm`.
+        **settings: Fields of SampleConfig in place of the model's own, such as steps=50.
+
+    Raises:
+        InputError: If an argument is wrong; the message says what is possible.
+        NumericalError: If the result is not finite.
+    """
+    progress = progress or no_progress
+    model = model if isinstance(model, Model) else load_model(model)
+    config = build_config(model.config.sample, preset, **settings)
+    images = read_control_images(control or {}, model.latent_shape(config), config)
+    generator = make_generator(seed)
+    noise = initial_noise(model, config, generator)
+
+    # 1. The motion of the reference (eqs. 4 to 6), and what else guides the clip.
+    reference = read_reference(model, reference, config, control=images, start=start,
+                               duration=duration, progress=progress)
+    motion, guides = build_guidance(model, prompt, reference, noise, config, progress)
+
+    # 2. Guided sampling (eqs. 1 and 3).
+    states = sample(model, prompt, motion, config, guidance=[*guides, *guidance], latents=noise,
+                    generator=generator, control=control_condition(model, images, config),
+                    gradient_checkpointing=needs_checkpointing(model, config))
+    steps, latents = [], noise
+    with offload_to_cpu(model.vae, model.text_encoder):
+        for state in progress(states, desc=f"seed {seed}", total=config.steps):
+            latents = state.latents
+            steps.append(dataclasses.replace(state, latents=latents.new_empty(0)))
+            if callback is not None:
+                callback(state)
+
+    # 3. Latents to frames.
+    frames = model.vae.decode(latents).float().cpu()
+    return Clip(frames, latents, model.config.fps, reference.motion, steps)
+
+
+def read_reference(model: Model, source: str | os.PathLike | Tensor | Motion | Reference,
+                   config: SampleConfig, *, control: Mapping[int, Tensor] | None = None,
+                   start: float = 0.0, duration: float | None = None, stride: int | None = None,
+                   fit: str = "crop", cache_dir: Path | None = None,
+                   progress: Progress | None = None) -> Reference:
+    """Read a reference and its motion by config.method.
+
+    Args:
+        model: The model that the clip will be sampled with.
+        source: As `reference` of `clone`. A Reference is returned unchanged.
+        config: Settings of the clip.
+        control: The clip's control images. The reference is then read with its own frames at
+            their indices as control.
+        start: Start of the part that is used, in seconds.
+        duration: Length of that part in seconds; None for all the rest.
+        stride: Take every n-th frame of the video, in place of a duration.
+        fit: "crop", "pad" or "stretch", how frames are brought to the clip's size.
+        cache_dir: Folder for inverted latents.
+        progress: As for `clone`.
+    """
+    if isinstance(source, Reference):
+        return source
+    if isinstance(source, Motion):
+        if config.method == "inversion" or config.subject:
+            raise InputError("a Motion has no frames: method inversion and a subject need the "
+                             "reference itself")
+        return Reference(source)
+    size = (config.height, config.width)
+    if isinstance(source, Tensor):
+        frames = resize_frames(source, config.num_frames, size, fit)
+    else:
+        frames = read_video(source, config.num_frames, size, start, duration, fit, stride=stride,
+                            model_fps=model.config.fps)
+    latents = model.vae.encode(frames)
+    if config.method == "inversion":
+        total = len(inversion_timesteps(model.schedule, config))
+        motion: Motion | InvertedReference = invert_reference(
+            model, latents, config.ref_prompt, config,
+            partial(progress or no_progress, desc="inversion", total=total), cache_dir)
+    else:
+        motion = extract_motion(model, latents, config, control=control_condition(
+            model, {i: frames[i, None] for i in control or {}}, config))
+    return Reference(motion, frames, latents)
+
+
+def build_guidance(model: Model, prompt: str, reference: Reference, noise: Tensor,
+                   config: SampleConfig, progress: Progress) -> tuple[Motion | None, list[Guidance]]:
+    """Return the motion for `sample`, and the guidance of the paper's first form."""
+    if not config.motion_weight:
+        return None, []
+    guidance, motion = [], reference.motion
+    if isinstance(motion, InvertedReference):
+        guidance.append(inversion_guidance(motion, config))
+    if config.semantic_scale:
+        subject = None
+        if config.subject:
+            if reference.latents is None:
+                raise InputError("a subject needs the reference itself, not only its motion")
+            attention = motion.attention if isinstance(motion, InvertedReference) else (
+                noised_reference_attention(model, reference.latents, config.ref_prompt, config,
+                                           reference_noise(reference.latents)))
+            subject = make_subject_masks(model, prompt, config.subject[1], config.ref_prompt,
+                                         config.subject[0], attention, config)
+        guidance.append(semantic_guidance(
+            model, prompt, noise, config, subject,
+            progress=partial(progress, desc="unguided clip", total=config.guidance_steps)))
+    return motion if isinstance(motion, Motion) else None, guidance
+
+
+def read_control_images(control: Mapping[int, Any], shape: tuple[int, ...], config: SampleConfig
+                        ) -> dict[int, Tensor]:
+    """Return control images (1, 3, H, W) in [-1, 1] by frame index, at the clip's size."""
+    images = {}
+    for index, image in control.items():
+        if isinstance(image, Tensor):
+            frames = image if image.ndim == 4 else image[None]
+            images[index] = resize_frames(frames, 1, (config.height, config.width))
+        else:
+            images[index] = read_image(image, (config.height, config.width))
+    return images
+
+
+def control_condition(model: Model, images: Mapping[int, Tensor], config: SampleConfig
+                      ) -> Tensor | None:
+    """Return SparseCtrl's condition for images (1, 3, H, W) by frame index, or None without any."""
+    if not images:
+        return None
+    pixels = torch.cat(list(images.values()))
+    if model.config.sparsectrl.kind == "rgb":
+        inputs = rearrange(model.vae.encode(pixels), "1 c n h w -> n c h w")
+    else:
+        inputs = (pixels + 1) / 2
+    return sparsectrl_condition(inputs, list(images), config.num_frames)
+
+
+def make_generator(seed: int) -> torch.Generator:
+    """Return a CPU generator for a seed of up to 64 bits.
+
+    PyTorch's CPU generator uses 32 bits of its seed. Longer seeds are hashed to 32 bits.
+
+    Raises:
+        InputError: If the seed is out of range.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64:
+        raise InputError(f"seed = {short_repr(seed)} is out of range: it must be between 0 and "
+                         f"{(1 << 64) - 1}")
+    digest = hashlib.sha256(seed.to_bytes(8, "big")).digest()
+    return torch.Generator().manual_seed(seed if seed < 1 << 32 else
+                                         int.from_bytes(digest[:4], "big"))
+
+
+def needs_checkpointing(model: Model, config: SampleConfig) -> bool:
+    """Return whether guided steps must recompute activations to fit into memory."""
+    needed = GUIDED_STEP_FEATURES * feature_bytes(model.config, config, model.dtype)
+    return use_checkpointing(config.memory, needed, model.device)
+
+
+def feature_bytes(model: ModelConfig, config: SampleConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of one feature map at the UNet's highest resolution."""
+    length = make_context_windows(config.num_frames, config,
+                                  model.unet.motion_max_seq_length).length
+    s = model.vae.downsampling
+    positions = length * (config.height // s) * (config.width // s)
+    return positions * model.unet.block_out_channels[0] * dtype.itemsize
+
+
+def check_memory(model: ModelConfig, config: SampleConfig, device: torch.device,
+                 dtype: torch.dtype) -> None:
+    """Raise MemoryError for a clip that cannot fit, by a lower bound of what it needs."""
+    pixels = config.height * config.width
+    decoded_frame = 2 * model.vae.block_out_channels[0] * pixels * dtype.itemsize
+    step = MIN_STEP_FEATURES * feature_bytes(model, config, dtype)
+    for place, needed in ((torch.device("cpu"), 3 * 4 * config.num_frames * pixels),
+                          (device, max(decoded_frame, step))):
+        free = free_memory(place)
+        if free is not None and needed > free:
+            raise MemoryError(f"{config.num_frames} frames of {config.width}x{config.height} need "
+                              f"more than {needed / 1e9:.0f} GB of memory; {free / 1e9:.0f} GB are "
+                              "free")
+
+
+def no_progress(iterable: Iterable, desc: str = "", total: int | None = None) -> Iterable:
+    """Return the iterable unchanged: no progress bar."""
+    return iterable

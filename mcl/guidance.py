@@ -1,0 +1,124 @@
+"""Guidance: losses on the attention of the generated clip, and their gradient.
+
+A guidance names the attention that it reads and computes a loss of it. Sampling descends the loss.
+"""
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .config import SampleConfig, short_repr
+from .errors import InputError
+from .motion import Motion, motion_loss
+from .networks.attention import AttentionMaps, AttentionRequest
+from .networks.unet import UNet3D
+
+# Size at which the published weights were tuned: 16 frames of 512x512 pixels, in latent positions.
+REFERENCE_NUM_ELEMENTS = 16 * 64 * 64
+LOSS_SCALE = 2.0 ** 12          # for the backward pass in half precision; a power of two is exact
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """A loss that sampling descends.
+
+    Attributes:
+        loss: Function of the attention maps and the timestep that returns a float32 scalar. For a
+            long clip it is called for each context window, `AttentionMaps.frame_offset`.
+        layers: Blocks, modules or layers whose attention the loss reads.
+        kind: What it reads of them: "temporal" (maps), "temporal_keys", or "cross" (maps).
+        weight: Weight relative to the motion loss, which has SampleConfig.motion_weight.
+    """
+
+    loss: Callable[[AttentionMaps, int], Tensor]
+    layers: str | Sequence[str] = "up_blocks.1"
+    kind: str = "temporal"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise InputError(f"Guidance.loss = {short_repr(self.loss)} is not a function: give "
+                             "loss(maps, timestep) that returns a scalar")
+        if self.kind not in AttentionRequest._fields:
+            raise InputError(f"Guidance.kind = {short_repr(self.kind)} is not known: it must be "
+                             f"one of {', '.join(AttentionRequest._fields)}")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not (
+                math.isfinite(self.weight)):
+            raise InputError(f"Guidance.weight = {short_repr(self.weight)} is not valid: it must "
+                             "be a finite number")
+
+    @property
+    def request(self) -> AttentionRequest:
+        """The attention that the loss reads."""
+        layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+        return AttentionRequest(**{self.kind: layers})
+
+
+def resolve_guidance(guidance: Sequence[Guidance], unet: UNet3D) -> list[Guidance]:
+    """Return guidance with full layer names.
+
+    Raises:
+        InputError: If an element is not a Guidance, or names layers that the UNet does not have.
+    """
+    if isinstance(guidance, Guidance) or not isinstance(guidance, Sequence):
+        raise InputError(f"guidance = {short_repr(guidance)} is not a list: "
+                         "write guidance=[Guidance(loss, layers=...)]")
+    resolved = []
+    for i, element in enumerate(guidance):
+        if not isinstance(element, Guidance):
+            raise InputError(f"guidance[{i}] = {short_repr(element)} is not a Guidance: wrap the "
+                             "function, Guidance(loss, layers=\"up_blocks.1\", kind=\"temporal\")")
+        request = unet.resolve_layers(element.request)
+        resolved.append(replace(element, layers=getattr(request, element.kind)))
+    return resolved
+
+
+def motion_guidance(motion: Motion, block_weights: Mapping[str, float] | None = None) -> Guidance:
+    """Return guidance towards a motion, by `motion_loss` (MotionClone, eq. 3).
+
+    Args:
+        motion: Motion of the reference, on the model's device.
+        block_weights: Weight of each block by name; 1 for blocks that are not named.
+    """
+    return Guidance(lambda maps, t: motion_loss(maps.temporal, motion.window(maps.frame_offset),
+                                                block_weights), tuple(motion.values))
+
+
+def guidance_weight(step: int, config: SampleConfig, num_elements: int) -> float:
+    """Return lambda, the weight of the guidance at one step; 0 after the guided steps.
+
+    The weight rises over the first guided steps and falls over the last. The loss is a mean, so its
+    gradient per element falls with the size of the clip. The factor num_elements / (16*64*64) makes
+    the guidance equally strong at every size, and is 1 at the published one.
+
+    Args:
+        step: Index of the step, from 0.
+        config: Settings.
+        num_elements: f*h*w of the latents that the UNet sees at once.
+    """
+    if step >= config.guidance_steps:
+        return 0.0
+    warmup, cooldown = config.guidance_warmup_steps, config.guidance_cooldown_steps
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    fall = min(1.0, (config.guidance_steps - step) / cooldown) if cooldown else 1.0
+    return config.motion_weight * rise * fall * num_elements / REFERENCE_NUM_ELEMENTS
+
+
+def guidance_gradient(guidance: Sequence[Guidance], maps: AttentionMaps, z: Tensor, t: int
+                      ) -> tuple[Tensor, Tensor]:
+    """Return g, the weighted sum of the losses, and its gradient with respect to z.
+
+    The loss is scaled during the backward pass, because half precision would round its gradient
+    to zero.
+
+    Args:
+        guidance: Guidance with full layer names (`resolve_guidance`).
+        maps: Attention of the pass that z went through.
+        z: Latents that require a gradient.
+        t: Timestep.
+    """
+    g = torch.stack([one.weight * one.loss(maps.select(one.request), t) for one in guidance]).sum()
+    grad, = torch.autograd.grad(g, z, torch.full_like(g, LOSS_SCALE))
+    return g.detach(), grad / LOSS_SCALE

@@ -1,0 +1,92 @@
+"""Published settings by name, and the settings of one run.
+
+Each preset is a complete `SampleConfig`: nothing of a model's own settings is mixed into it but the
+size of the clip, its context windows, and the texts of the user (`CLIP_FIELDS`).
+"""
+import dataclasses
+import difflib
+from typing import Any
+
+from .config import SampleConfig
+from .errors import InputError
+
+FAST_PRESET = "fast"            # two thirds of the model's own steps
+PUBLISHED_SEMANTIC_RATIO = 42 / 1667        # weight of the semantic loss to that of the motion loss
+# Fields that describe the clip to be made. A preset leaves them as they are.
+CLIP_FIELDS = ("negative_prompt", "ref_prompt", "subject", "num_frames", "height", "width",
+               "context_length", "context_overlap", "closed_loop", "memory")
+# The paper's first form (arXiv 2406.05338v1 to v3). Per map: 1667 in up_blocks.1, 833 in up_blocks.2.
+_INVERSION: dict[str, Any] = {
+    "method": "inversion", "inversion_steps": 1000, "timestep_spacing": "linspace",
+    "guidance_warmup_steps": 10, "guidance_cooldown_steps": 0, "motion_weight": 1667.0,
+    "guidance_blocks": ("up_blocks.1", "up_blocks.2"), "guidance_block_weights": (1.0, 833 / 1667),
+    "semantic_scale": 42.0, "semantic_blocks": ("up_blocks.1",)}
+# Distilled motion modules take few steps. The steps from timestep 700 on are guided, three times
+# each, because one guided pass in so few steps loses part of the motion.
+_FEW_STEPS: dict[str, Any] = {
+    "guidance_repeats": 3, "guidance_warmup_steps": 0, "guidance_cooldown_steps": 0}
+# Presets for distilled motion modules: AnimateDiff-Lightning (arXiv 2403.12706) and AnimateLCM
+# (arXiv 2402.00769).
+DISTILLED_PRESETS: dict[str, SampleConfig] = {
+    **{f"lightning-{steps}": SampleConfig(
+        steps=steps, guidance_steps=guided, timestep_spacing="trailing", cfg_scale=1.0,
+        **_FEW_STEPS) for steps, guided in ((2, 1), (4, 2), (8, 3))},
+    "animatelcm": SampleConfig(steps=6, guidance_steps=2, timestep_spacing="lcm", sampler="lcm",
+                               cfg_scale=2.0, **_FEW_STEPS)}
+PRESETS: dict[str, SampleConfig] = {
+    "camera": SampleConfig(),
+    "object": SampleConfig(steps=300, guidance_steps=180, guidance_noise_range=0.4),
+    "image": SampleConfig(steps=100, guidance_steps=40),
+    "sketch": SampleConfig(steps=200, guidance_steps=120, guidance_noise_range=0.4),
+    "inversion-200": SampleConfig(steps=200, guidance_steps=120, **_INVERSION),
+    "inversion-500": SampleConfig(steps=500, guidance_steps=300, **_INVERSION),
+    **DISTILLED_PRESETS}
+
+
+def preset_config(name: str, own: SampleConfig) -> SampleConfig:
+    """Return the settings of a preset for a clip of the size that `own` has.
+
+    Args:
+        name: One of `PRESETS`, or "fast" for two thirds of the model's own steps.
+        own: The model's own settings.
+
+    Raises:
+        InputError: If there is no such preset.
+    """
+    if name == FAST_PRESET:
+        names = ("steps", "guidance_steps", "guidance_warmup_steps", "guidance_cooldown_steps")
+        return dataclasses.replace(own, **{n: -(-2 * getattr(own, n) // 3) for n in names})
+    if name not in PRESETS:
+        raise InputError(f"preset = {name!r} is not known: it must be one of "
+                         f"{', '.join((*PRESETS, FAST_PRESET))}")
+    return dataclasses.replace(PRESETS[name], **{n: getattr(own, n) for n in CLIP_FIELDS})
+
+
+def build_config(own: SampleConfig, preset: str | None = None, **settings: Any) -> SampleConfig:
+    """Return the settings of one run: the model's own, then the preset's, then the given ones.
+
+    Args:
+        own: The model's own settings.
+        preset: Name of a preset.
+        settings: Fields of `SampleConfig`.
+
+    Raises:
+        InputError: If a name is not a field of SampleConfig, or a value is not legal.
+    """
+    names = [field.name for field in dataclasses.fields(SampleConfig)]
+    for name in settings:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            raise InputError(f"unknown setting {name!r}: " + (
+                f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"))
+    config = own if preset is None else preset_config(preset, own)
+    if "guidance_blocks" in settings:
+        settings.setdefault("guidance_block_weights", ())   # the old ones belong to other blocks
+    if "guidance_steps" not in settings and settings.get("steps", 1000) < config.guidance_steps:
+        raise InputError(f"{f'preset {preset}' if preset else 'this model'} guides "
+                         f"{config.guidance_steps} steps: use steps = {config.guidance_steps} or "
+                         "more, or set guidance_steps as well")
+    if settings.get("subject") and not config.semantic_scale:
+        weight = settings.get("motion_weight", config.motion_weight)
+        settings.setdefault("semantic_scale", PUBLISHED_SEMANTIC_RATIO * weight)
+    return dataclasses.replace(config, **settings)

@@ -100,7 +100,7 @@ def clone(reference: str | os.PathLike | Tensor | Motion | Reference, prompt: st
     progress = progress or no_progress
     model = model if isinstance(model, Model) else load_model(model)
     config = build_config(model.config.sample, preset, **settings)
-    images = read_control_images(control or {}, model.latent_shape(config), config)
+    images = read_control_images(control or {}, config)
     generator = make_generator(seed)
     noise = initial_noise(model, config, generator)
 
@@ -128,9 +128,8 @@ def clone(reference: str | os.PathLike | Tensor | Motion | Reference, prompt: st
 
 def read_reference(model: Model, source: str | os.PathLike | Tensor | Motion | Reference,
                    config: SampleConfig, *, control: Mapping[int, Tensor] | None = None,
-                   start: float = 0.0, duration: float | None = None, stride: int | None = None,
-                   fit: str = "crop", cache_dir: Path | None = None,
-                   progress: Progress | None = None) -> Reference:
+                   start: float = 0.0, duration: float | None = None,
+                   cache_dir: Path | None = None, progress: Progress | None = None) -> Reference:
     """Read a reference and its motion by config.method.
 
     Args:
@@ -141,8 +140,6 @@ def read_reference(model: Model, source: str | os.PathLike | Tensor | Motion | R
             their indices as control.
         start: Start of the part that is used, in seconds.
         duration: Length of that part in seconds; None for all the rest.
-        stride: Take every n-th frame of the video, in place of a duration.
-        fit: "crop", "pad" or "stretch", how frames are brought to the clip's size.
         cache_dir: Folder for inverted latents.
         progress: As for `clone`.
     """
@@ -155,9 +152,9 @@ def read_reference(model: Model, source: str | os.PathLike | Tensor | Motion | R
         return Reference(source)
     size = (config.height, config.width)
     if isinstance(source, Tensor):
-        frames = resize_frames(source, config.num_frames, size, fit)
+        frames = resize_frames(source, config.num_frames, size)
     else:
-        frames = read_video(source, config.num_frames, size, start, duration, fit, stride=stride,
+        frames = read_video(source, config.num_frames, size, start, duration,
                             model_fps=model.config.fps)
     latents = model.vae.encode(frames)
     if config.method == "inversion":
@@ -195,8 +192,7 @@ def build_guidance(model: Model, prompt: str, reference: Reference, noise: Tenso
     return motion if isinstance(motion, Motion) else None, guidance
 
 
-def read_control_images(control: Mapping[int, Any], shape: tuple[int, ...], config: SampleConfig
-                        ) -> dict[int, Tensor]:
+def read_control_images(control: Mapping[int, Any], config: SampleConfig) -> dict[int, Tensor]:
     """Return control images (1, 3, H, W) in [-1, 1] by frame index, at the clip's size."""
     images = {}
     for index, image in control.items():

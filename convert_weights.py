@@ -174,7 +174,7 @@ def convert(args: argparse.Namespace) -> None:
 def account(source: Source, plan: assemble.Plan) -> str:
     dropped = plan.dropped[source.path]
     why = "; ".join(f"{n} {reason}" for reason, n in dropped.items())
-    strays = len(source.checkpoint.others)
+    strays = len(source.checkpoint.non_tensors)
     line = (f"{source.path}: {source.title}: {plan.used[source.path]} tensors used, "
             f"{dropped.total()} dropped" + (f" ({why})" if why else "")
             + (f"; {strays} entries that are not tensors" if strays else ""))

@@ -85,7 +85,8 @@ def detect(path: Path, checkpoint: Checkpoint) -> Source:
     """`read_source` of what is already open."""
     tensors = checkpoint.tensors
     for pattern, what in FOREIGN:
-        found = next((n for n in (*tensors, *checkpoint.others) if re.search(pattern, n)), None)
+        names = (*tensors, *checkpoint.non_tensors)
+        found = next((name for name in names if re.search(pattern, name)), None)
         if found:
             raise InputError(f"{path}: {what} ({found}), which cannot be used here")
     if checkpoint.metadata.get("format", "").startswith("mcl-model"):
@@ -278,7 +279,7 @@ def motion_of_pipeline(path: Path, unet: dict[str, str], checkpoint: Checkpoint
 
 def check_prediction(path: Path, checkpoint: Checkpoint) -> None:
     """Raises InputError for a model that says, in whatever way, that it predicts v, not noise."""
-    signs = [*(V_PREDICTION & {*checkpoint.tensors, *checkpoint.others}),
+    signs = [*(V_PREDICTION & {*checkpoint.tensors, *checkpoint.non_tensors}),
              *(f"{key}: {checkpoint.metadata[key]}" for key in V_METADATA if str(
                  checkpoint.metadata.get(key, "")).lower().startswith("v"))]
     if signs:

@@ -27,7 +27,7 @@ class Checkpoint:
     """What one file, or one folder of diffusers', holds."""
     tensors: dict[str, LazyTensor]          # of a pipeline's folder: "unet.", "vae.", ... before
     files: tuple[Path, ...]
-    others: tuple[str, ...] = ()            # entries of a pickle that are not tensors
+    non_tensors: tuple[str, ...] = ()       # entries of a pickle that are not tensors
     metadata: dict[str, str] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)   # by part; "" a file's own
 

@@ -258,7 +258,7 @@ def stream_safetensors(path: str | os.PathLike, shapes: Mapping[str, Sequence[in
     text = json.dumps(header).encode("utf-8")
     text += b" " * (-len(text) % 8)                     # the data begins on a multiple of 8
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_uint8(8, "little") + text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for shape, tensor in zip(shapes.values(), tensors, strict=True):
             assert tensor.dtype == dtype and tensor.shape == tuple(shape)
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
-from .lazy import Checkpoint, LazyTensor
+from .lazy_tensor import Checkpoint, LazyTensor
 from .pickles import LEGACY_START, corrupt_file_error, open_legacy, open_zip
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,

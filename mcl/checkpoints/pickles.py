@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .lazy import LazyTensor
+from .lazy_tensor import LazyTensor
 
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."     # torch's magic number, pickled
 DTYPES = {f"torch {name}Storage": getattr(torch, f"{name}Tensor").dtype for name in (

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from mcl import InputError, ModelConfig, load_model
 from mcl.config import (SampleConfig, ScheduleConfig, SparseCtrlConfig, TextConfig, UNetConfig,
                         VAEConfig, from_dict)
+from mcl.convert.pickles import LEGACY_START
 from mcl.convert.reading import open_checkpoint, read_json
 from mcl.errors import printable
 
@@ -106,6 +107,11 @@ BOMBS = {
         tensor(b"K\x01", b"\x8a\x06" + bytes(5) + b"\x01\x85", b"K\0\x85"),
     "a storage of an exabyte":
         tensor(b"\x8a\x08" + bytes(7) + b"\x10", b"K\x02\x85", b"K\x01\x85"),
+    "tuples as a type":
+        b"\x80\x04" + pairs(b"t", b")") + b"(" + text(7).replace(b"a" * 7, b"storage")
+        + b"hd" + text(1) + b"NK\x01tQ.",
+    "tuples as a shape":
+        b"\x80\x04" + pairs(b"t", b")") + tensor(b"K\x01", b"hd", b"hd")[2:],
     "many dimensions, many times": b"".join((
         b"\x80\x02(", b"K\x01" * (1 << 20), b"tq\1(", persid(b"K\x01"), b"K\0h\1h\1tq\2",
         b"ctorch._utils\n_rebuild_tensor_v2\nq\3", b"h\3h\2R" * 2000, b"."))}
@@ -117,6 +123,13 @@ def test_a_bomb_of_pickle_takes_no_time(what, tmp_path, capsys):
         archive.writestr("x/data.pkl", BOMBS[what])
     assert convert("--check", tmp_path / "x.ckpt") == 2
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_tuples_as_the_name_of_a_storage_take_no_time(tmp_path):
+    legacy = LEGACY_START + b"N." + b"N." + b"}." + b"\x80\x04" + pairs(b"t", b")") + b"\x85."
+    (tmp_path / "x.ckpt").write_bytes(legacy)
+    with pytest.raises(InputError, match="x.ckpt: the file is truncated or damaged"):
+        open_checkpoint(tmp_path / "x.ckpt")
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
@@ -164,7 +177,7 @@ def test_names_in_a_zip_that_are_no_text(tmp_path):
 def test_complex_tensors_are_refused(tmp_path):
     state = {"w": torch.zeros(2, dtype=torch.complex64)}
     for name in ("x.safetensors", "x.ckpt"):
-        with pytest.raises(InputError, match=r": tensor w has the type .* not supported"):
+        with pytest.raises(InputError, match=r": the tensor w has the type .* not supported"):
             open_checkpoint(save(tmp_path / name, state))
 
 

@@ -43,6 +43,8 @@ PROMPT_SYNTAX = re.compile("|".join((
     r"\([^()]*(?:[^()\d]:\s*[\d.]+|:\s*\d*\.\d+)\s*\)",     # (word:1.2), but not (16:9)
     r"\({2,}[^()]+\){2,}|\[[^\[\]]+\]",                     # ((word)) and [word]
     r"<\w+:[^<>]+>|\bBREAK\b|\bembedding:\S+")))            # <lora:name:0.8>
+COMMON_SETTINGS = ("steps", "guidance_steps", "cfg_scale", "negative_prompt", "method",
+                   "motion_weight", "ref_prompt", "subject", "num_frames", "closed_loop", "memory")
 LORA_HELP = ("domain adapter of AnimateDiff", "LoRA of Stable Diffusion 1.5",
              "LoRA of AnimateDiff's motion modules")
 
@@ -104,7 +106,7 @@ def build_parser(show_all: bool = False) -> OneLineErrorParser:
             add(group, "--" + field.name.replace("_", "-"), f"{field.metadata['help']} "
                 f"[{','.join(map(str, value)) if isinstance(value, tuple) else value}]".replace(
                     " []", "").replace("%", "%%"),
-                field.metadata["is_common"], **argument_kwargs(field))
+                field.name in COMMON_SETTINGS, **argument_kwargs(field))
     return p
 
 

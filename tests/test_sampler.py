@@ -1,13 +1,14 @@
 """The loop: what guides it, what must not, and when it stops."""
+import copy
 import dataclasses
 
 import pytest
 import torch
 
-from mcl import (InputError, Model, NumericalError, SampleConfig, Wanted, extract_motion, sample,
-                 sparse_condition)
+from mcl import (Guide, InputError, Model, NumericalError, SampleConfig, Wanted, extract_motion,
+                 motion_guide, sample, sparse_condition)
 from mcl.config import SparseCtrlConfig, from_dict
-from mcl.sampler import Trajectory, guidance_weight
+from mcl.sampler import Trajectory, guidance_weight, noise_and_gradient
 from mcl.schedule import ddim_step
 
 from .conftest import randn, randomize
@@ -32,6 +33,15 @@ def test_one_state_per_step_and_losses_only_while_guided(small, motion):
     assert [s.step for s in taken] == list(range(6))
     assert [s.loss is not None for s in taken] == [True] * 3 + [False] * 3
     assert all(s.latents.shape == (1, 4, 4, 8, 8) for s in taken)
+
+
+@pytest.mark.parametrize("ramps", [{}, {"warmup": 0, "cooldown": 0}], ids=["ramps", "no ramps"])
+@pytest.mark.parametrize("guidance_steps", [0, 1, 3, 6])
+def test_only_the_first_guidance_steps_are_guided(small, motion, guidance_steps, ramps):
+    taken = states(small, motion, guidance_steps=guidance_steps, **ramps)
+    guided = [True] * guidance_steps + [False] * (6 - guidance_steps)
+    assert [s.loss is not None for s in taken] == guided
+    assert [s.weight > 0 for s in taken] == guided
 
 
 def test_a_scale_of_zero_is_no_guidance_to_the_bit(small, motion):
@@ -60,6 +70,25 @@ def test_guidance_is_one_gradient_step_on_the_direction(small, motion):
     assert torch.allclose(guided.latents - plain.latents, moved, atol=1e-4 * float(moved.std()) +
                           1e-5)
     assert moved.abs().max() > 1e-3
+
+
+def test_small_gradients_in_half_precision_agree_with_float32(small, motion, monkeypatch):
+    """The loss is so small that its gradient would underflow in float16 without LOSS_SCALE."""
+    def gradient(model):
+        text = model.encode_text(["a red star"])
+        loss = motion_guide(motion).loss
+        guide = Guide(Wanted(temporal_maps=tuple(motion.values)),
+                      lambda seen, t: 1e-3 * loss(seen, t))
+        return noise_and_gradient(Trajectory(model, text, text, model.config.sample), clip(3), 999,
+                                  [guide])[2]
+
+    def error():
+        return float((gradient(half) - expected).norm() / expected.norm())
+
+    half, expected = copy.deepcopy(small).half(), gradient(small)
+    assert error() < 0.012
+    monkeypatch.setattr("mcl.sampler.LOSS_SCALE", 1.0)
+    assert error() > 0.5
 
 
 def test_repeated_steps_start_from_their_noise_again(small, motion, monkeypatch):

@@ -67,9 +67,8 @@ def test_guidance_is_one_gradient_step_on_the_direction(small, motion):
     noise, noise_prev = (1 - small.schedule.abar(t) for t in (999, t_prev))
     moved = -noise_prev.sqrt() * noise.sqrt() * grad
     assert guided.loss == pytest.approx(loss.item(), rel=1e-4)
-    assert torch.allclose(guided.latents - plain.latents, moved, atol=1e-4 * float(moved.std()) +
-                          1e-5)
-    assert moved.abs().max() > 1e-3
+    assert (guided.latents - plain.latents - moved).norm() < 1e-3 * moved.norm()
+    assert moved.norm() > 1e-3 * plain.latents.norm()       # well above what float32 rounds
 
 
 def test_small_gradients_in_half_precision_agree_with_float32(small, motion, monkeypatch):
@@ -100,7 +99,7 @@ def test_repeated_steps_start_from_their_noise_again(small, motion, monkeypatch)
     kept = small.schedule.abar(999) / small.schedule.abar(850)
     z = kept.sqrt() * z + (1 - kept).sqrt() * randn(*z.shape, seed=1)
     again = next(sample(small, "a star", motion, config, latents=z))
-    assert torch.allclose(twice.latents, again.latents, atol=1e-5)
+    assert (twice.latents - again.latents).norm() < 1e-4 * again.latents.norm()
     assert twice.loss == pytest.approx(again.loss, rel=1e-4)
     back, steps = Trajectory.back, []
     monkeypatch.setattr(Trajectory, "back", lambda self, i, z: steps.append(i) or back(self, i, z))

@@ -25,7 +25,8 @@ from .motion import Motion, extract_motion, reference_noise
 from .networks.sparsectrl import sparsectrl_condition
 from .presets import build_config
 from .sampler import SamplerStep, initial_noise, sample
-from .semantic import make_subject_masks, noised_reference_attention, semantic_guidance
+from .semantic import (SubjectMasks, make_subject_masks, noised_reference_attention,
+                       semantic_guidance)
 from .video.read import read_image, read_video, resize_frames
 from .video.write import write_video
 
@@ -180,19 +181,29 @@ def build_guidance(model: Model, prompt: str, reference: Reference, noise: Tenso
     if isinstance(motion, InvertedReference):
         guidance.append(inversion_guidance(motion, config))
     if config.semantic_scale:
-        subject = None
-        if config.subject:
-            if reference.latents is None:
-                raise InputError("a subject needs the reference itself, not only its motion")
-            attention = motion.attention if isinstance(motion, InvertedReference) else (
-                noised_reference_attention(model, reference.latents, config.ref_prompt, config,
-                                           reference_noise(reference.latents)))
-            subject = make_subject_masks(model, prompt, config.subject[1], config.ref_prompt,
-                                         config.subject[0], attention, config)
         guidance.append(semantic_guidance(
-            model, prompt, noise, config, subject,
+            model, prompt, noise, config, subject_masks(model, prompt, reference, config),
             progress=partial(progress, desc="unguided clip", total=config.guidance_steps)))
     return motion if isinstance(motion, Motion) else None, guidance
+
+
+def subject_masks(model: Model, prompt: str, reference: Reference, config: SampleConfig
+                  ) -> SubjectMasks | None:
+    """Return the masks of config.subject in the reference, or None without a subject.
+
+    Raises:
+        InputError: If a word is not in its prompt, or the reference is only a motion.
+    """
+    if not config.subject:
+        return None
+    if reference.latents is None:
+        raise InputError("a subject needs the reference itself, not only its motion")
+    motion = reference.motion
+    attention = motion.attention if isinstance(motion, InvertedReference) else (
+        noised_reference_attention(model, reference.latents, config.ref_prompt, config,
+                                   reference_noise(reference.latents)))
+    return make_subject_masks(model, prompt, config.subject[1], config.ref_prompt,
+                              config.subject[0], attention, config)
 
 
 def read_control_images(control: Mapping[int, Any], shape: tuple[int, ...], config: SampleConfig

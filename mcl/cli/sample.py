@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from ..video.write import write_video
 from . import jobs as job_files
 from .arguments import local_rank_device
 from .outputs import OutputClip, output_clips, scaled_loras
-from .process import exit_code_of, format_error, is_expected
+from .process import exit_code_of, format_error, is_expected, run_main
 
 PREVIEW_STEPS = 8               # steps of the unguided clip of --maps without --report
 
@@ -39,6 +39,11 @@ PREVIEW_STEPS = 8               # steps of the unguided clip of --maps without -
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return exit_code_of(lambda: run_jobs(job_files.parse_jobs(sys.argv[1:] if argv is None else argv)))
+
+
+def command() -> NoReturn:
+    """Run the command as this process."""
+    run_main(main)
 
 
 def run_jobs(jobs: Sequence[argparse.Namespace]) -> int:

@@ -43,6 +43,15 @@ def test_mp4_keeps_colors_and_declares_bt709(tmp_path):
         assert stream.average_rate == 7.5
 
 
+def test_mp4_has_the_quality_and_size_of_crf_14(tmp_path):
+    """Gray noise has 41.5 dB and 14.2 kB at crf 14, 37.9 dB at 18, and 17.3 kB at 8."""
+    frames = random_frames(4)[:, :1].expand(-1, 3, -1, -1)
+    write_video(tmp_path / "a.mp4", frames, fps=8)
+    error = (read_video(tmp_path / "a.mp4", 4, (64, 64)) - frames) / 2
+    assert -10 * error.square().mean().log10() > 40
+    assert (tmp_path / "a.mp4").stat().st_size < 15_700
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp"])
 def test_same_frames_give_the_same_bytes(tmp_path, name):
     first, second = tmp_path / "first", tmp_path / "second"

@@ -24,12 +24,10 @@ def names_in(folder):
 
 def test_the_target_is_checked_again_before_it_is_replaced(tmp_path):
     target = tmp_path / "a.json"
-    with pytest.raises(InputError, match="is not a file"), atomic_write(target) as temporary:
-        temporary.write_text("x")
-        target.mkdir()
-    with pytest.raises(InputError, match="is not a file"), atomic_write(tmp_path / "b") as temporary:
-        temporary.write_text("x")
-        os.mkfifo(tmp_path / "b")
+    for path, create in ((target, os.mkdir), (tmp_path / "b", os.mkfifo)):
+        with pytest.raises(InputError, match="is not a file"), atomic_write(path) as temporary:
+            temporary.write_text("x")
+            create(path)
     assert stat.S_ISFIFO((tmp_path / "b").stat().st_mode)
     assert names_in(tmp_path) == ["a.json", "b"]
 

@@ -190,10 +190,8 @@ def sha256_of(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for child in sorted(path.rglob("*")):
-        if child.is_file():
-            line = f"{child.relative_to(path)}\0{sha256_of(child)}\n"
-            digest.update(line.encode(errors="replace"))
+    for child in sorted(filter(Path.is_file, path.rglob("*"))):
+        digest.update(f"{child.relative_to(path)}\0{sha256_of(child)}\n".encode(errors="replace"))
     return digest.hexdigest()
 
 

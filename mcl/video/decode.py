@@ -71,9 +71,8 @@ def iter_frames(path: Path) -> Iterator[TimedFrame]:
     return _animation_frames(path) if _is_image_file(path) else _video_frames(path)
 
 
-def has_audio(path: str | os.PathLike) -> bool:
+def has_audio(path: Path) -> bool:
     """Return whether a clip has an audio track, which `read_video` ignores."""
-    path = Path(path)
     check_readable(path)
     if path.is_dir() or _is_image_file(path):
         return False
@@ -158,13 +157,11 @@ def _decode_stream(path: Path, container: InputContainer, stream: VideoStream
             yield frame
     if is_cut:
         raise InputError(f"{path}: is cut short. Give the whole file, or a shorter duration")
-    duration, advice = _declared_duration(container, stream), "The file may be cut short"
+    duration = _declared_duration(container, stream)
     if 0 < count < stream.frames - num_hidden:
-        warnings.warn(f"{path}: declares {stream.frames} frames, but {count} could be decoded. "
-                      f"{advice}", stacklevel=2)
+        warnings.warn(f"{path}: may be cut short: {count} of {stream.frames} frames", stacklevel=2)
     elif not stream.frames and end and duration - end > 1.5 / (stream.average_rate or UNTIMED_FPS):
-        warnings.warn(f"{path}: declares {duration:.2f} s, but ends at {end:.2f} s. {advice}",
-                      stacklevel=2)
+        warnings.warn(f"{path}: may be cut short: {end:.2f} of {duration:.2f} s", stacklevel=2)
 
 
 def _declared_duration(container: InputContainer, stream: VideoStream) -> float:
@@ -182,8 +179,7 @@ def _video_rgba(frame: av.VideoFrame, declared_transfer: int) -> np.ndarray:
 
     The frame's own transfer function is used, or that of its container if the frame has none.
     """
-    has_transfer = frame.color_trc != ColorTrc.UNSPECIFIED
-    transfer = frame.color_trc if has_transfer else declared_transfer
+    transfer = frame.color_trc if frame.color_trc != ColorTrc.UNSPECIFIED else declared_transfer
     if transfer in TRANSFERS:
         has_matrix = frame.colorspace in (Colorspace.BT2020, Colorspace.ITU709)
         deep = frame.to_ndarray(format="rgba64le",

@@ -256,7 +256,7 @@ def test_a_file_cut_short_is_rejected_or_warned_of(tmp_path):
     with av.open(str(path)) as container:
         last = max(packet.pos or 0 for packet in container.demux(video=0))
     path.write_bytes(content[:last])    # a cut between two frames: the file may be trimmed
-    with pytest.warns(UserWarning, match="a.mp4: declares 40 frames, but 39"):
+    with pytest.warns(UserWarning, match="a.mp4: may be cut short: 39 of 40 frames"):
         assert read_video(path, 4, (64, 64)).shape == (4, 3, 64, 64)
 
 
@@ -268,7 +268,7 @@ def test_a_file_shorter_than_its_declared_duration_gives_a_warning(tmp_path, nam
     with av.open(str(tmp_path / name)) as container:
         last = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[-3]
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:last])
-    with pytest.warns(UserWarning, match=f"{name}: declares 0.50 s, but ends at"):
+    with pytest.warns(UserWarning, match=rf"{name}: may be cut short: 0\.\d\d of 0.50 s"):
         read_video(tmp_path / name, 4, (16, 16))
 
 

@@ -49,8 +49,8 @@ def test_frame_steps_much_longer_than_in_training_give_a_warning(tmp_path):
     read_video(tmp_path / "a.mp4", 4, (16, 16), model_fps=1)
 
 
-def test_the_warning_of_long_steps_starts_above_2_1_times_the_training_step(tmp_path):
-    """The steps are 0.1 s: 2.09 and 2.11 times those of 20.9 and 21.1 frames per second."""
+def test_the_warning_of_long_steps_begins_at_2_1_times_the_training_step(tmp_path):
+    """The clip's steps are 0.1 s: 2.09 and 2.11 times those of 20.9 and 21.1 frames per second."""
     write_video(tmp_path / "a.gif", numbered_frames([1, 2, 3, 4]), fps=10)
     read_video(tmp_path / "a.gif", 4, (16, 16), model_fps=20.9)
     with pytest.warns(UserWarning, match="0.10 s apart"):

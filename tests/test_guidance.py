@@ -57,7 +57,8 @@ def test_gradient_in_half_precision_is_not_rounded_to_zero():
 
 @pytest.mark.parametrize("layers", ["up_blocks.1", ("up_blocks.1",), ["up_blocks.1"]])
 def test_resolved_guidance_has_full_layer_names(small, layers):
-    resolved, = resolve_guidance([Guidance(total, layers, "temporal_keys", 3.0)], small.unet)
+    resolved, = resolve_guidance([Guidance(total, layers, "temporal_keys", 3.0)], None, small,
+                                 small.config.sample)
     names = tuple(LAYER.format(m, k) for m in range(2) for k in range(2))
     assert resolved == Guidance(total, names, "temporal_keys", 3.0)
     assert resolved.request == AttentionRequest(temporal_keys=names)
@@ -65,19 +66,19 @@ def test_resolved_guidance_has_full_layer_names(small, layers):
 
 @pytest.mark.parametrize("guidance, message", [
     (Guidance(total), "is not a list: write guidance="),
-    (total, "is not a list"), ([total], r"guidance\[0\] = <function total.* is not a Guidance"),
-    ([Guidance(total), (total, "up_blocks.1")], r"guidance\[1\] = .* is not a Guidance"),
+    (total, "is not a list"), ([total], "guidance has <function total.*, which is not a Guidance"),
+    ([Guidance(total), (total, "up_blocks.1")], r"guidance has \(<function .* is not a Guidance"),
     ([Guidance(total, "up_block.1")], "'up_block.1' has no temporal attention"),
     ([Guidance(total, "up_blocks.0", "cross")], "'up_blocks.0' has no cross-attention")])
 def test_guidance_that_the_model_cannot_use_is_rejected(small, guidance, message):
     with pytest.raises(InputError, match=message):
-        resolve_guidance(guidance, small.unet)
+        resolve_guidance(guidance, None, small, small.config.sample)
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"loss": "up"}, "Guidance.loss = 'up' is not a function"),
+    ({"loss": "up"}, "Guidance.loss = 'up' is not valid: it must be a function"),
     ({"kind": "temporal_map"}, "Guidance.kind = 'temporal_map' .* temporal, temporal_keys, cross"),
-    ({"weight": float("nan")}, "Guidance.weight = nan"), ({"weight": True}, "weight = True"),
+    ({"weight": float("nan")}, "Guidance.weight = nan"),
     ({"weight": "2"}, "Guidance.weight = '2'")])
 def test_impossible_guidance_is_rejected_when_it_is_created(arguments, message):
     with pytest.raises(InputError, match=message):

@@ -43,7 +43,14 @@ def test_motion_is_the_top_k_of_the_noised_clips_maps(small, k):
     assert motion.metadata == {
         "model": small.sha256, "extraction_timestep": 600, "top_k": k or 4,
         "guidance_blocks": ["up_blocks.1"], "num_frames": 4, "height": 8, "width": 8,
-        "grids": dict.fromkeys(maps, [4, 4])}
+        "context_length": 4, "context_offsets": [0], "grids": dict.fromkeys(maps, [4, 4])}
+
+
+def test_negative_prompt_does_not_change_the_motion(small):
+    plain, negative = (extract(small, latents(), negative_prompt=text) for text in ("", "a ring"))
+    for name, values in plain.values.items():
+        assert torch.equal(negative.values[name], values)
+        assert torch.equal(negative.indices[name], plain.indices[name])
 
 
 def test_default_noise_is_the_same_for_every_extraction(small):
@@ -101,10 +108,10 @@ def test_motion_is_unchanged_by_saving_and_loading(small, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"width": 16}, "from 4 frames of 8x8 latents, not 4 of 8x4"),
-    ({"extraction_timestep": 200}, "extraction_timestep = 400, the settings have 200"),
-    ({"top_k": 2}, "top_k = 1, the settings have 2"), ({"top_k": 0}, "the settings have 4"),
-    ({"guidance_blocks": ("up_blocks.2",)}, "'up_blocks.1'.*have .'up_blocks.2'")])
+    ({"width": 16}, "width = 8, not 4"), ({"num_frames": 3}, "num_frames = 4, not 3"),
+    ({"extraction_timestep": 200}, "extraction_timestep = 400, not 200"),
+    ({"top_k": 2}, "top_k = 1, not 2"), ({"top_k": 0}, "top_k = 1, not 4"),
+    ({"guidance_blocks": ("up_blocks.2",)}, "'up_blocks.1'.*, not .'up_blocks.2'")])
 def test_motion_of_another_size_or_setting_is_rejected_when_sample_is_called(small, changes,
                                                                              message):
     with pytest.raises(InputError, match=message):
@@ -138,7 +145,7 @@ def test_other_files_are_rejected_by_name(tmp_path, content):
     with pytest.raises(InputError, match="m.safetensors: not a motion file"):
         Motion.load(path)
     save_file({"values.x": torch.ones(1)}, path, {"format": "another"})
-    with pytest.raises(InputError, match="m.safetensors: not a motion file of this version"):
+    with pytest.raises(InputError, match="m.safetensors: not a motion file. Give"):
         Motion.load(path)
 
 
@@ -152,12 +159,14 @@ def test_other_files_are_rejected_by_name(tmp_path, content):
     (lambda t, m: t.update({n: x[:3] for n, x in t.items()}), r"is \(3, 2, 4, 1\)"),
     (lambda t, m: t.update({n: x[0] for n, x in t.items()}), r"is \(2, 4, 1\)"),
     (lambda t, m: t.update({n: x.double() for n, x in t.items()}), "no attention map"),
-    (lambda t, m: m.update(num_frames=5), "is .*, 4, 1"),
-    (lambda t, m: m.update(top_k=0), "sizes are"),
-    (lambda t, m: m.update(height=float("inf")), "sizes are"),
-    (lambda t, m: m.update(guidance_blocks="up"), "guidance_blocks are missing"),
-    (lambda t, m: m.pop("extraction_timestep"), "'extraction_timestep'"),
-    (lambda t, m: m.update(grids={}), "up_blocks.1")])
+    (lambda t, m: m.update(context_length=5), "is .*, 4, 1"),
+    (lambda t, m: m.update(top_k=0), "is .*, 4, 1"),
+    (lambda t, m: m.update(context_offsets=[0, 2]), "is .*, 4, 1"),
+    (lambda t, m: m.update(context_offsets=0), "has no len"),
+    (lambda t, m: m.pop("model"), "metadata are not complete"),
+    (lambda t, m: m.pop("extraction_timestep"), "metadata are not complete"),
+    (lambda t, m: m.update(grids={}), "up_blocks.1"),
+    (lambda t, m: m.update(grids=dict.fromkeys(m["grids"], [4, 1e300])), r"is \(16, ")])
 def test_damaged_motion_files_are_rejected(small, tmp_path, damage, message):
     path = tmp_path / "m.safetensors"
     extract(small, latents()).save(path)
@@ -169,6 +178,17 @@ def test_damaged_motion_files_are_rejected(small, tmp_path, damage, message):
               header | {"metadata": json.dumps(metadata)})
     with pytest.raises(InputError, match=f"m.safetensors: a damaged motion file .*{message}"):
         Motion.load(path)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("num_frames", 5), ("height", float("inf")), ("width", None), ("guidance_blocks", "up"),
+    ("context_offsets", ["0"]), ("extraction_timestep", {})])
+def test_motion_file_with_other_metadata_is_rejected_when_sample_is_called(small, tmp_path, name,
+                                                                           value):
+    motion = extract(small, latents())
+    dataclasses.replace(motion, metadata=motion.metadata | {name: value}).save(tmp_path / "m")
+    with pytest.raises(InputError, match=f"the motion was extracted with {name} = "):
+        sample(small, "", Motion.load(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '"x"'])

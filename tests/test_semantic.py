@@ -53,6 +53,14 @@ def test_mask_is_where_the_normalized_attention_is_above_the_threshold():
     assert not subject_mask(uniform, [1], 0.3).any()
 
 
+@pytest.mark.parametrize("threshold, mask", [(0.49, [False, True, True]),
+                                             (0.5, [False, False, True])])
+def test_position_at_the_threshold_is_not_in_the_mask(threshold, mask):
+    """The normalized attention of the three positions is exactly 0, 0.5 and 1."""
+    attention = cross_attention(torch.tensor([0.25, 0.5, 0.75]).reshape(1, 1, 3, 1), grid=(1, 3))
+    assert subject_mask(attention, [0], threshold).tolist() == [[mask]]
+
+
 def test_gaussian_masks_are_the_equation():
     mask = randn(3, 6, 10) > 0.5
     mask[2] = False                                         # a frame without a subject

@@ -284,7 +284,7 @@ def scheduler(spacing="leading"):
 
 def test_alpha_bar_and_added_noise_equal_diffusers():
     schedule, oracle = NoiseSchedule(ScheduleConfig()), scheduler()
-    assert (schedule.alphas_cumprod - oracle.alphas_cumprod).abs().max() < 1e-7
+    assert (schedule.alphas_cumprod - oracle.alphas_cumprod).abs().max() < 1e-6
     assert schedule.alpha_bar(-1) == oracle.final_alpha_cumprod
     x, noise = randn(2, 50)
     for t in (0, 400, 999):
@@ -340,9 +340,8 @@ def test_lcm_steps_equal_diffusers_with_the_same_noise(steps):
     oracle.set_timesteps(steps)
     config = SampleConfig(steps=steps, guidance_steps=0, timestep_spacing="lcm", sampler="lcm",
                           cfg_scale=1.0)
-    text, (generator, oracle_generator) = torch.zeros(1), (
-        torch.Generator().manual_seed(5) for _ in range(2))
-    sampler = Sampler(FunctionModel(None), text, text, config, None, generator)
+    generator, oracle_generator = (torch.Generator().manual_seed(5) for _ in range(2))
+    sampler = Sampler(FunctionModel(None), "", config, None, generator)
     assert [t for t, _ in sampler.timestep_pairs] == oracle.timesteps.tolist()
     z, weight = randn(3, 40), randn(40, 40, seed=1) / 40 ** 0.5
     for i, (t, _) in enumerate(sampler.timestep_pairs):
@@ -355,9 +354,12 @@ def test_lcm_steps_equal_diffusers_with_the_same_noise(steps):
 class FunctionModel:
     """A model whose noise is a fixed function of the latents and the timestep."""
 
+    config, sparsectrl = SMALL, None
+    device, dtype = torch.device("cpu"), torch.float32
+    latent_shape = Model.latent_shape
+
     def __init__(self, noise):
         self.schedule, self.noise = NoiseSchedule(ScheduleConfig()), noise
-        self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def encode_text(self, prompts):
         return torch.zeros(len(prompts), 77, 1)

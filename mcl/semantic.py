@@ -19,7 +19,7 @@ from .errors import InputError
 from .guidance import Guidance
 from .model import Model
 from .networks.attention import AttentionMaps, AttentionRequest
-from .sampler import Sampler, encode_prompts
+from .sampler import Sampler
 
 SUBJECT_ATTENTION_BLOCK = "up_blocks.1"     # block whose cross-attention locates the subject
 GAUSSIAN_SIGMA = 5 / 16                     # of the softened masks, in sides of the grid
@@ -252,7 +252,7 @@ def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: Sample
     if not config.semantic_scale * config.motion_weight:
         raise InputError("semantic_scale and motion_weight must both be above 0 for semantic "
                          "guidance")
-    sampler = Sampler(model, *encode_prompts(model, prompt, config), config, control)
+    sampler = Sampler(model, prompt, config, control)
     require_single_window(sampler.windows)
     request = AttentionRequest(temporal_keys=config.semantic_blocks, cross=(
         () if subject is None else (SUBJECT_ATTENTION_BLOCK,)))

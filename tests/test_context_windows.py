@@ -47,6 +47,7 @@ def blended(parts, starts=STARTS):
 @pytest.mark.parametrize("frames, given, starts, length", [
     (64, {}, (0, 12, 24, 36, 48), 16), (16, {}, (0,), 16), (5, {}, (0,), 5), (17, {}, (0, 1), 16),
     (40, {"overlap": 0.5}, (0, 8, 16, 24), 16), (9, {"window": 4}, STARTS, 4),
+    (10, {"window": 4}, (0, 3, 6), 4), (10, {"window": 4, "overlap": 0.4}, (0, 2, 4, 6), 4),
     (32, {"loop": True}, (0, 10, 21), 16), (16, {"loop": True}, (0, 8), 16),
     (9, {"window": 4, "overlap": 0.5, "loop": True}, (0, 1, 3, 5, 7), 4),
     (48, {"overlap": 0.0}, (0, 16, 32), 16), (1, {"loop": True}, (0,), 1)])

@@ -44,9 +44,10 @@ def test_a_clip_is_the_same_with_and_without_recomputing(small, monkeypatch):
     ends = []
     for again in (False, True):
         ends.append(list(sample(small, "a star", motion, config, latents=clip, gradient_checkpointing=again)))
-    assert torch.allclose(ends[0][-1].latents, ends[1][-1].latents, atol=1e-5)
+    expected, found = (states[-1].latents for states in ends)
+    assert (found - expected).norm() < 1e-4 * expected.norm()
     assert set(recomputed) == {True} and len(recomputed) > 20 * config.guidance_steps
-    assert ends[0][2].grad_norm == pytest.approx(ends[1][2].grad_norm, rel=1e-5)
+    assert ends[0][2].grad_norm == pytest.approx(ends[1][2].grad_norm, rel=1e-4)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries are left alone")

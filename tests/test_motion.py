@@ -42,6 +42,13 @@ def test_motion_is_the_top_of_each_row_of_the_noised_clips_maps(small, k):
     assert motion.info["t"] == 600 and motion.info["frames"] == 4
 
 
+def test_the_negative_prompt_does_not_change_the_motion(small):
+    plain, negative = (extract(small, latents(), negative_prompt=text) for text in ("", "a ring"))
+    for name, values in plain.values.items():
+        assert torch.equal(negative.values[name], values)
+        assert torch.equal(negative.indices[name], plain.indices[name])
+
+
 def test_loss_is_the_masked_mean_square_summed_over_layers(small):
     motion = extract(small, latents(), top_k=2)
     text = small.encode_text(["a star"])

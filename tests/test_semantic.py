@@ -40,6 +40,13 @@ def test_mask_of_a_hand_made_map():
     assert not subject_mask([torch.full((1, 2, 6, 7), 0.3)], [1], (2, 3), 0.3).any()
 
 
+def test_a_place_at_the_threshold_is_not_in_the_mask():
+    """The shares of the three places are exactly 0, 0.5 and 1."""
+    maps = [torch.tensor([0.25, 0.5, 0.75]).reshape(1, 1, 3, 1)]
+    for threshold, mask in ((0.49, [False, True, True]), (0.5, [False, False, True])):
+        assert subject_mask(maps, [0], (1, 3), threshold).tolist() == [[mask]]
+
+
 def test_softened_masks_are_the_equation():
     mask = randn(3, 6, 10) > 0.5
     mask[2] = False                                         # a frame without a subject

@@ -1,330 +1,308 @@
-"""The options of sample.py: what they say, and everything that can be wrong with them."""
+"""Command line of sample.py: options, generated from `SampleConfig`, and their validation."""
 import argparse
 import dataclasses
-import hashlib
+import functools
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from ..checkpoints.model_file import DEFAULT_WEIGHTS, build_on_meta, read_model_config
-from ..config import DISTILLED_PRESETS, SOLVERS, SPACINGS, SampleConfig
 from ..checkpoints.detect import LORAS
-from ..checkpoints.lora import IGNORE_ALPHA, parse_scaled
+from ..checkpoints.lora import IGNORE_ALPHA_HELP, parse_scaled
+from ..checkpoints.model_file import DEFAULT_WEIGHTS, build_on_meta, read_model_config
+from ..clone import check_memory
+from ..config import SampleConfig
+from ..context_windows import make_context_windows
+from ..device import DTYPES, resolve_device, resolve_dtype
 from ..errors import InputError
 from ..files import check_readable, check_writable
-from ..device import DTYPES, MEMORY, check_memory, resolve_device, resolve_dtype
+from ..model import Model
 from ..motion import Motion
-from ..sampler import check_settings
+from ..networks.attention import AttentionRequest
+from ..presets import FAST_PRESET, PRESETS, build_config
 from ..semantic import require_single_window, subject_tokens
-from ..networks.temporal import AttentionRequest
 from ..video.read import FITS
-from ..context_windows import make_context_windows
 from ..video.write import check_output_path
-from . import OneLineErrorParser
-from .outputs import clips_of, reads
+from .outputs import input_files, output_clips
+from .process import OneLineErrorParser
 
-DESCRIPTION = "Clones the motion of a reference video into a new video of a prompt."
-# The published settings (arXiv 2406.05338), of its later versions and of the first three.
-INVERSION = {"spacing": "linspace", "warmup": 10, "cooldown": 0, "inversion_steps": 1000,
-             "blocks": ("up_blocks.1", "up_blocks.2"), "block_weights": (1.0, 833 / 1667),
-             "motion_weight": 1667.0, "semantic_scale": 42.0, "semantic_blocks": ("up_blocks.1",)}
-PRESETS: dict[str, dict[str, Any]] = {
-    "camera": {"steps": 100, "guidance_steps": 50, "guidance_span": 0.3},
-    "object": {"steps": 300, "guidance_steps": 180, "guidance_span": 0.4},
-    "inversion-300": {"steps": 300, "guidance_steps": 200, **INVERSION},
-    "inversion-500": {"steps": 500, "guidance_steps": 300, **INVERSION},
-    **DISTILLED_PRESETS}
-FAST = "fast"                           # two thirds of the weights' own steps, in all that counts
-# Of the weight of the semantic loss to that of the motion loss, in the inversion variant.
-PUBLISHED_SEMANTIC_SHARE = 42 / 1667
-LEAST_WEIGHT = 100                      # the part of the usual weight below which nothing shows
-METHODS = ("single-step", "inversion")
-SEEDS = 1 << 64
-# What other programs take for commands in a prompt, and not for words.
-SYNTAX = re.compile("|".join((
+DESCRIPTION = "Clone the motion of a reference video into a new video of a prompt."
+EXAMPLES = """examples:
+  python sample.py --ref examples/figure_eight.mp4 --prompt "a red star on a navy background"
+  python sample.py --ref v.mp4 --start 3 --duration 2 --prompt "a fox on a teal background"
+  python sample.py --weights weights/sd15.safetensors --preset camera --ref v.mp4 --prompt "a beach"
+Defaults in [] are the demo model's. --help-all lists every option."""
+MIN_WEIGHT_RATIO = 100          # a motion weight smaller than the model's by this has no effect
+MAX_SEED, MAX_SAMPLES = (1 << 64) - 1, 10_000
+# Syntax that other programs interpret in a prompt. Here it is plain text.
+PROMPT_SYNTAX = re.compile("|".join((
     r"\([^()]*(?:[^()\d]:\s*[\d.]+|:\s*\d*\.\d+)\s*\)",     # (word:1.2), but not (16:9)
     r"\({2,}[^()]+\){2,}|\[[^\[\]]+\]",                     # ((word)) and [word]
     r"<\w+:[^<>]+>|\bBREAK\b|\bembedding:\S+")))            # <lora:name:0.8>
-# The reference is noised alike whatever the seed, so that a motion is the same in every sample and
-# in a file. As torch reads 32 bits of it, the clip of seed 0 starts from that noise, and no other.
-REFERENCE_SEED = 1 << 32
+COMMON_SETTINGS = ("steps", "guidance_steps", "cfg_scale", "negative_prompt", "method",
+                   "motion_weight", "ref_prompt", "subject", "num_frames", "closed_loop", "memory")
+LORA_HELP = ("domain adapter of AnimateDiff", "LoRA of Stable Diffusion 1.5",
+             "LoRA of AnimateDiff's motion modules")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = OneLineErrorParser(prog="sample.py", description=DESCRIPTION, allow_abbrev=False)
-    add = p.add_argument
-    add("--ref", type=Path, help="reference video, gif or folder of images")
-    add("--prompt", required=True, help="what the new video shows; may be empty")
-    add("--negative-prompt", help="what it should not show")
-    add("--weights", type=Path, help="model file; the embedded one without it")
-    add("--out", type=Path, default=Path("out.mp4"),
-        help=".mp4, .gif, .webp, or a folder of PNGs (default: %(default)s)")
-    add("--compare", action="store_true", help="also write reference and result side by side")
-    add("--seed", type=int, default=0, help="of the noise that the clip starts from, 64 bits")
-    add("--num-samples", type=int, default=1, help="this many, with seeds counted up")
-    add("--jobs", type=Path, metavar="FILE", help="many clips with one model: a line of JSON for "
-        'each, its options as in {"ref": "a.mp4", "prompt": "a star", "out": "b.mp4"}; what stands '
-        "on the command line is for all")
-    add("--report", action="store_true", help="also measure how well the clip follows, and an "
-        "unguided one of the same noise beside it")
-    add("--maps", type=Path, metavar="DIR", help="also write a page, index.html, to look at: the "
-        "clips in step, their temporal attention at any place, where the motion points, the loss")
+def build_parser(show_all: bool = False) -> OneLineErrorParser:
+    """Return the parser of sample.py; without `show_all` its help lists the common options."""
+    p = OneLineErrorParser(prog="sample.py", description=DESCRIPTION, epilog=EXAMPLES,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = read_model_config(DEFAULT_WEIGHTS).sample
 
-    group = p.add_argument_group("method; the defaults are kept with the weights")
-    add = group.add_argument
-    add("--preset", choices=(*PRESETS, FAST), help="published steps for camera or object motion; "
-        "published settings of --method inversion, in 300 or 500 steps; those of distilled motion "
-        "modules; fast: two thirds of the weights' own steps, 1.5 times the speed; cameras suffer")
-    add("--steps", type=int, help="from noise to the clip")
-    add("--guidance-steps", type=int, help="how many of them, the first, are guided")
-    add("--guidance-every", type=int, metavar="N", help="take the gradient in every N-th guided "
-        "step only, and use it in the others too")
-    add("--guidance-repeats", type=int, metavar="N", help="take each guided step N times, from its "
-        "noise on: of few steps (8, of them 4 guided) 3 times keep the motion")
-    add("--guidance-span", type=float, help="share of the noise range that these cover")
-    add("--spacing", choices=SPACINGS, help="of the timesteps: uneven has the guided ones in their "
-        "span, linspace all evenly, leading as AnimateDiff, trailing and lcm if distilled")
-    add("--solver", choices=SOLVERS, help="of the steps: DDIM, or LCM of consistency models, which "
-        "puts back fresh noise")
-    add("--warmup", type=int, metavar="N", help="guided steps over which the guidance rises")
-    add("--cooldown", type=int, metavar="N", help="guided steps over which it falls at the end")
-    add("--cfg-scale", type=float, help="classifier-free guidance, uncond + s (cond - uncond)")
-    add("--cfg-share", type=float, help="share of the steps, the first, that have it; the others "
-        "need half the time")
-    add("--motion-weight", type=float, help="weight of the motion guidance (default: the weights' "
-        f"own, {SampleConfig.motion_weight:g} of Stable Diffusion's); 0 turns it off")
-    add("--top-k", type=top_k, metavar="K", help="values kept of each row of an attention map, "
-        "or all")
-    add("--blocks", type=names,
-        help="UNet blocks whose temporal attention is cloned, with commas between")
-    add("--block-weights", type=numbers,
-        help="of each of the blocks in the loss, with commas between")
-    add("--method", choices=METHODS, help="how the reference is read: noised once, or inverted by "
-        "DDIM (default: single-step, but for the presets of the other)")
-    add("--inversion-steps", type=int, help="of --method inversion (default: 100)")
-    add("--inversion-dir", type=Path, metavar="DIR", help="keep the inverted latents here, go on "
-        "with those of an interrupted run, use those of a finished one")
-    add("--ref-prompt", default="", help="what the reference shows, for inversion and --subject")
-    add("--subject", nargs="+", action="extend", default=[], metavar="WORD",
-        help="semantic guidance where two words show: the first in the reference, as its prompt "
-             "has it, the second in the new clip")
-    add("--semantic-scale", type=float, help="weight of semantic guidance; without --subject it "
-        "compares whole frames")
-    add("--mask-threshold", type=float, metavar="X", help="of the attention to the subject's word, "
-        "0 to 1, above which a place belongs to it")
+    def add(group: Any, option: str, help: str, is_common: bool = True, **kwargs: Any) -> None:
+        group.add_argument(option, help=help if is_common or show_all else argparse.SUPPRESS,
+                           **kwargs)
 
-    group = p.add_argument_group("reference and video")
-    add = group.add_argument
-    add("--frames", type=int, help="of the clip; more than the weights' motion modules know are "
-        "sampled in windows that overlap, each at the cost of a clip of its own")
-    add("--window", type=int, metavar="N", help="frames of a window (default: all that they know)")
-    add("--overlap", type=float, metavar="X", help="share of a window that the next one sees too")
-    add("--loop", action="store_true", default=None, help="the last window runs into the first: of "
-        "a reference that ends where it begins, a clip that can be played round and round")
-    add("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="in pixels")
-    add("--start", type=float, default=0.0, help="seconds into the reference")
-    window = group.add_mutually_exclusive_group()
-    window.add_argument("--duration", type=float, help="seconds of the reference, over which its "
-                        "frames are spread; all the rest without it")
-    window.add_argument("--stride", type=int, metavar="N", help="take every N-th of its frames")
-    add("--fit", choices=FITS, default="crop", help="how the reference is brought to size")
-    add("--fps", type=float, help="of the video written")
-    add("--image", type=parse_image, nargs="+", action="extend", default=[], metavar="F[@FRAME]",
-        help="picture that a frame is to show, the first without @FRAME; or a sketch of it: "
-             "as the model's SparseCtrl takes them")
-    add("--save-motion", type=Path, metavar="FILE", help="keep the reference's motion")
-    add("--motion", type=Path, metavar="FILE", help="use a kept motion in place of --ref")
+    files = p.add_argument_group("input and output")
+    add(files, "--ref", "reference: a video, gif or folder of images", type=Path)
+    add(files, "--prompt", "what the new video shows")
+    add(files, "--out", "out.mp4, out.gif, out.webp, or a folder of PNGs [out.mp4]", type=Path,
+        default=Path("out.mp4"))
+    add(files, "--weights", "converted model; without it the built-in demo model runs", type=Path)
+    add(files, "--preset", "published settings: " + ", ".join((*PRESETS, FAST_PRESET)),
+        choices=(*PRESETS, FAST_PRESET), metavar="NAME")
+    add(files, "--seed", "seed of the initial noise [0]", type=int, default=0)
+    add(files, "--num-samples", "number of clips, with seeds counted up [1]", type=int, default=1)
+    add(files, "--size", f"size of the clip [{default.width}x{default.height}]", type=parse_size,
+        metavar="WIDTHxHEIGHT")
+    add(files, "--start", "start of the reference's part, in seconds [0]", type=float, default=0.0)
+    add(files, "--duration", "length of that part in seconds [the rest]", type=float)
+    add(files, "--stride", "take every n-th frame instead", False, type=int, metavar="N")
+    add(files, "--fit", "how the reference is brought to size: crop, pad or stretch [crop]", False,
+        choices=FITS, default="crop", metavar="FIT")
+    add(files, "--fps", "frame rate of the written video [the model's]", False, type=float)
+    add(files, "--compare", "also write reference and clip side by side", action="store_true")
+    add(files, "--report", "also measure how well the clip follows", action="store_true")
+    add(files, "--maps", "also write a page with the attention maps", type=Path, metavar="DIR")
+    add(files, "--jobs", "many clips, one JSON object of options per line: "
+        '{"ref": "a.mp4", "prompt": "a star", "out": "b.mp4"}', type=Path, metavar="FILE")
+    add(files, "--image", "SparseCtrl image of a frame, the first without @FRAME", False,
+        type=parse_image, nargs="+", action="extend", default=[], metavar="FILE[@FRAME]")
+    add(files, "--save-motion", "write the reference's motion", False, type=Path, metavar="FILE")
+    add(files, "--motion", "use a saved motion instead of --ref", False, type=Path, metavar="FILE")
+    add(files, "--inversion-dir", "keep inverted latents in a folder; continues an interrupted "
+        "inversion and reuses a finished one", False, type=Path, metavar="DIR")
+    for option, text in zip(LORAS, LORA_HELP):
+        add(files, option, text, option == "--lora", type=parse_scaled, nargs="+",
+            action="extend", default=[], metavar="FILE[:SCALE]")
+    add(files, "--ignore-alpha", IGNORE_ALPHA_HELP, False, action="store_true")
+    add(files, "--device", "auto, cpu, cuda, cuda:1 or mps [auto]", default="auto")
+    add(files, "--dtype", "auto, float32, float16 or bfloat16 [auto]", default="auto",
+        choices=("auto", *DTYPES), metavar="DTYPE")
+    add(files, "--list-words", "print the words that the model was trained on", False,
+        action="store_true")
+    p.add_argument("--help-all", action="store_true", help="list every option")
 
-    group = p.add_argument_group("LoRAs, merged into the weights as these are read")
-    for option, what in zip(LORAS, ("AnimateDiff's domain adapter", "of Stable Diffusion 1.5",
-                                    "of AnimateDiff's motion modules")):
-        group.add_argument(option, type=parse_scaled, nargs="+", action="extend", default=[],
-                           metavar="F[:SCALE]", help=what)
+    group = p.add_argument_group("settings of the method")
+    for field in dataclasses.fields(SampleConfig):
+        if field.name not in ("height", "width"):
+            value = getattr(default, field.name)
+            add(group, "--" + field.name.replace("_", "-"), f"{field.metadata['help']} "
+                f"[{','.join(map(str, value)) if isinstance(value, tuple) else value}]".replace(
+                    " []", "").replace("%", "%%"),
+                field.name in COMMON_SETTINGS, **argument_kwargs(field))
+    return p
 
-    group.add_argument("--ignore-alpha", action="store_true", help=IGNORE_ALPHA)
 
-    group = p.add_argument_group("machine")
-    add = group.add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=("auto", *DTYPES))
-    add("--memory", default="auto", choices=MEMORY, help="low computes activations a second time "
-        "for the gradient rather than keep them, high never does, auto if they would not fit")
-    args = p.parse_args(argv)
-    args.where = ""                     # the line of a file of jobs
-    args.asked = [args.device, args.dtype]      # which all processes have in common
-    args.device = local_rank_device(args.device)
-    inverted = "inversion_steps" in PRESETS.get(args.preset, {})
-    args.method = args.method or ("inversion" if inverted else "single-step")
-    if inverted and args.method != "inversion":
-        raise InputError(f"--preset {args.preset} belongs to --method inversion")
+def argument_kwargs(field: dataclasses.Field) -> dict[str, Any]:
+    """Return the keyword arguments of `add_argument` for a field of SampleConfig."""
+    if field.type is bool:
+        return {"action": "store_true", "default": None}
+    if field.name == "subject":
+        return {"nargs": "+", "action": "extend", "metavar": "WORD"}
+    if field.metadata["choices"]:
+        return {"choices": field.metadata["choices"]}
+    if element_type := get_args(field.type)[:1]:
+        is_number = element_type[0] is float
+        return {"type": parse_floats if is_number else parse_names, "action": "extend",
+                "metavar": "X,X" if is_number else "NAME,NAME"}
+    return {"type": field.type, "metavar": {int: "N", float: "X", str: "TEXT"}[field.type]}
+
+
+def parse_args(argv: Sequence[str], common: argparse.Namespace | None = None
+               ) -> argparse.Namespace:
+    """Parse one command line, over the options common to a file of jobs.
+
+    Raises:
+        InputError: If an option is not known, has a wrong value, or is given twice.
+    """
+    if "--help-all" in argv:
+        build_parser(show_all=True).print_help()
+        raise SystemExit(0)
+    namespace = argparse.Namespace() if common is None else argparse.Namespace(**{
+        name: list(value) if isinstance(value, list) else value
+        for name, value in vars(common).items() if name != "stored_options"})
+    args = parser().parse_args(argv, namespace)
+    args.source = ""                    # line of a file of jobs
+    args.requested_device_dtype = [args.device, args.dtype]
     return args
 
 
+@functools.cache
+def parser() -> OneLineErrorParser:
+    """Return the parser of sample.py, which is built once."""
+    return build_parser()
+
+
 def parse_size(text: str) -> tuple[int, int]:
-    """"512x320" -> (width, height)."""
+    """Return (width, height) of "512x320"."""
     width, x, height = text.partition("x")
     if not (x and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 512x512")
     return int(width), int(height)
 
 
-def names(text: str) -> tuple[str, ...]:
-    """"a,b" -> ("a", "b")."""
-    return tuple(text.split(","))
+def parse_names(text: str) -> list[str]:
+    """Return ["a", "b"] of "a,b"."""
+    return text.split(",")
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """"1,0.5" -> (1.0, 0.5)."""
+def parse_floats(text: str) -> list[float]:
+    """Return [1.0, 0.5] of "1,0.5"."""
     try:
-        return tuple(map(float, text.split(",")))
+        return [float(number) for number in text.split(",")]
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas between, like "
-                                         "1,0.5") from error
-
-
-def top_k(text: str) -> int | str:
-    """The number, or "all"."""
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
-    return text if text == "all" else int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; write it like 1,0.5"
+                                         ) from error
 
 
 def parse_image(text: str) -> tuple[Path, int]:
-    """"a.png@15" -> (a.png, 15); frame 0 where none is given."""
+    """Return (a.png, 15) of "a.png@15"; frame 0 without a number."""
     path, at, frame = text.rpartition("@")
     if at and frame.removeprefix("-").isdecimal():
         return Path(path), int(frame)
     return Path(text), 0
 
 
-def local_rank_device(wanted: str) -> str:
-    """"auto" is a GPU of its own for each process that torchrun started, where there are any."""
-    if wanted == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+def local_rank_device(device: str) -> str:
+    """Return a GPU of its own for each process of torchrun, for "auto" on a machine with GPUs."""
+    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return wanted
+    return device
 
 
-def make_generator(seed: int) -> torch.Generator:
-    """Of a seed of up to 64 bits, each with a noise of its own: torch's generator on the CPU reads
-    the low 32 bits and no more, so that longer ones are brought to 32 by a hash."""
-    digest = hashlib.sha256(seed.to_uint8(8, "big")).digest()
-    return torch.Generator().manual_seed(seed if seed < 1 << 32 else
-                                         int.from_bytes(digest[:4], "big"))
+@functools.cache
+def model_on_meta(weights: Path) -> Model:
+    """Return the model of a file without its weights."""
+    return build_on_meta(read_model_config(weights))
 
 
-def settings(args: argparse.Namespace, default: SampleConfig) -> SampleConfig:
-    """The settings that suit the weights, with the preset's and then the options' over them."""
-    given: dict[str, Any] = {}
-    if args.preset == FAST:
-        for name in ("steps", "guidance_steps", "warmup", "cooldown"):
-            given[name] = -(-2 * getattr(default, name) // 3)
-    elif args.preset:
-        given |= PRESETS[args.preset]
-    if args.blocks:
-        given["block_weights"] = ()     # those that were given are of other blocks
-    for field in dataclasses.fields(SampleConfig):
-        value = getattr(args, field.name, None)
-        if value is not None:
-            given[field.name] = value
-    if args.top_k == "all":
-        given["top_k"] = args.frames or default.num_frames
-    if args.method == "inversion":
-        given.setdefault("inversion_steps", 100)
-    elif args.inversion_steps or args.inversion_dir:
-        raise InputError("--inversion-steps and --inversion-dir belong to --method inversion")
-    elif args.ref_prompt and not args.subject:
-        raise InputError("--ref-prompt belongs to --method inversion or --subject")
-    if args.subject:
-        given.setdefault("semantic_scale", PUBLISHED_SEMANTIC_SHARE
-                         * given.get("motion_weight", default.motion_weight))
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the method that were given as options."""
+    settings = {field.name: getattr(args, field.name, None)
+                for field in dataclasses.fields(SampleConfig)}
     if args.size:
-        given["width"], given["height"] = args.size
-    return dataclasses.replace(default, **given)
+        settings["width"], settings["height"] = args.size
+    return {name: value for name, value in settings.items() if value is not None}
 
 
-def warn_syntax(args: argparse.Namespace) -> None:
-    """Of prompts for programs that take parts of them for commands."""
-    found = [m[0] for prompt in (args.prompt, args.negative_prompt, args.ref_prompt)
-             for m in SYNTAX.finditer(prompt or "")]
-    if found:
-        warnings.warn(f"{' '.join(found)} goes to the model as plain text: prompts have no weights "
-                      "and commands here; --lora FILE:SCALE merges a LoRA, and an embedding cannot "
-                      "be used")
+def validate_args(args: argparse.Namespace) -> SampleConfig:
+    """Return the settings of a job after checking everything that needs no weights.
 
-
-def check(args: argparse.Namespace) -> tuple[SampleConfig, float]:
-    """Everything that can be wrong and can be known before weights are read."""
-    warn_syntax(args)
+    Raises:
+        InputError: If an option is out of range, has no effect, or does not fit another one.
+        MemoryError: If the clip cannot fit into memory.
+    """
+    warn_prompt_syntax(args)
+    if args.prompt is None:
+        raise InputError("--prompt is missing: say what the new video shows")
     if (args.ref is None) == (args.motion is None):
-        raise InputError("give the reference with --ref, or its kept motion with --motion")
-    for option, path in reads(args):
-        if option not in ("--weights", "--image"):      # of which more is said below
+        raise InputError("give the reference with --ref, or its saved motion with --motion")
+    for option, path in input_files(args):
+        if option != "--weights":       # read_model_config says more
             check_readable(path)
-    if args.num_samples < 1:
-        raise InputError(f"--num-samples {args.num_samples} is not possible: 1 or more")
-    if not 0 <= args.seed <= SEEDS - args.num_samples:
-        raise InputError(f"--seed {args.seed} is not possible: 0 to {SEEDS - args.num_samples}")
-    if args.method == "inversion" and (args.ref is None or args.save_motion):
-        raise InputError("--method inversion reads the reference at every step: give it with "
-                         "--ref, and leave out --motion and --save-motion")
-    if args.maps and args.method == "inversion" and args.guidance_steps == 0:
-        raise InputError("--maps shows what was read at the guided steps: there are none with "
-                         "--guidance-steps 0")
-    if args.image and (args.method == "inversion" or args.subject or args.semantic_scale):
-        raise InputError("--image goes with --method single-step, without semantic guidance")
-    if len(args.subject) not in (0, 2):
-        raise InputError(f"--subject is {len(args.subject)} words: give two, the reference's and "
-                         "the new clip's")
-    if args.subject and args.ref is None:
-        raise InputError("--subject looks for its word in the reference: give it with --ref")
+    if not 1 <= args.num_samples <= MAX_SAMPLES:
+        raise InputError(f"--num-samples {args.num_samples} is out of range: it must be between 1 "
+                         f"and {MAX_SAMPLES}")
+    if not 0 <= args.seed <= MAX_SEED + 1 - args.num_samples:
+        raise InputError(f"--seed {args.seed} is out of range: it must be between 0 and "
+                         f"{MAX_SEED + 1 - args.num_samples}")
+    if args.stride is not None and args.duration is not None:
+        raise InputError("--stride and --duration exclude each other: give one of them")
+    model = model_on_meta(args.weights or DEFAULT_WEIGHTS)
+    own = model.config.sample
+    config = build_config(own, args.preset, **settings_of(args))
+    validate_method(args, config)
+    height, width = model.latent_shape(config)[3:]
+    max_length = model.config.unet.motion_max_seq_length
+    if config.semantic_scale:
+        require_single_window(make_context_windows(config.num_frames, config, max_length))
+    if 0 < config.motion_weight < own.motion_weight / MIN_WEIGHT_RATIO:
+        warnings.warn(f"motion_weight = {config.motion_weight:g} has hardly any effect: this "
+                      f"model's own is {own.motion_weight:g}")
+    device = resolve_device(local_rank_device(args.device))
+    check_memory(model.config, config, device, resolve_dtype(args.dtype, device))
+    model.unet.resolve_layers(AttentionRequest(config.guidance_blocks, config.semantic_blocks))
+    for prompt, word in zip((config.ref_prompt, args.prompt), config.subject):
+        subject_tokens(model, prompt, word)
+    if args.motion is not None:
+        Motion.load(args.motion).check_config(config, (config.num_frames, height, width),
+                                              max_length)
+    validate_images(args, model, config)
+    validate_outputs(args)
+    return config
+
+
+def validate_method(args: argparse.Namespace, config: SampleConfig) -> None:
+    """Raise InputError for options that do not fit the method."""
+    is_inversion = config.method == "inversion"
+    if is_inversion and (args.ref is None or args.save_motion):
+        raise InputError("--method inversion reads the reference in every step: give it with "
+                         "--ref, without --motion and --save-motion")
+    if not is_inversion and (args.inversion_steps or args.inversion_dir):
+        raise InputError("--inversion-steps and --inversion-dir need --method inversion")
+    if args.ref_prompt and not is_inversion and not config.subject:
+        raise InputError("--ref-prompt has no effect without --method inversion or --subject")
+    if config.subject and args.ref is None:
+        raise InputError("--subject needs the reference itself: give it with --ref")
+    if config.subject and not config.ref_prompt:
+        raise InputError("--subject needs --ref-prompt: the first word is looked up there")
+    if args.maps and is_inversion and config.guidance_steps == 0:
+        raise InputError("--maps shows the attention of the guided steps: give --guidance-steps 1 "
+                         "or more")
+    if args.image and (is_inversion or config.semantic_scale):
+        raise InputError("--image needs --method single-step, without semantic guidance")
     for name in ("compare", "report"):
         if getattr(args, name) and args.ref is None:
             raise InputError(f"--{name} needs the reference itself: give it with --ref")
-    model_config = read_model_config(args.weights or DEFAULT_WEIGHTS)
-    config = settings(args, model_config.sample)
-    step = model_config.vae.downsampling
-    if config.height % step or config.width % step:
-        raise InputError(f"--size {config.width}x{config.height} is not possible: "
-                         f"width and height must be multiples of {step}")
-    longest = model_config.unet.motion_max_seq_length
-    windows = make_context_windows(config.num_frames, config, longest)
-    if args.top_k == "all":
-        config = dataclasses.replace(config, top_k=windows.length)
-    if config.semantic_scale:
-        require_single_window(windows)
-    usual = model_config.sample.motion_weight
-    if 0 < config.motion_weight < usual / LEAST_WEIGHT:
-        warnings.warn(f"--motion-weight {config.motion_weight:g} does next to nothing: these "
-                      f"weights' own is {usual:g}")
-    device = resolve_device(args.device)
-    check_memory(model_config, config, device, resolve_dtype(args.dtype, device))
-    model = build_on_meta(model_config)
-    model.unet.resolve(AttentionRequest(config.guidance_blocks, config.semantic_blocks))
-    for text, word in zip((args.ref_prompt, args.prompt), args.subject):
-        subject_tokens(model, text, word)
-    if args.motion is not None:
-        check_settings(Motion.load(args.motion), config,
-                       (config.num_frames, config.height // step, config.width // step), longest)
-    fps = model_config.fps if args.fps is None else args.fps
-    if not 0.1 <= fps <= 100:
-        raise InputError(f"--fps {fps} is not possible: 0.1 to 100")
+
+
+def validate_images(args: argparse.Namespace, model: Model, config: SampleConfig) -> None:
+    """Raise InputError for SparseCtrl images that the model or the clip cannot take."""
     for image, frame in args.image:
-        if not model_config.sparsectrl.kind:
-            raise InputError(f"--image {image}: these weights have no SparseCtrl; "
-                             "convert_weights.py --sparsectrl makes some that have")
+        if not model.config.sparsectrl.kind:
+            raise InputError(f"--image {image}: this model has no SparseCtrl. Convert one with "
+                             "convert_weights.py --sparsectrl")
         if not -config.num_frames <= frame < config.num_frames:
-            raise InputError(f"--image {image}@{frame}: the clip has frames 0 to "
+            raise InputError(f"--image {image}@{frame} is out of range: the clip has frames 0 to "
                              f"{config.num_frames - 1}")
         check_readable(image)
-    for out in (args.out, *(clip.out for clip in clips_of(args))):
-        check_output_path(out)
-    kept = args.inversion_dir           # which is gone on with, if it is there
-    if kept is not None and not kept.exists():
-        check_writable(kept, folder=True)
-    elif kept is not None and not (kept.is_dir() and os.access(kept, os.W_OK | os.X_OK)):
-        raise InputError(f"{kept}: is not a folder that can be written to; choose another")
-    return config, fps
+
+
+def validate_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError for outputs that cannot be written."""
+    if args.fps is not None and not 0.1 <= args.fps <= 100:
+        raise InputError(f"--fps {args.fps} is out of range: it must be between 0.1 and 100")
+    for path in (args.out, *(clip.out for clip in output_clips(args))):
+        check_output_path(path)
+    cache_dir = args.inversion_dir
+    if cache_dir is not None and not cache_dir.exists():
+        check_writable(cache_dir, is_folder=True)
+    elif cache_dir is not None and not (
+            cache_dir.is_dir() and os.access(cache_dir, os.W_OK | os.X_OK)):
+        raise InputError(f"{cache_dir}: not a folder that can be written to. Choose another")
+
+
+def warn_prompt_syntax(args: argparse.Namespace) -> None:
+    """Warn of prompt syntax that other programs interpret."""
+    matches = [match[0] for prompt in (args.prompt, args.negative_prompt, args.ref_prompt)
+               for match in PROMPT_SYNTAX.finditer(prompt or "")]
+    if matches:
+        warnings.warn(f"{' '.join(matches)} is read as plain text: prompts have no weights or "
+                      "commands. Use --lora FILE:SCALE to merge a LoRA")

@@ -6,6 +6,7 @@ Letters of every shape and einops string in this project:
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,9 @@ class AttentionRequest(NamedTuple):
     temporal: tuple[str, ...] = ()
     temporal_keys: tuple[str, ...] = ()
     cross: tuple[str, ...] = ()
+
+
+NO_REQUEST = AttentionRequest()
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,8 @@ class AttentionMaps:
 
 def merge_requests(requests: Sequence[AttentionRequest]) -> AttentionRequest:
     """Return one request for everything that several requests name, without duplicates."""
-    return AttentionRequest(*(tuple(dict.fromkeys(name for request in requests
-                                                  for name in request[kind]))
-                              for kind in range(len(AttentionRequest._fields))))
+    return AttentionRequest(*(tuple(dict.fromkeys(chain(*names)))
+                              for names in zip(*requests, strict=True)))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, return_map: bool = False,

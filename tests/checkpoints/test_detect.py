@@ -320,6 +320,21 @@ def test_positions_that_fp8_rounded_are_known(kind, then):
         check_positions(source(tensors))
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_positions_may_differ_by_the_rounding_of_half_precision_and_no_more(kind):
+    tensors = real("mm_v3")
+    name = next(name for name in tensors if name.endswith(".pe"))
+    shape = tensors[name].shape
+    rounded = sinusoid(*shape[1:]).to(kind)
+    tensors[name] = LazyTensor(shape, kind, lambda: rounded)
+    check_positions(source(tensors))
+    moved = sinusoid(*shape[1:])
+    moved[0, 5, 7] += 0.02
+    tensors[name] = LazyTensor(shape, torch.float32, lambda: moved)
+    with pytest.raises(InputError, match="not AnimateDiff's encoding of positions"):
+        check_positions(source(tensors))
+
+
 def test_positions_of_different_lengths_are_refused():
     tensors = real("mm_v3")
     tensors[next(key for key in tensors if key.endswith(".pe"))] = lazy((1, 24, 320))

@@ -85,10 +85,10 @@ def test_whole_matrices_biases_and_norms(kind, layer):
         module._org_weight, module.org_bias = [layer.weight.data], [layer.bias.data]
     expected = module.get_merged_weight(1.0)
     after, _ = found({name: t.detach() for name, t in state.items()}, layer)
-    assert torch.allclose(after["weight"], expected[0]) and torch.allclose(after["bias"],
-                                                                           expected[1])
+    assert torch.allclose(after["weight"], expected[0], atol=1e-6)
+    assert torch.allclose(after["bias"], expected[1], atol=1e-6)
     half, _ = found({name: t.detach() for name, t in state.items()}, layer, 0.5)
-    assert torch.allclose(half["bias"], (after["bias"] + layer.bias) / 2)
+    assert torch.allclose(half["bias"], (after["bias"] + layer.bias) / 2, atol=1e-6)
 
 
 def test_glora_under_its_former_names():
@@ -103,7 +103,8 @@ def test_glora_under_its_former_names():
     assert torch.equal(former["weight"], now["weight"])
 
 
-def test_the_magnitudes_of_peft_are_of_rows_and_the_scale_is_the_share_of_the_change():
+@pytest.mark.parametrize("strength", [0.5, -0.5, 2.0])
+def test_the_magnitudes_of_peft_are_of_rows_and_the_scale_is_the_share_of_the_change(strength):
     torch.manual_seed(0)
     layer = LAYERS["3x3"]()
     state = {"lora_A.weight": torch.randn(4, 12, 3, 3), "lora_B.weight": torch.randn(16, 4, 1, 1),
@@ -111,8 +112,9 @@ def test_the_magnitudes_of_peft_are_of_rows_and_the_scale_is_the_share_of_the_ch
     after, _ = found(state, layer)
     assert torch.allclose(after["weight"].flatten(1).norm(dim=1),
                           state["lora_magnitude_vector"].flatten(), atol=1e-5)
-    half, _ = found(state, layer, 0.5)
-    assert torch.allclose(half["weight"], (after["weight"] + layer.weight) / 2, atol=1e-5)
+    scaled, _ = found(state, layer, strength)
+    expected = layer.weight + strength * (after["weight"] - layer.weight)
+    assert torch.allclose(scaled["weight"], expected, atol=1e-5)
 
 
 def test_what_belongs_elsewhere_is_dropped_for_a_reason():

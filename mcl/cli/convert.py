@@ -1,0 +1,211 @@
+"""The command convert_weights.py: one model file from community checkpoints."""
+import argparse
+import functools
+import hashlib
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..checkpoints import convert
+from ..checkpoints.detect import FOREIGN_PART_NOTE, LORAS, OPTIONS, DetectedCheckpoint, detect_file
+from ..checkpoints.lora import IGNORE_ALPHA_HELP, Lora, make_lora, parse_scaled
+from ..device import DTYPE_ALIASES, DTYPES
+from ..errors import InputError, escape_control_characters
+from ..files import OutputFile, check_io_conflicts, check_writable
+from .process import OneLineErrorParser, exit_code_of
+
+CHUNK = 1 << 24
+NETWORK_HELP = {
+    "--base": "Stable Diffusion 1.5: .safetensors, .ckpt, or a diffusers folder",
+    "--vae": "VAE in place of the base's", "--text-encoder": "text encoder in place of the base's",
+    "--motion-module": "AnimateDiff's motion module, v1, v2 or v3, or a diffusers MotionAdapter",
+    "--sparsectrl": "AnimateDiff's SparseCtrl, rgb or scribble, for --image of sample.py"}
+LORA_HELP = ("AnimateDiff's domain adapter", "LoRA of kohya, A1111, diffusers, PEFT or LyCORIS",
+             "AnimateDiff's motion LoRA")
+EXAMPLE = """example:
+  python convert_weights.py --base v1-5-pruned-emaonly.safetensors --motion-module v3_sd15_mm.ckpt
+      --out weights/sd15-v3.safetensors"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return exit_code_of(lambda: run(build_parser().parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check or convert."""
+    if args.check:
+        return check_files(args.check)
+    convert_files(args)
+    return 0
+
+
+def build_parser() -> OneLineErrorParser:
+    """Return the parser of convert_weights.py."""
+    p = OneLineErrorParser(prog="convert_weights.py", epilog=EXAMPLE,
+                           description="Convert community checkpoints to one model file.",
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option, text in NETWORK_HELP.items():
+        p.add_argument(option, type=Path, metavar="FILE", help=text)
+    for option, text in zip(LORAS, LORA_HELP, strict=True):
+        p.add_argument(option, type=parse_scaled, nargs="+", action="extend", default=[],
+                       metavar="FILE[:SCALE]", help=text)
+    p.add_argument("--ignore-alpha", action="store_true", help=IGNORE_ALPHA_HELP)
+    p.add_argument("--ema", action="store_true", help="use the base's moving averages")
+    p.add_argument("--out", type=Path, metavar="FILE", help="the file to write, a .safetensors")
+    p.add_argument("--dtype", choices=DTYPE_ALIASES, default="fp16", help="data type of the file "
+                   "(default: fp16)")
+    p.add_argument("--name", help="name of the model (default: name of the file)")
+    p.add_argument("--check", type=Path, nargs="+", action="extend", metavar="FILE",
+                   help="say what each file is, and stop")
+    return p
+
+
+@dataclass
+class InputFiles:
+    """The checkpoints by the options that they were given with."""
+
+    networks: dict[str, DetectedCheckpoint] = field(default_factory=dict)
+    loras: list[tuple[str, Lora]] = field(default_factory=list)
+
+    def checkpoints(self) -> list[tuple[str, DetectedCheckpoint, str]]:
+        """Return option, checkpoint and scale of every file."""
+        return [*((option, checkpoint, "") for option, checkpoint in self.networks.items()),
+                *((option, lora.checkpoint, f":{lora.scale:g}"
+                   f"{' without alpha' if lora.ignore_alpha else ''}")
+                  for option, lora in self.loras)]
+
+
+def open_files(args: argparse.Namespace) -> InputFiles:
+    """Open all files.
+
+    Raises:
+        InputError: If a file is not what its option takes; the message names the right option.
+    """
+    files = InputFiles()
+    detect = functools.cache(detect_file)       # one file may be given twice
+    for part, option in OPTIONS.items():
+        path = getattr(args, option[2:].replace("-", "_"))
+        if path is not None:
+            checkpoint = detect(path)
+            if part not in checkpoint.key_maps:
+                raise wrong_option_error(checkpoint, option)
+            files.networks[option] = checkpoint
+    for option in LORAS:
+        for path, scale in getattr(args, option[2:].replace("-", "_")):
+            checkpoint = detect(path)
+            if checkpoint.option != option:
+                raise wrong_option_error(checkpoint, option)
+            files.loras.append((option, make_lora(checkpoint, scale, args.ignore_alpha)))
+    return files
+
+
+def wrong_option_error(checkpoint: DetectedCheckpoint, option: str) -> InputError:
+    """Return the error for a file that was given with a wrong option."""
+    subject = f"{checkpoint.path}: {checkpoint.description}"
+    if checkpoint.option == "--weights":
+        return InputError(f"{subject}. Run python sample.py --weights {checkpoint.path}")
+    if checkpoint.option == "--base" and option in ("--vae", "--text-encoder"):
+        return InputError(f"{subject}: it has nothing for {option}. Give another file")
+    return InputError(f"{subject}, not for {option}. Pass it with {checkpoint.option}")
+
+
+def select_parts(networks: dict[str, DetectedCheckpoint]) -> dict[str, DetectedCheckpoint]:
+    """Return the checkpoint of each part: its own file, or else the base."""
+    base = networks.get("--base")
+    parts = {part: base for part in OPTIONS if base is not None and part in base.key_maps}
+    return parts | {part: networks[option] for part, option in OPTIONS.items()
+                    if option in networks}
+
+
+def convert_files(args: argparse.Namespace) -> None:
+    """Convert the files of the command line and print what was used of each."""
+    if args.out is None:
+        raise InputError("--out is missing: give the file to write, such as "
+                         "--out weights/sd15.safetensors")
+    check_writable(args.out)
+    files = open_files(args)
+    plan = convert.plan_conversion(args.name or args.out.stem, select_parts(files.networks),
+                                   [lora for _, lora in files.loras], args.ema)
+    paths = [path for _, checkpoint, _ in files.checkpoints() for path in checkpoint.files]
+    check_io_conflicts([("this command", path) for path in paths], [OutputFile("--out", args.out)])
+    for checkpoint in {c.path: c for _, c, _ in files.checkpoints()}.values():
+        print(usage_report(checkpoint, plan), file=sys.stderr)
+    sha256 = sha256_of_files(paths)
+    sources = {f"{option} {path.relative_to(checkpoint.path.parent)}{scale}": sha256[path]
+               for option, checkpoint, scale in files.checkpoints() for path in checkpoint.files}
+    dtype = DTYPES[DTYPE_ALIASES[args.dtype]]
+    tensors = tqdm(plan.tensors(dtype), total=len(plan.shapes), desc=args.out.name, unit="tensor",
+                   file=sys.stderr)
+    convert.write_model(plan, args.out, dtype, tensors, sources)
+    count = len(files.loras)
+    print(f"{len(plan.shapes)} tensors written, {len(plan.deltas)} of them changed by {count} "
+          f"LoRA{'' if count == 1 else 's'}", file=sys.stderr)
+    print(args.out)
+
+
+def usage_report(checkpoint: DetectedCheckpoint, plan: convert.ConversionPlan) -> str:
+    """Return one line: how many tensors of a file are used, and why the others are not."""
+    ignored = plan.ignored[checkpoint.path]
+    reasons = "; ".join(f"{n} {reason}" for reason, n in ignored.items())
+    for reason in ignored:
+        if reason.endswith(FOREIGN_PART_NOTE):
+            warnings.warn(f"{checkpoint.path}: ignored tensors {reason}", stacklevel=2)
+    num_others = len(checkpoint.non_tensors)
+    return escape_control_characters(
+        f"{checkpoint.path}: {checkpoint.description}: {plan.used[checkpoint.path]} tensors used, "
+        f"{ignored.total()} ignored" + (f" ({reasons})" if reasons else "")
+        + (f"; {num_others} entries that are not tensors" if num_others else ""))
+
+
+def sha256_of_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the sha256 of files, with a progress bar."""
+    paths, hashes = list(dict.fromkeys(paths)), {}
+    with tqdm(total=sum(path.stat().st_size for path in paths), desc="sha256", unit="B",
+              unit_scale=True, file=sys.stderr, delay=1) as bar:
+        for path in paths:
+            sha256 = hashlib.sha256()
+            try:
+                with open(path, "rb") as file:
+                    while chunk := file.read(CHUNK):
+                        sha256.update(chunk)
+                        bar.update(len(chunk))
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+            hashes[path] = sha256.hexdigest()
+    return hashes
+
+
+def check_files(paths: Sequence[Path]) -> int:
+    """Print what each file is; return 2 if there is one that cannot be used."""
+    code = 0
+    for path in paths:
+        try:
+            print(describe_checkpoint(detect_file(path)))
+        except InputError as error:
+            print(error)
+            code = 2
+    return code
+
+
+def describe_checkpoint(checkpoint: DetectedCheckpoint) -> str:
+    """Return lines that say what a checkpoint is and what it still needs."""
+    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values())
+    size = sum(file.stat().st_size for file in checkpoint.files) / 1e9
+    lines = [f"{checkpoint.path}: {checkpoint.description}",
+             f"  {len(checkpoint.tensors)} tensors, "
+             f"{', '.join(f'{n} {dtype}' for dtype, n in dtypes.items())}, {size:.3f} GB"]
+    if checkpoint.option == "--weights":
+        lines.append("  complete: python sample.py --weights")
+    elif checkpoint.option:
+        missing = convert.missing_parts(checkpoint.key_maps)
+        lines.append(f"  for {checkpoint.option}; a complete model also needs "
+                     f"{', '.join(missing)}")
+    lines += [f"  sha256 {sha256}  {file.name}"
+              for file, sha256 in sha256_of_files(checkpoint.files).items()]
+    return "\n".join(map(escape_control_characters, lines))

@@ -103,8 +103,7 @@ class Motion:
                 header = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a motion file ({error}). Give one that --save-motion "
-                             "wrote") from error
+            raise InputError(f"{path}: not a motion file ({error}). Save one first") from error
         if header.get("format") != FORMAT:
             raise InputError(f"{path}: not a motion file. Give one that --save-motion wrote")
         values, indices = ({key.removeprefix(kind): tensor for key, tensor in tensors.items()
@@ -113,8 +112,7 @@ class Motion:
             motion = cls(values, indices, json.loads(header["metadata"]))
             motion.validate(len(tensors))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: a damaged motion file ({error}). Extract the motion "
-                             "again") from error
+            raise InputError(f"{path}: a damaged motion file ({error}). Save it again") from error
         return cls(values, {name: i.long() for name, i in indices.items()}, motion.metadata)
 
     def validate(self, num_tensors: int) -> None:
@@ -164,7 +162,7 @@ def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = 
     """
     config = config or model.config.sample
     if latents.ndim != 5 or latents.shape[:2] != (1, model.config.unet.in_channels):
-        raise InputError(f"latents have shape {tuple(latents.shape)}: expected those of one clip, "
+        raise InputError(f"latents have shape {tuple(latents.shape)}: expected one clip, "
                          f"(1, {model.config.unet.in_channels}, f, h, w)")
     t = config.extraction_timestep
     windows = make_context_windows(latents.shape[2], config,

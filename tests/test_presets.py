@@ -51,13 +51,13 @@ OTHER = SampleConfig(
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("own", [SampleConfig(), OTHER, DISTILLED_PRESETS["animatelcm"]],
+@pytest.mark.parametrize("model_settings", [SampleConfig(), OTHER, DISTILLED_PRESETS["animatelcm"]],
                          ids=["defaults", "other", "few steps"])
-def test_preset_gives_the_published_settings_over_any_model(name, own):
-    config = build_config(own, name)
+def test_preset_gives_the_published_settings_over_any_model(name, model_settings):
+    config = build_config(model_settings, name)
     assert {field: getattr(config, field) for field in PUBLISHED[name]} == PUBLISHED[name]
     fields = [f.name for f in dataclasses.fields(SampleConfig)]
-    expected = {f: getattr(own if f in CLIP_FIELDS else PRESETS[name], f) for f in fields}
+    expected = {f: getattr(model_settings if f in CLIP_FIELDS else PRESETS[name], f) for f in fields}
     assert dataclasses.asdict(config) == expected
 
 

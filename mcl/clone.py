@@ -11,21 +11,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from . import device, semantic
 from .checkpoints.model_file import load_model
 from .config import ModelConfig, SampleConfig, short_repr
 from .context_windows import make_context_windows
-from .device import (GUIDED_STEP_FEATURES, MIN_STEP_FEATURES, free_memory, offload_to_cpu,
-                     use_checkpointing)
 from .errors import InputError
-from .guidance import Guidance
-from .inversion import (InvertedReference, inversion_guidance, inversion_timesteps,
-                        invert_reference)
+from .guidance import Guidance, resolve_guidance
+from .inversion import InvertedReference, inversion_guidance, inversion_timesteps, invert_reference
 from .model import Model
 from .motion import Motion, extract_motion, reference_noise
 from .networks.sparsectrl import sparsectrl_condition
 from .presets import build_config
 from .sampler import SamplerStep, initial_noise, sample
-from .semantic import make_subject_masks, noised_reference_attention, semantic_guidance
 from .video.read import read_image, read_video, resize_frames
 from .video.write import write_video
 
@@ -100,7 +97,9 @@ def clone(reference: str | os.PathLike | Tensor | Motion | Reference, prompt: st
     progress = progress or no_progress
     model = model if isinstance(model, Model) else load_model(model)
     config = build_config(model.config.sample, preset, **settings)
+    guidance = resolve_guidance(guidance, None, model, config)
     images = read_control_images(control or {}, config)
+    condition = control_condition(model, images, config)
     generator = make_generator(seed)
     noise = initial_noise(model, config, generator)
 
@@ -111,10 +110,10 @@ def clone(reference: str | os.PathLike | Tensor | Motion | Reference, prompt: st
 
     # 2. Guided sampling (eqs. 1 and 3).
     states = sample(model, prompt, motion, config, guidance=[*guides, *guidance], latents=noise,
-                    generator=generator, control=control_condition(model, images, config),
+                    generator=generator, control=condition,
                     gradient_checkpointing=needs_checkpointing(model, config))
     steps, latents = [], noise
-    with offload_to_cpu(model.vae, model.text_encoder):
+    with device.offload_to_cpu(model.vae, model.text_encoder):
         for state in progress(states, desc=f"seed {seed}", total=config.steps):
             latents = state.latents
             steps.append(dataclasses.replace(state, latents=latents.new_empty(0)))
@@ -147,15 +146,11 @@ def read_reference(model: Model, source: str | os.PathLike | Tensor | Motion | R
         return source
     if isinstance(source, Motion):
         if config.method == "inversion" or config.subject:
-            raise InputError("a Motion has no frames: method inversion and a subject need the "
-                             "reference itself")
+            raise InputError("a Motion has no frames, which inversion and a subject need")
         return Reference(source)
     size = (config.height, config.width)
-    if isinstance(source, Tensor):
-        frames = resize_frames(source, config.num_frames, size)
-    else:
-        frames = read_video(source, config.num_frames, size, start, duration,
-                            model_fps=model.config.fps)
+    frames = resize_frames(source, config.num_frames, size) if isinstance(source, Tensor) else (
+        read_video(source, config.num_frames, size, start, duration, model_fps=model.config.fps))
     latents = model.vae.encode(frames)
     if config.method == "inversion":
         total = len(inversion_timesteps(model.schedule, config))
@@ -171,37 +166,36 @@ def read_reference(model: Model, source: str | os.PathLike | Tensor | Motion | R
 def build_guidance(model: Model, prompt: str, reference: Reference, noise: Tensor,
                    config: SampleConfig, progress: Progress) -> tuple[Motion | None, list[Guidance]]:
     """Return the motion for `sample`, and the guidance of the paper's first form."""
-    if not config.motion_weight:
-        return None, []
-    guidance, motion = [], reference.motion
+    guidance, motion = [], reference.motion if config.motion_weight else None
     if isinstance(motion, InvertedReference):
         guidance.append(inversion_guidance(motion, config))
-    if config.semantic_scale:
-        subject = None
-        if config.subject:
-            if reference.latents is None:
-                raise InputError("a subject needs the reference itself, not only its motion")
-            attention = motion.attention if isinstance(motion, InvertedReference) else (
-                noised_reference_attention(model, reference.latents, config.ref_prompt, config,
-                                           reference_noise(reference.latents)))
-            subject = make_subject_masks(model, prompt, config.subject[1], config.ref_prompt,
-                                         config.subject[0], attention, config)
-        guidance.append(semantic_guidance(
-            model, prompt, noise, config, subject,
+    if config.motion_weight and config.semantic_scale:
+        guidance.append(semantic.semantic_guidance(
+            model, prompt, noise, config, subject_masks(model, prompt, reference, config),
             progress=partial(progress, desc="unguided clip", total=config.guidance_steps)))
     return motion if isinstance(motion, Motion) else None, guidance
 
 
+def subject_masks(model: Model, prompt: str, reference: Reference, config: SampleConfig
+                  ) -> semantic.SubjectMasks | None:
+    """Return the masks of the subject for semantic guidance, or None without a subject."""
+    if not config.subject or reference.latents is None:
+        return None
+    attention = reference.motion.attention if isinstance(reference.motion, InvertedReference) else (
+        semantic.noised_reference_attention(model, reference.latents, config.ref_prompt, config,
+                                            reference_noise(reference.latents)))
+    return semantic.make_subject_masks(model, prompt, config.subject[1], config.ref_prompt,
+                                       config.subject[0], attention, config)
+
+
 def read_control_images(control: Mapping[int, Any], config: SampleConfig) -> dict[int, Tensor]:
     """Return control images (1, 3, H, W) in [-1, 1] by frame index, at the clip's size."""
-    images = {}
-    for index, image in control.items():
-        if isinstance(image, Tensor):
-            frames = image if image.ndim == 4 else image[None]
-            images[index] = resize_frames(frames, 1, (config.height, config.width))
-        else:
-            images[index] = read_image(image, (config.height, config.width))
-    return images
+    if control and (config.method == "inversion" or config.semantic_scale):
+        raise InputError("control images need method single-step, without semantic guidance")
+    size = (config.height, config.width)
+    return {index: resize_frames(image if image.ndim == 4 else image[None], 1, size)
+            if isinstance(image, Tensor) else read_image(image, size)
+            for index, image in control.items()}
 
 
 def control_condition(model: Model, images: Mapping[int, Tensor], config: SampleConfig
@@ -210,10 +204,8 @@ def control_condition(model: Model, images: Mapping[int, Tensor], config: Sample
     if not images:
         return None
     pixels = torch.cat(list(images.values()))
-    if model.config.sparsectrl.kind == "rgb":
-        inputs = rearrange(model.vae.encode(pixels), "1 c n h w -> n c h w")
-    else:
-        inputs = (pixels + 1) / 2
+    inputs = (pixels + 1) / 2 if model.config.sparsectrl.kind != "rgb" else (
+        rearrange(model.vae.encode(pixels), "1 c n h w -> n c h w"))
     return sparsectrl_condition(inputs, list(images), config.num_frames)
 
 
@@ -226,41 +218,39 @@ def make_generator(seed: int) -> torch.Generator:
         InputError: If the seed is out of range.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64:
-        raise InputError(f"seed = {short_repr(seed)} is out of range: it must be between 0 and "
-                         f"{(1 << 64) - 1}")
-    digest = hashlib.sha256(seed.to_bytes(8, "big")).digest()
-    return torch.Generator().manual_seed(seed if seed < 1 << 32 else
-                                         int.from_bytes(digest[:4], "big"))
+        raise InputError(f"seed = {short_repr(seed)} is out of range: 0 to {(1 << 64) - 1}")
+    digest = int.from_bytes(hashlib.sha256(seed.to_bytes(8, "big")).digest()[:4], "big")
+    return torch.Generator().manual_seed(seed if seed < 1 << 32 else digest)
 
 
 def needs_checkpointing(model: Model, config: SampleConfig) -> bool:
     """Return whether guided steps must recompute activations to fit into memory."""
-    needed = GUIDED_STEP_FEATURES * feature_bytes(model.config, config, model.dtype)
-    return use_checkpointing(config.memory, needed, model.device)
+    needed = device.GUIDED_STEP_FEATURES * feature_bytes(model.config, config, model.dtype)
+    free = device.free_memory(model.device)
+    return config.memory == "low" or (
+        config.memory == "auto" and free is not None and needed > free)
 
 
 def feature_bytes(model: ModelConfig, config: SampleConfig, dtype: torch.dtype) -> int:
     """Return the bytes of one feature map at the UNet's highest resolution."""
     length = make_context_windows(config.num_frames, config,
                                   model.unet.motion_max_seq_length).length
-    s = model.vae.downsampling
-    positions = length * (config.height // s) * (config.width // s)
+    positions = length * config.height * config.width // model.vae.downsampling ** 2
     return positions * model.unet.block_out_channels[0] * dtype.itemsize
 
 
-def check_memory(model: ModelConfig, config: SampleConfig, device: torch.device,
+def check_memory(model: ModelConfig, config: SampleConfig, place: torch.device,
                  dtype: torch.dtype) -> None:
     """Raise MemoryError for a clip that cannot fit, by a lower bound of what it needs."""
     pixels = config.height * config.width
     decoded_frame = 2 * model.vae.block_out_channels[0] * pixels * dtype.itemsize
-    step = MIN_STEP_FEATURES * feature_bytes(model, config, dtype)
-    for place, needed in ((torch.device("cpu"), 3 * 4 * config.num_frames * pixels),
-                          (device, max(decoded_frame, step))):
-        free = free_memory(place)
+    step = device.MIN_STEP_FEATURES * feature_bytes(model, config, dtype)
+    for where, needed in ((torch.device("cpu"), 3 * 4 * config.num_frames * pixels),
+                          (place, max(decoded_frame, step))):
+        free = device.free_memory(where)
         if free is not None and needed > free:
             raise MemoryError(f"{config.num_frames} frames of {config.width}x{config.height} need "
-                              f"more than {needed / 1e9:.0f} GB of memory; {free / 1e9:.0f} GB are "
-                              "free")
+                              f"more than {needed / 1e9:.0f} GB of memory; {free / 1e9:.0f} are free")
 
 
 def no_progress(iterable: Iterable, desc: str = "", total: int | None = None) -> Iterable:

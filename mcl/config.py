@@ -22,20 +22,19 @@ TIMESTEP_SPACINGS = ("motionclone", "linspace", "leading", "trailing", "lcm")
 LCM_STEPS = 50                              # timesteps that consistency models are distilled on
 
 
-def bounded(default: Any, low: float = -math.inf, high: float = math.inf, *, help: str = "",
-            choices: tuple[str, ...] = (), is_common: bool = False) -> Any:
+def bounded(default: Any, low: float = -math.inf, high: float = math.inf, help: str = "",
+            choices: tuple[str, ...] = ()) -> Any:
     """Declare a dataclass field with its legal values and its help text.
 
     Args:
         default: Default value. A tuple declares a list, and the bounds hold for each element.
         low: Smallest legal value.
         high: Largest legal value.
-        help: One sentence for the command line and the documentation.
+        help: Documentation of the field, which the command line shows too.
         choices: The legal values of a text field; empty for any text.
-        is_common: Whether `--help` shows the option; `--help-all` shows every option.
     """
-    return field(default=default, metadata={"low": low, "high": high, "help": help,
-                                            "choices": choices, "is_common": is_common})
+    return field(default=default,
+                 metadata={"low": low, "high": high, "help": help, "choices": choices})
 
 
 class ValidatedConfig:
@@ -52,13 +51,13 @@ class ValidatedConfig:
                 object.__setattr__(self, spec.name, value)
             kind = element_type[0] if element_type else spec.type
             elements = value if element_type and isinstance(value, tuple) else (value,)
-            if (element_type and type(value) is not tuple) or not all(
-                    has_type(element, kind) for element in elements):
+            is_list = type(value) is tuple or not element_type
+            if not is_list or not all(has_type(element, kind) for element in elements):
                 name = TYPE_NAMES.get(kind, "a group of settings by name")
                 self.fail(spec.name, f"a list, each {name}" if element_type else name)
             low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
             if kind in (int, float) and not all(low <= element <= high for element in elements):
-                self.fail(spec.name, range_text(low, high))
+                self.fail(spec.name, f"between {low} and {high}" if low < high else str(high))
             choices = spec.metadata.get("choices")
             if choices and not all(element in choices for element in elements):
                 self.fail(spec.name, "one of " + ", ".join(choices))
@@ -74,13 +73,6 @@ class ValidatedConfig:
         """Raise InputError for a field, with its value and the legal values."""
         raise InputError(f"{name} = {short_repr(getattr(self, name))} is out of range: "
                          f"it must be {legal}")
-
-
-def range_text(low: float, high: float) -> str:
-    """Return a range in words, as in "between 1 and 1000"."""
-    if high == math.inf:
-        return f"{low} or more"
-    return f"between {low} and {high}" if low < high else str(high)
 
 
 def has_type(value: Any, kind: Any) -> bool:
@@ -132,12 +124,12 @@ class UNetConfig(ValidatedConfig):
         levels = range(len(self.block_out_channels))
         heads = self.motion_num_attention_heads if self.motion_modules else 1
         return {
+            "block_out_channels": check_channels(self.block_out_channels, math.lcm(
+                self.norm_num_groups, self.num_attention_heads, heads)),
             "cross_attention_levels": (
                 list(self.cross_attention_levels) == sorted(
                     set(self.cross_attention_levels) & set(levels)),
-                f"some of 0 to {len(levels) - 1}, in rising order"),
-            "block_out_channels": check_channels(self.block_out_channels, math.lcm(
-                self.norm_num_groups, self.num_attention_heads, heads))}
+                f"some of 0 to {len(levels) - 1}, in rising order")}
 
     @property
     def time_channels(self) -> int:
@@ -225,75 +217,57 @@ class ScheduleConfig(ValidatedConfig):
 class SampleConfig(ValidatedConfig):
     """Settings of the method. The defaults are the published ones for camera motion."""
 
-    steps: int = bounded(100, 1, 1000, is_common=True, help="sampling steps")
-    guidance_steps: int = bounded(
-        50, 0, 1000, is_common=True, help="number of steps that are guided, from the first one on")
+    steps: int = bounded(100, 1, 1000, "sampling steps")
+    guidance_steps: int = bounded(50, 0, 1000, "guided steps, from the first step on")
     guidance_noise_range: float = bounded(
-        0.3, 0, 1, help="fraction of the noise schedule that the guided steps cover")
+        0.3, 0, 1, "fraction of the noise schedule that the guided steps cover")
     timestep_spacing: str = bounded(
-        "motionclone", choices=TIMESTEP_SPACINGS,
-        help="spacing of the timesteps; motionclone puts the guided steps into guidance_noise_range")
-    sampler: str = bounded("ddim", choices=("ddim", "lcm"),
-                           help="DDIM, or the sampler of latent consistency models")
-    cfg_scale: float = bounded(
-        8.5, 0, 1000, is_common=True,
-        help="classifier-free guidance scale s in uncond + s * (cond - uncond)")
+        "motionclone", help="spacing of the timesteps", choices=TIMESTEP_SPACINGS)
+    sampler: str = bounded("ddim", choices=("ddim", "lcm"), help="DDIM or consistency sampling")
+    cfg_scale: float = bounded(8.5, 0, 1000, "classifier-free guidance scale")
     cfg_end_fraction: float = bounded(
-        1.0, 0, 1, help="fraction of the steps after which classifier-free guidance ends")
-    negative_prompt: str = bounded("", is_common=True, help="what the clip should not show")
+        1.0, 0, 1, "fraction of the steps after which classifier-free guidance ends")
+    negative_prompt: str = bounded("", help="what the clip should not show")
 
-    method: str = bounded(
-        "single-step", choices=("single-step", "inversion"), is_common=True,
-        help="how the reference is read: noised once, or inverted by DDIM (the paper's first form)")
+    method: str = bounded("single-step", choices=("single-step", "inversion"),
+                          help="how the reference is read: noised once, or inverted by DDIM")
     motion_weight: float = bounded(
-        2000.0, 0, 1e38, is_common=True,
-        help="weight of the motion loss at 16 frames of 512x512 pixels; 0 disables guidance")
-    guidance_warmup_steps: int = bounded(
-        10, 0, 1000, help="guided steps over which the guidance weight rises")
-    guidance_cooldown_steps: int = bounded(
-        10, 0, 1000, help="guided steps over which the guidance weight falls at the end")
+        2000.0, 0, 1e38, "weight of the motion loss at 16x512x512; 0 disables guidance")
+    guidance_warmup_steps: int = bounded(10, 0, 1000, "steps over which the guidance weight rises")
+    guidance_cooldown_steps: int = bounded(10, 0, 1000, "steps over which the guidance weight falls")
     guidance_interval: int = bounded(
-        1, 1, 1000, help="compute the gradient in every n-th guided step and reuse it in between")
+        1, 1, 1000, "compute the gradient in every n-th guided step and reuse it in between")
     guidance_repeats: int = bounded(
-        1, 1, 100, help="times that each step with a gradient is taken, from renewed noise")
-    extraction_timestep: int = bounded(
-        400, 0, 999, help="timestep to which the reference is noised for the extraction")
-    top_k: int = bounded(
-        1, 0, MAX_FRAMES, help="values kept of each row of an attention map; 0 keeps all")
+        1, 1, 100, "times that each step with a gradient is taken, from renewed noise")
+    extraction_timestep: int = bounded(400, 0, 999, "noise level at which the motion is extracted")
+    top_k: int = bounded(1, 0, MAX_FRAMES, "values kept of each attention row; 0 keeps all")
     guidance_blocks: tuple[str, ...] = bounded(
         ("up_blocks.1",), help="UNet blocks or layers whose temporal attention is cloned")
     guidance_block_weights: tuple[float, ...] = bounded(
-        (), 0, 1e38, help="weight of each guidance block in the loss; empty for 1 each")
+        (), 0, 1e38, "weight of each guidance block in the loss; empty for 1 each")
 
-    inversion_steps: int = bounded(
-        100, 1, 1000, help="DDIM steps of the inversion, with --method inversion")
-    ref_prompt: str = bounded(
-        "", is_common=True, help="what the reference shows, for --method inversion and --subject")
-    subject: tuple[str, ...] = bounded(
-        (), is_common=True,
-        help="two words for semantic guidance: the subject in ref_prompt and in the prompt")
-    semantic_scale: float = bounded(
-        0.0, 0, 1e38, help="weight of semantic guidance; without a subject it compares whole frames")
+    inversion_steps: int = bounded(100, 1, 1000, "DDIM steps of --method inversion")
+    ref_prompt: str = bounded("", help="what the reference shows, for inversion and subject")
+    subject: tuple[str, ...] = bounded((), help="two words that name the subject, in ref_prompt "
+                                       "and in prompt, for semantic guidance")
+    semantic_scale: float = bounded(0.0, 0, 1e38, "weight of semantic guidance")
     semantic_blocks: tuple[str, ...] = bounded(
         ("up_blocks.1",), help="UNet blocks whose keys semantic guidance compares")
     mask_threshold: float = bounded(
-        0.3, 0, 1, help="attention to the subject's word above which a position is foreground")
+        0.3, 0, 1, "attention to the subject's word above which a position is foreground")
 
-    num_frames: int = bounded(16, 1, MAX_FRAMES, is_common=True, help="length of the clip")
-    height: int = bounded(512, 1, MAX_SIDE, help="height in pixels")
-    width: int = bounded(512, 1, MAX_SIDE, help="width in pixels")
-    context_length: int = bounded(
-        0, 0, MAX_FRAMES, help="frames that the UNet sees at once; 0 for as many as it can")
-    context_overlap: float = bounded(
-        0.25, 0, 0.9, help="fraction of a context window that the next window shares")
-    closed_loop: bool = bounded(
-        False, is_common=True, help="join the end of the clip to its beginning")
-    memory: str = bounded(
-        "auto", choices=("auto", "low", "high"), is_common=True,
-        help="low recomputes activations for the gradient instead of storing them")
+    num_frames: int = bounded(16, 1, MAX_FRAMES, "length of the clip")
+    height: int = bounded(512, 1, MAX_SIDE, "height in pixels")
+    width: int = bounded(512, 1, MAX_SIDE, "width in pixels")
+    context_length: int = bounded(0, 0, MAX_FRAMES, "frames that the UNet sees at once; 0 for all")
+    context_overlap: float = bounded(0.25, 0, 0.9, "fraction that neighboring windows share")
+    closed_loop: bool = bounded(False, help="join the end of the clip to its beginning")
+    memory: str = bounded("auto", choices=("auto", "low", "high"),
+                          help="low recomputes activations in guided steps to save memory")
 
     def constraints(self) -> dict[str, tuple[bool, str]]:
         """Return the conditions between fields."""
+        num_blocks = len(self.guidance_blocks)
         return {
             "guidance_steps": (self.guidance_steps <= self.steps,
                                f"between 0 and {self.steps}, the number of steps"),
@@ -304,13 +278,11 @@ class SampleConfig(ValidatedConfig):
                                "0 with sampler lcm, which adds new noise in every step"),
             "top_k": (self.top_k <= self.num_frames,
                       f"between 1 and {self.num_frames}, the number of frames, or 0 for all"),
-            "subject": (len(self.subject) in (0, 2),
-                        "two words, the one of the reference and the one of the new clip"),
-            "guidance_blocks": (len(self.guidance_blocks) > 0, "at least one block"),
+            "subject": (len(self.subject) in (0, 2), "two words"),
+            "guidance_blocks": (num_blocks > 0, "at least one block"),
             "semantic_blocks": (len(self.semantic_blocks) > 0, "at least one block"),
-            "guidance_block_weights": (
-                len(self.guidance_block_weights) in (0, len(self.guidance_blocks)),
-                f"empty, or one number for each of {len(self.guidance_blocks)} blocks")}
+            "guidance_block_weights": (len(self.guidance_block_weights) in (0, num_blocks),
+                                       f"empty, or one number for each of {num_blocks} blocks")}
 
     @property
     def block_weight_map(self) -> dict[str, float]:
@@ -343,11 +315,9 @@ class ModelConfig(ValidatedConfig):
                     f"one with {unet.in_channels} latent channels, as the UNet takes"),
             "text_encoder": (unet.cross_attention_dim == self.text_encoder.hidden_size,
                              f"one of hidden size {unet.cross_attention_dim}, as the UNet takes"),
-            "sparsectrl": (
-                not control.kind or check_channels(unet.block_out_channels,
-                                                   control.motion_num_attention_heads)[0],
-                "one whose motion_num_attention_heads divide the UNet's channels, "
-                f"{unet.block_out_channels}")}
+            "sparsectrl": (not control.kind or check_channels(
+                unet.block_out_channels, control.motion_num_attention_heads)[0],
+                f"one whose heads divide the UNet's channels, {unet.block_out_channels}")}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -57,18 +57,6 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return resolved
 
 
-def use_checkpointing(memory: str, needed: int, device: torch.device) -> bool:
-    """Return whether guided steps recompute activations instead of storing them.
-
-    Args:
-        memory: "low" for always, "high" for never, "auto" if the activations do not fit.
-        needed: Bytes of the stored activations.
-        device: Device of the UNet.
-    """
-    free = free_memory(device)
-    return memory == "low" or (memory == "auto" and free is not None and needed > free)
-
-
 def free_memory(device: torch.device) -> int | None:
     """Return the free bytes on a device, or None if they are not known."""
     if device.type == "cuda":

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .config import SampleConfig, short_repr
 from .errors import InputError
+from .model import Model
 from .motion import Motion, motion_loss
 from .networks.attention import AttentionMaps, AttentionRequest
-from .networks.unet import UNet3D
 
 # Size at which the published weights were tuned: 16 frames of 512x512 pixels, in latent positions.
 REFERENCE_NUM_ELEMENTS = 16 * 64 * 64
@@ -38,41 +38,21 @@ class Guidance:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not callable(self.loss):
-            raise InputError(f"Guidance.loss = {short_repr(self.loss)} is not a function: give "
-                             "loss(maps, timestep) that returns a scalar")
-        if self.kind not in AttentionRequest._fields:
-            raise InputError(f"Guidance.kind = {short_repr(self.kind)} is not known: it must be "
-                             f"one of {', '.join(AttentionRequest._fields)}")
-        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not (
-                math.isfinite(self.weight)):
-            raise InputError(f"Guidance.weight = {short_repr(self.weight)} is not valid: it must "
-                             "be a finite number")
+        weight_is_number = isinstance(self.weight, (int, float)) and math.isfinite(self.weight)
+        for name, is_valid, legal in (
+                ("loss", callable(self.loss), "a function loss(maps, timestep)"),
+                ("kind", self.kind in AttentionRequest._fields,
+                 "one of " + ", ".join(AttentionRequest._fields)),
+                ("weight", weight_is_number, "a finite number")):
+            if not is_valid:
+                raise InputError(f"Guidance.{name} = {short_repr(getattr(self, name))} is not "
+                                 f"valid: it must be {legal}")
 
     @property
     def request(self) -> AttentionRequest:
         """The attention that the loss reads."""
         layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
         return AttentionRequest(**{self.kind: layers})
-
-
-def resolve_guidance(guidance: Sequence[Guidance], unet: UNet3D) -> list[Guidance]:
-    """Return guidance with full layer names.
-
-    Raises:
-        InputError: If an element is not a Guidance, or names layers that the UNet does not have.
-    """
-    if isinstance(guidance, Guidance) or not isinstance(guidance, Sequence):
-        raise InputError(f"guidance = {short_repr(guidance)} is not a list: "
-                         "write guidance=[Guidance(loss, layers=...)]")
-    resolved = []
-    for i, element in enumerate(guidance):
-        if not isinstance(element, Guidance):
-            raise InputError(f"guidance[{i}] = {short_repr(element)} is not a Guidance: wrap the "
-                             "function, Guidance(loss, layers=\"up_blocks.1\", kind=\"temporal\")")
-        request = unet.resolve_layers(element.request)
-        resolved.append(replace(element, layers=getattr(request, element.kind)))
-    return resolved
 
 
 def motion_guidance(motion: Motion, block_weights: Mapping[str, float] | None = None) -> Guidance:
@@ -84,6 +64,31 @@ def motion_guidance(motion: Motion, block_weights: Mapping[str, float] | None = 
     """
     return Guidance(lambda maps, t: motion_loss(maps.temporal, motion.window(maps.frame_offset),
                                                 block_weights), tuple(motion.values))
+
+
+def resolve_guidance(guidance: Sequence[Guidance], motion: Motion | None, model: Model,
+                     config: SampleConfig) -> list[Guidance]:
+    """Return all guidance of a run, the motion's first, with full layer names.
+
+    Raises:
+        InputError: If an element is not a Guidance, names layers that the UNet does not have, or
+            the motion does not fit the model and the settings.
+    """
+    if guidance and not config.motion_weight:
+        raise InputError("motion_weight = 0 disables all guidance: leave out `guidance`, or set "
+                         "motion_weight above 0")
+    if isinstance(guidance, Guidance) or not isinstance(guidance, Sequence):
+        raise InputError(f"guidance = {short_repr(guidance)} is not a list: write "
+                         "guidance=[Guidance(loss, layers=...)]")
+    if motion is not None and config.motion_weight:
+        motion.check_model(model, config)
+        guidance = [motion_guidance(motion.to(model.device), config.block_weight_map), *guidance]
+    for element in guidance:
+        if not isinstance(element, Guidance):
+            raise InputError(f"guidance has {short_repr(element)}, which is not a Guidance: wrap "
+                             "the function, Guidance(loss, layers=\"up_blocks.1\")")
+    return [replace(element, layers=getattr(model.unet.resolve_layers(element.request),
+                                            element.kind)) for element in guidance]
 
 
 def guidance_weight(step: int, config: SampleConfig, num_elements: int) -> float:

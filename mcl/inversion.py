@@ -4,7 +4,7 @@ The reference is led back step by step to the noise that it would have been samp
 guided step, the motion is read from the inverted latents of that timestep.
 """
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .errors import InputError, NumericalError
 from .files import save_safetensors
 from .guidance import Guidance
 from .model import Model
-from .motion import Motion, check_finite, motion_loss, top_k_motion
+from .motion import Motion, motion_loss, motion_metadata, top_k_motion
 from .networks.attention import AttentionMaps, AttentionRequest
 from .sampler import unet_forward
 from .schedule import NoiseSchedule, ddim_step
@@ -50,8 +50,7 @@ def ddim_invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[
                              for offset in windows.offsets], windows)
         z = ddim_step(z, eps, eps, model.schedule.alpha_bar(t_prev), model.schedule.alpha_bar(t))
         if not torch.isfinite(z).all():
-            raise NumericalError(f"the inversion is not finite at timestep {t}: dtype float32 may "
-                                 "help")
+            raise NumericalError(f"not finite at timestep {t} of the inversion: try dtype float32")
         yield t, z
 
 
@@ -78,8 +77,7 @@ class InvertedReference:
             InputError: If the reference was not inverted to t.
         """
         if t not in self.latents:
-            raise InputError(f"the reference was not inverted to timestep {t}: invert it with the "
-                             "settings of the sampling")
+            raise InputError(f"the reference was not inverted to timestep {t}: invert it again")
         z = self.latents[t][:, :, frames].to(self.model.device, self.model.dtype)
         return self.model.unet.forward_to_attention(z, t, self.text, request)
 
@@ -88,12 +86,11 @@ class InvertedReference:
         windows = make_context_windows(config.num_frames, config,
                                        self.model.config.unet.motion_max_seq_length)
         offsets = windows.offsets if offset is None else (offset,)
-        h, w = self.latents[t].shape[-2:]
         request = AttentionRequest(temporal=config.guidance_blocks)
-        return check_finite(top_k_motion(
-            [self.attention(t, request, windows.frame_indices(o)) for o in offsets],
-            config.top_k or windows.length, windows,
-            {"num_frames": config.num_frames, "height": h, "width": w}))
+        return top_k_motion(
+            (self.attention(t, request, windows.frame_indices(o)) for o in offsets),
+            config.top_k or windows.length,
+            motion_metadata(config, windows, *self.latents[t].shape[-2:]))
 
 
 def inversion_guidance(inverted: InvertedReference, config: SampleConfig) -> Guidance:
@@ -107,14 +104,12 @@ def inversion_guidance(inverted: InvertedReference, config: SampleConfig) -> Gui
         if t not in inverted.latents or inverted.latents[t].shape != shape:
             raise InputError(f"the reference was not inverted to latents of shape {shape} at "
                              f"timestep {t}: invert it with the settings of the sampling")
-    return Guidance(
-        lambda maps, t: motion_loss(maps.temporal,
-                                    inverted.motion_at(t, config, maps.frame_offset),
-                                    config.block_weight_map),
+    return Guidance(lambda maps, t: motion_loss(
+        maps.temporal, inverted.motion_at(t, config, maps.frame_offset), config.block_weight_map),
         config.guidance_blocks)
 
 
-class LatentCache(Mapping[int, Tensor]):
+class LatentCache(MutableMapping[int, Tensor]):
     """Latents by timestep in the files of a folder, loaded on access."""
 
     def __init__(self, folder: Path, key: str):
@@ -131,33 +126,33 @@ class LatentCache(Mapping[int, Tensor]):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{folder}: cannot be created ({error.strerror}). "
-                             "Choose another folder") from error
+            raise InputError(f"{folder}: {error.strerror}. Choose another folder") from error
         for t in self:
-            self._open(t)
-
-    def _open(self, t: int) -> safe_open:
-        """Return the open file of a timestep after checking its key."""
-        file = self.path(t)
-        try:
-            opened = safe_open(file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: not a file of inverted latents ({error}). Delete it to have "
-                             "it computed again") from error
-        if (opened.metadata() or {}).get("key") != self.key:
-            raise InputError(f"{file}: belongs to another reference, prompt, model or settings. "
-                             "Choose an empty folder")
-        return opened
+            self[t]
 
     def path(self, t: int) -> Path:
         """Return the file of a timestep."""
         return self.folder / f"{t:04d}.safetensors"
 
     def __getitem__(self, t: int) -> Tensor:
-        if not self.path(t).exists():
+        path = self.path(t)
+        if not path.exists():
             raise KeyError(t)
-        latents: Tensor = self._open(t).get_tensor("latents")
+        try:
+            with safe_open(path, framework="pt") as file:
+                key, latents = (file.metadata() or {}).get("key"), file.get_tensor("latents")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: a damaged file ({error}). Delete it") from error
+        if key != self.key:
+            raise InputError(f"{path}: belongs to another reference, prompt, model or settings. "
+                             "Choose an empty folder")
         return latents
+
+    def __setitem__(self, t: int, latents: Tensor) -> None:
+        save_safetensors(self.path(t), {"latents": latents.cpu()}, {"key": self.key})
+
+    def __delitem__(self, t: int) -> None:
+        self.path(t).unlink()
 
     def __iter__(self) -> Iterator[int]:
         files = self.folder.glob("[0-9]" * 4 + ".safetensors")     # ignores all other files
@@ -165,14 +160,6 @@ class LatentCache(Mapping[int, Tensor]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
-
-    def store(self, t: int, latents: Tensor) -> None:
-        """Write the latents of a timestep."""
-        save_safetensors(self.path(t), {"latents": latents.cpu()}, {"key": self.key})
-
-    def delete(self, t: int) -> None:
-        """Delete the latents of a timestep."""
-        self.path(t).unlink()
 
 
 def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleConfig,
@@ -193,32 +180,20 @@ def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleC
     guided = set(guided_timesteps(model.schedule, config))
     windows = make_context_windows(latents.shape[2], config,
                                    model.config.unet.motion_max_seq_length)
-    if cache_dir is None:
-        steps = progress(ddim_invert(model, latents, prompt, timesteps, windows=windows))
-        stored: Mapping[int, Tensor] = {t: z for t, z in steps if t in guided}
-    else:
-        stored = ddim_invert_cached(cache_dir, model, latents, prompt, timesteps, guided, windows,
-                                    progress)
-    return InvertedReference(model, model.encode_text([prompt]), stored)
-
-
-def ddim_invert_cached(folder: Path, model: Model, latents: Tensor, prompt: str,
-                       timesteps: list[int], guided: set[int], windows: ContextWindows,
-                       progress: Callable[[Iterator], Iterable]) -> LatentCache:
-    """Invert and store the latents of the guided timesteps, and of the last one, on disk."""
-    pixels = latents.detach().float().cpu().contiguous().numpy().tobytes()
-    cache_key = (f"{model.sha256} {model.dtype} {prompt!r} {timesteps} {tuple(latents.shape)} "
-                 f"{windows if len(windows.offsets) > 1 else ''}")
-    cache = LatentCache(folder, hashlib.sha256(cache_key.encode() + pixels).hexdigest())
-    t_before = max(cache, default=-1)
-    z_before = latents if t_before < 0 else cache[t_before]
+    stored: MutableMapping[int, Tensor] = {}
+    if cache_dir is not None:
+        key = hashlib.sha256(latents.detach().float().cpu().contiguous().numpy().tobytes())
+        key.update(repr((model.sha256, model.dtype, prompt, timesteps, windows)).encode())
+        stored = LatentCache(cache_dir, key.hexdigest())
+    t_before = max(stored, default=-1)
+    z_before = stored.get(t_before, latents)
     remaining = [t for t in timesteps if t > t_before]
     for t, z in progress(ddim_invert(model, z_before, prompt, remaining, t_before, windows)):
-        cache.store(t, z)
+        stored[t] = z           # of the others, only the last is needed, to continue from it
         if t_before >= 0 and t_before not in guided:
-            cache.delete(t_before)
+            del stored[t_before]
         t_before = t
-    return cache
+    return InvertedReference(model, model.encode_text([prompt]), stored)
 
 
 def guided_timesteps(schedule: NoiseSchedule, config: SampleConfig) -> list[int]:

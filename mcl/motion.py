@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import MAX_LEVELS, SampleConfig
+from .config import SampleConfig
 from .context_windows import ContextWindows, make_context_windows
 from .errors import InputError, NumericalError
 from .files import save_safetensors
@@ -24,7 +24,8 @@ FORMAT = "mcl-motion-2"
 # The noise of the reference does not depend on the user's seed: a reference has one motion. PyTorch
 # uses 32 bits of a seed, so this noise is also the initial noise of seed 0, and of no other seed.
 REFERENCE_SEED = 1 << 32
-SETTINGS = ("extraction_timestep", "top_k", "guidance_blocks")      # that a motion depends on
+METADATA = {"model", "extraction_timestep", "top_k", "guidance_blocks", "num_frames", "height",
+            "width", "context_length", "context_offsets", "grids"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class Motion:
         indices: By layer name, the frames that the values point at, like values, int64.
         metadata: Origin of the motion: model (sha256), extraction_timestep, top_k,
             guidance_blocks, num_frames, height and width (of the latents), grids (rows and columns
-            by layer); for a long clip also context_length and context_offsets; and anything that
-            the caller adds.
+            by layer), context_length, context_offsets, and anything that the caller adds.
     """
 
     values: dict[str, Tensor]
@@ -70,8 +70,7 @@ class Motion:
     def check_model(self, model: Model, config: SampleConfig) -> None:
         """Raise InputError if the motion does not fit the model or the settings."""
         if self.metadata.get("model", model.sha256) != model.sha256:
-            raise InputError("the motion was extracted with another model: extract it again with "
-                             "this model")
+            raise InputError("the motion was extracted with another model: extract it again")
         self.check_config(config, model.latent_shape(config)[2:],
                           model.config.unet.motion_max_seq_length)
 
@@ -84,23 +83,11 @@ class Motion:
             shape: (f, h, w) of the new clip's latents.
             max_length: Frames that the UNet can see at once.
         """
-        size = tuple(self.metadata.get(name, n)
-                     for name, n in zip(("num_frames", "height", "width"), shape))
-        if size != shape:
-            raise InputError("the motion was extracted from {} frames of {}x{} latents, not {} of "
-                             "{}x{}: use the same size and length".format(*size, *shape))
-        if self.windows != make_context_windows(config.num_frames, config, max_length):
-            raise InputError(f"the motion was extracted in windows of {self.windows.length} frames "
-                             f"that start at {self.windows.offsets}: use the same context_length, "
-                             "context_overlap and closed_loop")
-        for name in SETTINGS:
-            value = getattr(config, name)
-            value = list(value) if isinstance(value, tuple) else value
-            if name == "top_k":
-                value = value or self.windows.length
+        windows = make_context_windows(config.num_frames, config, max_length)
+        for name, value in motion_metadata(config, windows, shape[1], shape[2]).items():
             if self.metadata.get(name, value) != value:
                 raise InputError(f"the motion was extracted with {name} = {self.metadata[name]}, "
-                                 f"the settings have {value}: extract it again or use its settings")
+                                 f"not {value}: extract it again, or use the same settings")
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically; indices are stored as bytes."""
@@ -116,50 +103,34 @@ class Motion:
                 header = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a motion file ({error}). Give a file that "
-                             "--save-motion or Motion.save wrote") from error
+            raise InputError(f"{path}: not a motion file ({error}). Save one first") from error
         if header.get("format") != FORMAT:
-            raise InputError(f"{path}: not a motion file of this version. Give a file that "
-                             "--save-motion or Motion.save wrote")
-        split: dict[str, dict[str, Tensor]] = {"values": {}, "indices": {}}
-        for key, tensor in tensors.items():
-            kind, _, layer = key.partition(".")
-            split.setdefault(kind, {})[layer] = tensor
+            raise InputError(f"{path}: not a motion file. Give one that --save-motion wrote")
+        values, indices = ({key.removeprefix(kind): tensor for key, tensor in tensors.items()
+                            if key.startswith(kind)} for kind in ("values.", "indices."))
         try:
-            metadata = json.loads(header["metadata"])
-            validate_motion_file(split, metadata)
+            motion = cls(values, indices, json.loads(header["metadata"]))
+            motion.validate(len(tensors))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: a damaged motion file ({error}). Extract the motion "
-                             "again") from error
-        indices = {name: i.long() for name, i in split["indices"].items()}
-        return cls(split["values"], indices, metadata)
+            raise InputError(f"{path}: a damaged motion file ({error}). Save it again") from error
+        return cls(values, {name: i.long() for name, i in indices.items()}, motion.metadata)
 
-
-def validate_motion_file(tensors: Mapping[str, Mapping[str, Tensor]], metadata: Any) -> None:
-    """Raise ValueError, KeyError or TypeError for content that `Motion.save` cannot have written."""
-    num_frames, k = metadata["num_frames"], metadata["top_k"]
-    height, width = metadata["height"], metadata["width"]
-    length = metadata.get("context_length", num_frames)
-    offsets = metadata.get("context_offsets", [0])
-    numbers = [metadata["extraction_timestep"], k, num_frames, height, width, length, *offsets]
-    if not all(type(n) is int and 0 <= n <= 1 << 16 for n in numbers) or not (
-            1 <= k <= length <= num_frames and height and width):
-        raise ValueError(f"its sizes are {numbers}")
-    if not isinstance(metadata["model"], str) or not isinstance(metadata["guidance_blocks"], list):
-        raise TypeError("its model or guidance_blocks are missing")
-    if set(tensors) != {"values", "indices"} or not tensors["values"] or (
-            set(tensors["values"]) != set(tensors["indices"])):
-        raise ValueError("its values and indices are not of the same layers")
-    # Each level of the UNet halves height and width, rounded up.
-    grids = [[-(-height // 2 ** n), -(-width // 2 ** n)] for n in range(MAX_LEVELS)]
-    for layer, values in tensors["values"].items():
-        indices, grid = tensors["indices"][layer], metadata["grids"][layer]
-        if values.ndim != 4 or values.shape != indices.shape or values.shape[2:] != (length, k) or (
-                grid not in grids or values.shape[0] != len(offsets) * grid[0] * grid[1]):
-            raise ValueError(f"{layer} is {tuple(values.shape)} and {tuple(indices.shape)}")
-        if values.dtype != torch.float32 or indices.dtype != torch.uint8 or not (
-                (0 <= values) & (values <= 1 + 1e-3)).all() or (indices >= length).any():
-            raise ValueError(f"{layer} holds values that no attention map has")
+    def validate(self, num_tensors: int) -> None:
+        """Raise an error for the content of a file that `save` cannot have written."""
+        if not METADATA <= set(self.metadata):
+            raise ValueError("its metadata are not complete")
+        if not self.values or self.values.keys() != self.indices.keys() or (
+                num_tensors != 2 * len(self.values)):
+            raise ValueError("its values and indices are not of the same layers")
+        length, n = self.metadata["context_length"], len(self.metadata["context_offsets"])
+        for layer, values in self.values.items():
+            indices, (h, w) = self.indices[layer], self.metadata["grids"][layer]
+            if values.shape != indices.shape or len(values) != n * h * w or (
+                    values.shape[2:] != (length, self.metadata["top_k"])):
+                raise ValueError(f"{layer} is {tuple(values.shape)} and {tuple(indices.shape)}")
+            if values.dtype != torch.float32 or indices.dtype != torch.uint8 or not (
+                    (0 <= values) & (values <= 1 + 1e-3)).all() or (indices >= length).any():
+                raise ValueError(f"{layer} holds values that no attention map has")
 
 
 def reference_noise(latents: Tensor) -> Tensor:
@@ -191,7 +162,7 @@ def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = 
     """
     config = config or model.config.sample
     if latents.ndim != 5 or latents.shape[:2] != (1, model.config.unet.in_channels):
-        raise InputError(f"latents have shape {tuple(latents.shape)}: expected those of one clip, "
+        raise InputError(f"latents have shape {tuple(latents.shape)}: expected one clip, "
                          f"(1, {model.config.unet.in_channels}, f, h, w)")
     t = config.extraction_timestep
     windows = make_context_windows(latents.shape[2], config,
@@ -213,39 +184,40 @@ def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = 
             z[:, :, indices].to(model.dtype), t, null_text, request,
             model.controlnet_residuals(condition, t, null_text))
 
-    return check_finite(top_k_motion(map(attention, windows.offsets), k, windows, {
-        "model": model.sha256, "extraction_timestep": t, "top_k": k,
-        "guidance_blocks": list(config.guidance_blocks), "num_frames": windows.num_frames,
-        "height": latents.shape[3], "width": latents.shape[4]}))
+    metadata = motion_metadata(config, windows, latents.shape[3], latents.shape[4])
+    return top_k_motion(map(attention, windows.offsets), k, metadata | {"model": model.sha256})
 
 
-def top_k_motion(attention: Iterable[AttentionMaps], k: int, windows: ContextWindows,
-                 metadata: dict[str, Any]) -> Motion:
+def motion_metadata(config: SampleConfig, windows: ContextWindows, height: int, width: int
+                    ) -> dict[str, Any]:
+    """Return the settings and sizes that a motion depends on; height and width of the latents."""
+    return {"extraction_timestep": config.extraction_timestep,
+            "top_k": config.top_k or windows.length,
+            "guidance_blocks": list(config.guidance_blocks), "num_frames": windows.num_frames,
+            "height": height, "width": width, "context_length": windows.length,
+            "context_offsets": list(windows.offsets)}
+
+
+def top_k_motion(attention: Iterable[AttentionMaps], k: int, metadata: dict[str, Any]) -> Motion:
     """Return the k largest values of each row of the temporal maps (MotionClone, eqs. 4 and 5).
 
     Args:
         attention: Temporal maps of each context window.
         k: Values kept of each row.
-        windows: The context windows.
         metadata: Origin of the motion.
+
+    Raises:
+        NumericalError: If the attention is not finite.
     """
-    top, grids = [], {}
-    for maps in attention:
-        top.append({name: probs.topk(k, dim=-1) for name, probs in maps.temporal.items()})
-        grids = {name: list(maps.grids[name]) for name in maps.temporal}
-    metadata = metadata | {"grids": grids}
-    if len(top) > 1:
-        metadata |= {"context_length": windows.length, "context_offsets": list(windows.offsets)}
-    return Motion({name: torch.cat([layers[name].values for layers in top]) for name in top[0]},
-                  {name: torch.cat([layers[name].indices for layers in top]) for name in top[0]},
-                  metadata)
-
-
-def check_finite(motion: Motion) -> Motion:
-    """Return `motion` unchanged. Raises NumericalError if it contains NaN or infinity."""
-    if not all(torch.isfinite(values).all() for values in motion.values.values()):
+    windows = list(attention)
+    top = {name: [maps.temporal[name].topk(k, dim=-1) for maps in windows]
+           for name in windows[0].temporal}
+    values, indices = ({name: torch.cat([pair[i] for pair in pairs]) for name, pairs in top.items()}
+                       for i in (0, 1))
+    if not all(torch.isfinite(v).all() for v in values.values()):
         raise NumericalError("the reference's attention is not finite: dtype float32 may help")
-    return motion
+    grids = {name: list(windows[0].grids[name]) for name in values}
+    return Motion(values, indices, metadata | {"grids": grids})
 
 
 def motion_loss(maps: Mapping[str, Tensor], motion: Motion,
@@ -262,6 +234,9 @@ def motion_loss(maps: Mapping[str, Tensor], motion: Motion,
     """
     losses = []
     for name, values in motion.values.items():
+        if maps[name].shape[:3] != values.shape[:3]:
+            raise InputError(f"the motion of {name} is {tuple(values.shape)}, for maps "
+                             f"{tuple(maps[name].shape)}: extract it again with this model")
         generated = maps[name].gather(-1, motion.indices[name])
         weight = next((w for block, w in (block_weights or {}).items()
                        if f"{name}.".startswith(block + ".")), 1.0)

@@ -1,19 +1,17 @@
 """The guided sampling loop: DDIM, guided by the gradient of losses on attention."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .config import SampleConfig
-from .context_windows import ContextWindows, blend_windows, make_context_windows
+from .context_windows import blend_windows, make_context_windows
 from .errors import InputError, NumericalError
-from .guidance import (Guidance, guidance_gradient, guidance_weight, motion_guidance,
-                       resolve_guidance)
+from .guidance import Guidance, guidance_gradient, guidance_weight, resolve_guidance
 from .model import Model
 from .motion import Motion
-from .networks.attention import AttentionMaps, AttentionRequest, merge_requests
+from .networks.attention import NO_REQUEST, AttentionMaps, AttentionRequest, merge_requests
 from .schedule import ddim_step
 
 
@@ -66,20 +64,12 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
         NumericalError: In a step whose result is not finite.
     """
     config = config or model.config.sample
-    sampler = Sampler(model, *encode_prompts(model, prompt, config), config, control, generator)
-    sampler.validate()
+    sampler = Sampler(model, prompt, config, control, generator)
     z = initial_noise(model, config, generator) if latents is None else latents
     if z.shape != model.latent_shape(config):
         raise InputError(f"latents have shape {tuple(z.shape)}: expected "
                          f"{model.latent_shape(config)} for these settings")
-    guidance = resolve_guidance(guidance, model.unet)
-    if guidance and not config.motion_weight:
-        raise InputError("motion_weight = 0 disables all guidance: leave out `guidance`, or set "
-                         "motion_weight above 0")
-    if motion is not None and config.motion_weight:
-        motion.check_model(model, config)
-        guidance = [*resolve_guidance([motion_guidance(
-            motion.to(model.device), config.block_weight_map)], model.unet), *guidance]
+    guidance = resolve_guidance(guidance, motion, model, config)
     return sampling_loop(sampler, z.to(model.device, torch.float32), guidance,
                          gradient_checkpointing)
 
@@ -118,39 +108,36 @@ def sampling_loop(sampler: "Sampler", z: Tensor, guidance: Sequence[Guidance],
                           None if guidance_grad is None else float(guidance_grad.norm()), lambda_t)
 
 
-@dataclass(frozen=True)
 class Sampler:
     """The parts of a sampling run that do not change between steps.
 
     Attributes:
         model: The model.
+        config: Settings.
         text: Embeddings of the prompt (1, n, d).
         negative_embeds: Embeddings of the negative prompt (1, n, d).
-        config: Settings.
         control: Condition of SparseCtrl, or None.
         generator: CPU generator for the noise that is drawn during sampling.
+        windows: The context windows of the clip.
+        timestep_pairs: Each timestep and the one that its step leads to; the last leads to -1.
     """
 
-    model: Model
-    text: Tensor
-    negative_embeds: Tensor
-    config: SampleConfig
-    control: Tensor | None = None
-    generator: torch.Generator | None = None
-
-    @cached_property
-    def timestep_pairs(self) -> list[tuple[int, int]]:
-        """Each timestep and the one that its step leads to; the last leads to -1."""
-        timesteps = self.model.schedule.timesteps(
-            self.config.steps, self.config.timestep_spacing, self.config.guidance_steps,
-            self.config.guidance_noise_range)
-        return list(zip(timesteps, [*timesteps[1:], -1]))
-
-    @cached_property
-    def windows(self) -> ContextWindows:
-        """The context windows of the clip."""
-        return make_context_windows(self.config.num_frames, self.config,
-                                    self.model.config.unet.motion_max_seq_length)
+    def __init__(self, model: Model, prompt: str | Tensor, config: SampleConfig,
+                 control: Tensor | None = None, generator: torch.Generator | None = None):
+        """Check and prepare a run; the arguments and errors are those of `sample`."""
+        self.model, self.config, self.control, self.generator = model, config, control, generator
+        b, c, f, h, w = model.latent_shape(config)
+        self.windows = make_context_windows(f, config, model.config.unet.motion_max_seq_length)
+        timesteps = model.schedule.timesteps(config.steps, config.timestep_spacing,
+                                             config.guidance_steps, config.guidance_noise_range)
+        self.timestep_pairs = list(zip(timesteps, [*timesteps[1:], -1], strict=True))
+        self.text, self.negative_embeds = encode_prompts(model, prompt, config.negative_prompt)
+        if control is not None and model.sparsectrl is None:
+            raise InputError("this model has no SparseCtrl: leave out `control`")
+        shape = (b, c + 1, f, h, w) if model.config.sparsectrl.kind == "rgb" else (
+            b, 4, f, config.height, config.width)
+        if control is not None and control.shape != shape:
+            raise InputError(f"control has shape {tuple(control.shape)}: expected {shape}")
 
     def window_elements(self, z: Tensor) -> int:
         """Return f*h*w of one context window of z."""
@@ -184,7 +171,7 @@ class Sampler:
                 blend_windows(grads, self.windows))
 
     def predict_window(self, window: Tensor, t: int, text: Tensor, offset: int,
-                       request: AttentionRequest = AttentionRequest(),
+                       request: AttentionRequest = NO_REQUEST,
                        gradient_checkpointing: bool = False) -> tuple[Tensor, AttentionMaps]:
         """Return the noise estimate of the window at a frame offset, and the requested attention."""
         control = None if self.control is None else (
@@ -232,24 +219,9 @@ class Sampler:
         """Return standard normal noise like z, drawn from the CPU generator."""
         return torch.randn(z.shape, generator=self.generator).to(z.device)
 
-    def validate(self) -> None:
-        """Raise InputError if the settings or the control image do not fit the model."""
-        b, c, _, h, w = self.model.latent_shape(self.config)
-        f, sparsectrl = self.windows.num_frames, self.model.sparsectrl
-        if self.control is None:
-            return
-        if sparsectrl is None:
-            raise InputError("this model has no SparseCtrl: leave out `control`, or convert a "
-                             "model with --sparsectrl")
-        shape = (b, c + 1, f, h, w) if sparsectrl.kind == "rgb" else (
-            b, 4, f, self.config.height, self.config.width)
-        if self.control.shape != shape:
-            raise InputError(f"control has shape {tuple(self.control.shape)}: expected {shape} for "
-                             "these settings (`sparsectrl_condition`)")
-
 
 def unet_forward(model: Model, z: Tensor, t: int, text: Tensor,
-                 request: AttentionRequest = AttentionRequest(), control: Tensor | None = None,
+                 request: AttentionRequest = NO_REQUEST, control: Tensor | None = None,
                  gradient_checkpointing: bool = False) -> tuple[Tensor, AttentionMaps]:
     """Return the UNet's noise estimate as float32, and the requested attention."""
     with torch.set_grad_enabled(z.requires_grad):
@@ -265,7 +237,7 @@ def initial_noise(model: Model, config: SampleConfig, generator: torch.Generator
     return torch.randn(model.latent_shape(config), generator=generator)
 
 
-def encode_prompts(model: Model, prompt: str | Tensor, config: SampleConfig
+def encode_prompts(model: Model, prompt: str | Tensor, negative_prompt: str
                    ) -> tuple[Tensor, Tensor]:
     """Return the embeddings of the prompt and of the negative prompt, (1, n, d) each.
 
@@ -273,14 +245,13 @@ def encode_prompts(model: Model, prompt: str | Tensor, config: SampleConfig
         InputError: If the prompt is neither text nor embeddings of one clip.
     """
     if isinstance(prompt, str):
-        text, negative_embeds = model.encode_text([prompt, config.negative_prompt]).split(1)
+        text, negative_embeds = model.encode_text([prompt, negative_prompt]).split(1)
         return text, negative_embeds
     d = model.config.unet.cross_attention_dim
-    if not isinstance(prompt, Tensor) or prompt.ndim != 3 or len(prompt) > 2 or (
-            prompt.shape[2] != d):
+    if not isinstance(prompt, Tensor) or prompt.ndim != 3 or prompt.shape[2] != d or (
+            len(prompt) > 2):
         kind = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
         raise InputError(f"prompt is {kind}: give one text, or embeddings (1, n, {d}), or "
                          f"(2, n, {d}) with those of the negative prompt")
     embeds = prompt.to(model.device, model.dtype)
-    return embeds[:1], embeds[1:] if len(embeds) > 1 else model.encode_text(
-        [config.negative_prompt])
+    return embeds[:1], embeds[1:] if len(embeds) > 1 else model.encode_text([negative_prompt])

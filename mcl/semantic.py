@@ -6,6 +6,7 @@ prompt, inside its own foreground; likewise for the background.
 """
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from .errors import InputError
 from .guidance import Guidance
 from .model import Model
 from .networks.attention import AttentionMaps, AttentionRequest
-from .sampler import Sampler, encode_prompts
+from .sampler import Sampler
 
 SUBJECT_ATTENTION_BLOCK = "up_blocks.1"     # block whose cross-attention locates the subject
 GAUSSIAN_SIGMA = 5 / 16                     # of the softened masks, in sides of the grid
@@ -38,22 +39,18 @@ def subject_tokens(model: Model, prompt: str, word: str) -> list[int]:
     Raises:
         InputError: If the word is not in the prompt, or is beyond the 75 tokens that are read.
     """
-    length = model.config.text_encoder.max_position_embeddings
+    end = model.config.text_encoder.max_position_embeddings - 1
     pieces, sought = model.tokenizer.split(prompt), model.tokenizer.split(word)
-    positions: list[int] = []
-    start = 1
-    for i, (_, ids) in enumerate(pieces):
-        if sought and pieces[i:i + len(sought)] == sought:
-            positions += range(start, start + sum(len(ids) for _, ids in sought))
-        start += len(ids)
+    starts = list(accumulate((len(ids) for _, ids in pieces), initial=1))
+    length = sum(len(ids) for _, ids in sought)
+    positions = [position for i in range(len(pieces)) if pieces[i:i + len(sought)] == sought
+                 for position in range(starts[i], starts[i] + length)]
     if not positions:
         words = ", ".join(text for text, _ in pieces if text.isalnum())
-        raise InputError(f"the word {word!r} is not in the prompt {prompt!r}: "
-                         + (f"use one of {words}" if words else "the prompt is empty"))
-    if min(positions) >= length - 1:
-        raise InputError(f"the word {word!r} is beyond the first {length - 2} tokens of the "
-                         "prompt, the only ones that are read: move it forward")
-    return [p for p in positions if p < length - 1]
+        raise InputError(f"the word {word!r} is not in the prompt {prompt!r}: use one of {words}")
+    if positions[0] >= end:
+        raise InputError(f"the word {word!r} is not among the first {end - 1} tokens: move it there")
+    return [position for position in positions if position < end]
 
 
 def subject_mask(attention: AttentionMaps, tokens: Sequence[int], threshold: float) -> Tensor:
@@ -67,9 +64,8 @@ def subject_mask(attention: AttentionMaps, tokens: Sequence[int], threshold: flo
         tokens: Positions of the subject's tokens.
         threshold: 0 to 1.
     """
-    layers = [reduce(probs[..., list(tokens)], "f heads n m -> f n", "mean")
-              for probs in attention.cross.values()]
-    mean = torch.stack(layers).mean(dim=0)
+    mean = torch.stack([reduce(probs[..., list(tokens)], "f heads n m -> f n", "mean")
+                        for probs in attention.cross.values()]).mean(dim=0)
     low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
     normalized = (mean - low) / (high - low).clamp(min=torch.finfo(mean.dtype).tiny)
     h, _ = attention.grids[next(iter(attention.cross))]
@@ -81,11 +77,10 @@ def gaussian_masks(mask: Tensor) -> Masks:
     _, h, w = mask.shape
     inside = mask.float()
     y, x = (torch.arange(n, device=mask.device, dtype=torch.float32) for n in (h, w))
-    area = reduce(inside, "f h w -> f", "sum").clamp(min=1)
-    center_y = (reduce(inside, "f h w -> f h", "sum") * y).sum(dim=1) / area
-    center_x = (reduce(inside, "f h w -> f w", "sum") * x).sum(dim=1) / area
-    squared_distance = (rearrange(y - rearrange(center_y, "f -> f 1"), "f h -> f h 1") ** 2
-                        + rearrange(x - rearrange(center_x, "f -> f 1"), "f w -> f 1 w") ** 2)
+    area = inside.sum(dim=(1, 2)).clamp(min=1)[:, None]
+    center_y, center_x = ((inside.sum(dim=dim) * axis).sum(dim=1, keepdim=True) / area
+                          for dim, axis in ((2, y), (1, x)))
+    squared_distance = ((y - center_y) ** 2)[:, :, None] + ((x - center_x) ** 2)[:, None]
     gaussian = torch.exp(-squared_distance / (2 * GAUSSIAN_SIGMA ** 2 * h * w))
     return Masks(gaussian * inside, (1 - gaussian) * (1 - inside))
 
@@ -177,7 +172,7 @@ class SubjectMasks:
 def make_subject_masks(model: Model, prompt: str, word: str, ref_prompt: str, ref_word: str,
                        attention: Callable[[int, AttentionRequest], AttentionMaps],
                        config: SampleConfig) -> SubjectMasks:
-    """Return the masks of a subject, by its words in both prompts.
+    """Return the masks of a subject, named in both prompts.
 
     Args:
         model: The model.
@@ -223,10 +218,10 @@ def noised_reference_attention(model: Model, latents: Tensor, prompt: str, confi
 
 
 def require_single_window(windows: ContextWindows) -> None:
-    """Raise InputError for a clip of several context windows: semantic guidance compares whole clips."""
+    """Raise InputError for several context windows: semantic guidance compares whole clips."""
     if len(windows.offsets) > 1:
-        raise InputError("semantic guidance is not possible in several context windows: use "
-                         f"{windows.length} frames or fewer, without closed_loop")
+        raise InputError(f"semantic guidance needs one context window: use {windows.length} frames "
+                         "or fewer, without closed_loop")
 
 
 @torch.no_grad()
@@ -250,12 +245,11 @@ def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: Sample
         InputError: If its weight is 0, or the clip has several context windows.
     """
     if not config.semantic_scale * config.motion_weight:
-        raise InputError("semantic_scale and motion_weight must both be above 0 for semantic "
-                         "guidance")
-    sampler = Sampler(model, *encode_prompts(model, prompt, config), config, control)
+        raise InputError("semantic_scale and motion_weight must both be above 0")
+    sampler = Sampler(model, prompt, config, control)
     require_single_window(sampler.windows)
-    request = AttentionRequest(temporal_keys=config.semantic_blocks, cross=(
-        () if subject is None else (SUBJECT_ATTENTION_BLOCK,)))
+    cross = () if subject is None else (SUBJECT_ATTENTION_BLOCK,)
+    request = AttentionRequest(temporal_keys=config.semantic_blocks, cross=cross)
     z, unguided = latents.to(model.device, torch.float32), {}
     for i, (t, _) in progress(list(enumerate(sampler.timestep_pairs[:config.guidance_steps]))):
         eps, maps = sampler.predict_window(z, t, sampler.text, 0, request)

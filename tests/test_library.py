@@ -51,18 +51,21 @@ def test_each_network_brings_what_it_is_given_to_its_own_type(small):
 
 
 def test_a_vae_that_overflows_in_half_precision_is_run_again_in_float32(small):
-    """By a residual branch of 1e5, which float16 does not have: alike where it had."""
+    """A residual branch of 1e5 overflows in float16.
+
+    The encoder's latents are small differences between such numbers, which float32 knows to 0.008.
+    """
     model = copy.deepcopy(small)
     for mid in (model.vae.encoder.mid_block, model.vae.decoder.mid_block):
         mid.resnets[0].conv2.bias.fill_(6e4)
         mid.resnets[1].conv2.bias.fill_(6e4)
     half = copy.deepcopy(model.vae).half()
-    for name, given in (("encode", randn(5, 3, 32, 32)), ("decode", clip())):
+    for name, given, relative in (("encode", randn(5, 3, 32, 32), 0.05), ("decode", clip(), 1e-4)):
         with pytest.warns(UserWarning, match="the VAE overflows in float16") as said:
             found = getattr(half, name)(given)
         assert len(said) == 1 and {p.dtype for p in half.parameters()} == {torch.float16}
         expected = getattr(half.float(), name)(given)
-        assert torch.allclose(found, expected, atol=1e-5) and expected.std() > 0.01
+        assert (found - expected).norm() < relative * expected.norm() and expected.std() > 0.01
         half.half()
         for vae in (half, model.vae):
             with pytest.raises(NumericalError, match="not finite, not even in float32"):
@@ -75,7 +78,9 @@ def test_embeddings_are_as_good_as_the_text(small):
     both = small.encode_text(["a star", "a ring"])
     expected = last(sample(small, "a star", None, config, latents=clip()))
     for prompt in (both, both[:1]):
-        assert torch.equal(last(sample(small, prompt, None, config, latents=clip())), expected)
+        found = last(sample(small, prompt, None, config, latents=clip()))
+        # The texts are encoded together or one by one, which sums in another order.
+        assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_what_cannot_be_is_refused_when_called(small):

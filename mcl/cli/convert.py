@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ from ..checkpoints.lora import IGNORE_ALPHA_HELP, Lora, parse_scaled
 from ..device import DTYPE_ALIASES, DTYPES
 from ..errors import InputError, escape_control_characters
 from ..files import OutputFile, check_io_conflicts, check_writable, sha256_of
-from .process import OneLineErrorParser, exit_code_of
+from .process import OneLineErrorParser, exit_code_of, run_main
 
 NETWORK_HELP = {
     "--base": "Stable Diffusion 1.5: .safetensors, .ckpt, or a diffusers folder",
@@ -33,6 +34,11 @@ EXAMPLE = """example:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return exit_code_of(lambda: convert_files(build_parser().parse_args(argv)))
+
+
+def command() -> NoReturn:
+    """Run the command as this process."""
+    run_main(main)
 
 
 def build_parser() -> OneLineErrorParser:

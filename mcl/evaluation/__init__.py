@@ -1,1 +1,1 @@
-"""Motion measured in finished pictures, the page that shows the method, and what it costs."""
+"""Motion metrics on generated clips, and the HTML report that shows how a clip came about."""

@@ -1,12 +1,13 @@
-"""The page of --maps: clips, their temporal attention and what the guidance did, in one file."""
+"""The HTML report: clips, their temporal attention and the guidance of each step, in one file."""
 import base64
+import dataclasses
 import io
-import itertools
 import json
 import math
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,103 +15,183 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ..clone import Reference, control_condition, subject_masks
+from ..config import SampleConfig
 from ..files import atomic_write, nonfinite_to_none
-from ..motion import Motion
-from ..semantic import Masks, infer_grid
+from ..inversion import InvertedReference
+from ..model import Model
+from ..motion import Motion, extract_motion
+from ..sampler import SamplerStep
+from .report import PREVIEW_STEPS
 from .tracking import tracklets
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
-SIDE = 256                              # pixels, which no side of a frame is longer than
-LARGEST = 1_350_000                     # bytes of all maps, compressed, but not yet as text
+MAX_SIDE = 256                          # pixels: longest side of a frame on the page
+MAX_BYTES = 1_350_000                   # compressed size of all maps, before base64
 
 
-class Shown(NamedTuple):
-    """A clip on the page, and its attention: all values of a row, or those that are known."""
+class ClipView(NamedTuple):
+    """A clip on the page.
+
+    Attributes:
+        title: Name of the clip.
+        note: How its attention was read.
+        frames: Frames (f, 3, H, W) in [-1, 1]; None if they are not known.
+        motion: All values of its attention maps, or those that are known.
+    """
+
     title: str
-    note: str                           # how the attention was read
-    frames: Tensor | None               # (f, 3, H, W) in [-1, 1]; None where they are not at hand
+    note: str
+    frames: Tensor | None
     motion: Motion
 
 
-def write_page(folder: Path, clips: Sequence[Shown], kept: Motion, masks: Masks | None,
-               steps: Sequence[tuple[int, float | None, float]], record: Mapping[str, Any]) -> None:
-    """Writes index.html into a folder: one file, which opens in any browser and fetches nothing.
+def write_html_report(folder: Path, model: Model, prompt: str, config: SampleConfig,
+                      reference: Reference, latents_by_name: Mapping[str, Tensor],
+                      steps: Sequence[SamplerStep], record: Mapping[str, Any],
+                      control: Tensor | None = None) -> None:
+    """Write index.html into a folder: one page that any browser opens without a network.
 
-    clips   the reference first, the clone last
-    kept    the motion representation
-    masks   where semantic guidance found the reference's subject
-    steps   of sampling: the timestep, g where its gradient was taken, and lambda
-    record  what the clip was made of, by its names; prompt and fps are among them
+    Args:
+        folder: New or empty folder, or one that this function wrote.
+        model: The model that sampled the clips.
+        prompt: What the clips show.
+        config: Settings of the clone.
+        reference: The reference of the clone.
+        latents_by_name: Scaled latents (1, c, f, h, w) of the clips "unguided" and "clone".
+        steps: Steps of the clone's sampling.
+        record: What the page lists as settings; must have "prompt" and "fps". If it has a "report",
+            the unguided clip had all steps, and else PREVIEW_STEPS.
+        control: Condition of SparseCtrl of the clips.
 
-    Raises InputError where the folder cannot be written.
+    Raises:
+        InputError: If the folder cannot be written.
     """
-    shape = kept.info["frames"], kept.info["height"], kept.info["width"]
-    _, heads, _, k = next(iter(kept.values.values())).shape
-    grid, maps = packed([*(spread(clip.motion) for clip in clips), spread(kept, ranked=True)],
-                        shape[1] / shape[2])
+    motion, frames, t = reference.motion, reference.frames, config.extraction_timestep
+    full = dataclasses.replace(config, top_k=0)         # all values of the attention maps
+    note = f"noised once to timestep {t}, without a prompt"
+    if isinstance(motion, InvertedReference):
+        t = min(motion.latents)
+        note = f"inverted to timestep {t}, with its own prompt"
+        motion, full_motion = (motion.motion_at(t, settings) for settings in (config, full))
+    elif frames is None or reference.latents is None:
+        note, full_motion = "not available; only its motion is known", motion
+    else:               # the reference is read with its own frames as control images
+        mask = torch.zeros(1, 1) if control is None else control[0, -1].flatten(1)
+        images = {i: frames[i, None] for i in mask.any(dim=1).nonzero()[:, 0].tolist()}
+        full_motion = extract_motion(model, reference.latents, full,
+                                     control=control_condition(model, images, config))
+    clips = [ClipView("reference", note, frames, full_motion)]
+    num_steps = config.steps if record.get("report") else min(PREVIEW_STEPS, config.steps)
+    for name, origin in ("unguided", f"from the same noise, in {num_steps} steps; "), ("clone", ""):
+        z, settings = latents_by_name[name], dataclasses.replace(full, extraction_timestep=t)
+        clips.append(ClipView(
+            name, f"{origin}finished, then noised once to timestep {t}, without a prompt",
+            model.vae.decode(z).float().cpu(), extract_motion(model, z, settings, control=control)))
+    subject = subject_masks(model, prompt, reference, config)
+    write_page(folder, clips, motion, subject.masks(t) if subject else (), steps, record)
+
+
+def write_page(folder: Path, clips: Sequence[ClipView], motion: Motion, masks: Sequence[Tensor],
+               steps: Sequence[SamplerStep], record: Mapping[str, Any]) -> None:
+    """Write the page of clips, the reference first.
+
+    Args:
+        folder: As for `write_html_report`.
+        clips: The clips.
+        motion: Motion representation that guided the clone.
+        masks: Masks (f, h, w) of the reference's subject and of its background, or nothing.
+        steps: Steps of the clone's sampling.
+        record: As for `write_html_report`.
+    """
+    shape = [motion.metadata[name] for name in ("num_frames", "height", "width")]
+    _, heads, _, k = next(iter(motion.values.values())).shape
+    grid, maps = compress_maps([*(dense_maps(clip.motion) for clip in clips),
+                                dense_maps(motion, ranks=True)], motion.metadata["grids"])
     data = {
-        "shape": shape, "layers": list(kept.values), "heads": heads, "k": k, "grid": grid,
-        "maps": maps, "steps": steps, "record": record,
-        "clips": [{"title": clip.title, "note": clip.note, **pictured(clip.frames)}
+        "shape": shape, "layers": list(motion.values), "heads": heads, "k": k, "grid": grid,
+        "maps": maps, "record": record,
+        "steps": [(step.timestep, step.loss, step.guidance_weight) for step in steps],
+        "clips": [{"title": clip.title, "note": clip.note, **sprite_and_tracks(clip.frames)}
                   for clip in clips],
-        "masks": [] if masks is None else [
-            (F.interpolate(mask[None].cpu(), grid)[0] * 100).round().int().flatten(1).tolist()
-            for mask in masks]}
+        "masks": [(F.interpolate(mask[None].cpu(), grid)[0] * 100).round().int().flatten(1).tolist()
+                  for mask in masks]}
     text = json.dumps(nonfinite_to_none(data), allow_nan=False).replace("<", r"\u003c")
-    with atomic_write(folder, folder=True) as temporary:
-        page = TEMPLATE.read_text("utf-8").replace("{{data}}", text)
-        (temporary / "index.html").write_text(page, "utf-8")
+    with atomic_write(folder, is_folder=True) as temporary:
+        (temporary / "index.html").write_text(
+            TEMPLATE.read_text("utf-8").replace("{{data}}", text), "utf-8")
 
 
-def spread(motion: Motion, ranked: bool = False) -> dict[str, Tensor]:
-    """Maps (h*w, heads, f, f) of all frames, uint8: a motion's values in 255ths or, ranked, 2 for
-    the strongest of a row and 1 for others that it has; 0 elsewhere. Where windows overlap, a row
-    is of the last of them."""
+def dense_maps(motion: Motion, ranks: bool = False) -> dict[str, Tensor]:
+    """Return the maps (h*w, heads, f, f) of a motion by layer, uint8, 0 where a value is not known.
+
+    Args:
+        motion: The motion. Where context windows overlap, the last one counts.
+        ranks: Whether to return 2 for the largest value of a row and 1 for its other values,
+            instead of the values times 255.
+    """
     maps, windows = {}, motion.windows
     for name, values in motion.values.items():
-        places, heads = len(values) // len(windows.starts), values.shape[1]
-        maps[name] = torch.zeros(places, heads, *[windows.frames] * 2, dtype=torch.uint8)
-        for start in windows.starts:
-            part, here = motion.at(start), windows.at(start)
-            rank = 1 + (torch.arange(values.shape[-1]) == 0).expand(part.values[name].shape).byte()
-            found = rank if ranked else (part.values[name].cpu() * 255).round().byte()
-            rows = found.new_zeros(*found.shape[:3], windows.frames)
-            maps[name][:, :, here] = rows.scatter(-1, here[part.indices[name].cpu()], found)
+        positions, heads = len(values) // len(windows.offsets), values.shape[1]
+        maps[name] = torch.zeros(positions, heads, *[windows.num_frames] * 2, dtype=torch.uint8)
+        for offset in windows.offsets:
+            window, frames = motion.window(offset), windows.frame_indices(offset)
+            levels = (window.values[name].cpu() * 255).round().byte()
+            if ranks:
+                levels = (1 + (torch.arange(values.shape[-1]) == 0)).byte().expand_as(levels)
+            rows = torch.zeros_like(maps[name][:, :, frames])
+            maps[name][:, :, frames] = rows.scatter(-1, frames[window.indices[name].cpu()], levels)
     return maps
 
 
-def packed(tables: Sequence[Mapping[str, Tensor]], aspect: float) -> tuple[tuple[int, int], str]:
-    """The grid of places, and tables (table, layer, place, head, f, f) of LARGEST bytes at most:
-    at all places of the coarsest layer or, if those are too many, one in 2x2 of them, 3x3, ..."""
-    h, w = infer_grid(min(map(len, tables[0].values())), aspect)
-    for stride in itertools.count(1):
+def compress_maps(tables: Sequence[Mapping[str, Tensor]], grids: Mapping[str, Sequence[int]]
+                  ) -> tuple[tuple[int, int], str]:
+    """Return a grid of positions (rows, columns), and the maps there, compressed.
+
+    The grid is that of the coarsest layer, or its every second, third, ... row and column until
+    the maps fit into MAX_BYTES.
+
+    Args:
+        tables: Maps (h*w, heads, f, f) by layer, of each clip.
+        grids: Rows and columns of each layer's positions.
+
+    Returns:
+        The grid, and base64 of the zlib-compressed bytes (table, layer, position, head, f, f).
+    """
+    h, w = min(grids.values(), key=math.prod)
+    for stride in range(1, max(h, w) + 1):
         grid = -(-h // stride), -(-w // stride)
-        chosen = [torch.stack([thinned(maps, grid, aspect) for maps in table.values()])
-                  for table in tables]
-        data = zlib.compress(torch.stack(chosen).numpy().tobytes())
-        if len(data) <= LARGEST or grid == (1, 1):
+        maps = [subsample_positions(maps, grids[name], grid)
+                for table in tables for name, maps in table.items()]
+        data = zlib.compress(torch.stack(maps).numpy().tobytes())
+        if len(data) <= MAX_BYTES:
             break
     return grid, base64.b64encode(data).decode()
 
 
-def thinned(maps: Tensor, grid: tuple[int, int], aspect: float) -> Tensor:
-    """Of maps (h*w, ...) those in the middles of the cells of a grid: (rows*columns, ...)."""
-    h, w = infer_grid(len(maps), aspect)
-    y, x = (((torch.arange(n) + 0.5) / n * size).long() for n, size in zip(grid, (h, w)))
-    return maps[(y[:, None] * w + x).flatten()]
+def subsample_positions(maps: Tensor, source: Sequence[int], target: tuple[int, int]) -> Tensor:
+    """Return the maps (h*w, ...) of a source grid at the cell centers of a target grid."""
+    y, x = (((torch.arange(n) + 0.5) / n * size).long() for n, size in zip(target, source))
+    return maps[(y[:, None] * source[1] + x).flatten()]
 
 
-def pictured(frames: Tensor | None) -> dict[str, Any]:
-    """The address of one picture of all frames (f, 3, H, W), in rows of ceil(sqrt(f)), and the
-    tracks of points in thousandths of half widths."""
+def sprite_and_tracks(frames: Tensor | None) -> dict[str, Any]:
+    """Return the data URL of one image of all frames, and the tracks of points.
+
+    Args:
+        frames: Frames (f, 3, H, W) in [-1, 1], or None. The image has ceil(sqrt(f)) columns.
+
+    Returns:
+        "sprite" and "tracks"; the tracks are in thousandths of half widths.
+    """
     if frames is None:
         return {"sprite": "", "tracks": []}
     f, _, h, w = frames.shape
-    scale, columns = min(1.0, SIDE / max(h, w)), math.ceil(math.sqrt(f))
+    scale, columns = min(1.0, MAX_SIDE / max(h, w)), math.ceil(math.sqrt(f))
     size = max(1, round(h * scale)), max(1, round(w * scale))
     small = F.interpolate(frames.cpu().float(), size, mode="area").clamp(-1, 1)
-    full = F.pad(small, (0, 0, 0, 0, 0, 0, 0, -f % columns))
-    pixels = rearrange((full + 1) * 127.5, "(y x) c h w -> (y h) (x w) c", x=columns)
+    pixels = rearrange((F.pad(small, (0, 0, 0, 0, 0, 0, 0, -f % columns)) + 1) * 127.5,
+                       "(y x) c h w -> (y h) (x w) c", x=columns)
     file = io.BytesIO()
     Image.fromarray(pixels.round().byte().numpy()).save(file, "WEBP", quality=80)
     return {"sprite": f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}",

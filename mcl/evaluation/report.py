@@ -1,59 +1,171 @@
-"""How well a clip follows its reference, beside an unguided one of the same noise."""
+"""How well a clip follows its reference, and whether a model can follow a reference at all."""
+import dataclasses
 import math
+import warnings
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
-from .metrics import (camera_curves, change_centroids, curve_correlation, distance, fidelity, flicker,
-                      top1_agreement)
-from ..motion import Motion
+from ..clone import Progress, make_generator, no_progress
+from ..config import SampleConfig
+from ..model import Model
+from ..motion import Motion, extract_motion
+from ..sampler import Sampler, sample
+from .metrics import (camera_curves, change_centroids, curve_correlation, flicker, top1_agreement,
+                      tracklet_distance, tracklet_fidelity)
 from .tracking import tracklets
 
-COLUMNS = ("motion fidelity", "corrected", "trajectory distance", "camera curves", "path of change",
-           "flicker", "top-1 agreement")
-# Held-out clips that follow have as much in one of these, of unguided ones one in twelve.
-TELLING, FOLLOWED = ("corrected", "camera curves", "path of change"), 0.7
+# Names of the metrics, and the direction of better values.
+METRICS = {"motion fidelity": "↑", "corrected fidelity": "↑", "trajectory distance": "↓",
+           "camera curves": "↑", "change centroids": "↑", "flicker": "↓", "top-1 agreement": "↑"}
+# A clip follows if one of these metrics reaches the threshold. All held-out clips that follow their
+# reference reach it, and one in twelve unguided clips.
+DECISIVE_METRICS = ("corrected fidelity", "camera curves", "change centroids")
+FOLLOW_THRESHOLD = 0.7
+NAN_REASONS = {**dict.fromkeys(METRICS, "no point could be tracked in the clip or the reference"),
+               **dict.fromkeys(("camera curves", "change centroids"),
+                               "nothing moves in the clip or the reference")}
+PREVIEW_STEPS = 8               # steps of an unguided clip that is only shown, not measured
 
-UNMEASURED = {**dict.fromkeys(COLUMNS[:3], "no point of it, or of the reference, was followed"),
-              **dict.fromkeys(COLUMNS[3:5],
-                              "its picture, or the reference's, does not move at all")}
+
+def motion_magnitude(latents: Tensor) -> float:
+    """Return how much a clip changes over time, relative to the spread of its latents.
+
+    It is the 0.9 quantile over positions of the standard deviation in time, divided by the standard
+    deviation of all latents. It is small if hardly anything moves, or if a camera passes over a
+    uniform background: there is no motion to clone.
+
+    Args:
+        latents: Latents (1, c, f, h, w).
+    """
+    z = latents.float()
+    change = (z - z.mean(dim=2, keepdim=True)).square().mean(dim=(0, 1, 2)).sqrt()
+    return float(change.quantile(0.9) / z.std().clamp(min=1e-6))
 
 
-def measure(reference: Tensor, clip: Tensor, motion: Motion | None, own: Motion | None
-            ) -> dict[str, float]:
-    """Figures of a clip (f, 3, H, W), as metrics.py defines them, by the names of COLUMNS; nan for
-    what could not be measured.
+def denoising_error(model: Model, latents: Tensor) -> float:
+    """Return the model's denoising error on a clip: the mean squared error of its noise prediction.
 
-    motion, own   of the reference and of the clip, read alike; None leaves their agreement out
+    The prediction is made without a prompt, at the model's own extraction_timestep, in the context
+    windows of the clip. The error is 0 for a perfect model and about 1 for clips unlike those that
+    the model was trained on; it can clone no motion from these.
+
+    Args:
+        model: The model.
+        latents: Scaled latents (1, c, f, h, w).
+    """
+    config = dataclasses.replace(model.config.sample, num_frames=latents.shape[2], top_k=1)
+    t, z, null_text = config.extraction_timestep, latents.float(), model.encode_text([""])
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    eps = Sampler(model, null_text, config).predict_noise(
+        model.schedule.add_noise(z, noise, t).to(model.device), t, null_text)
+    return float((eps.to(z) - noise).square().mean())
+
+
+def warn_if_unsuitable(model: Model, name: str, latents: Tensor) -> dict[str, float]:
+    """Warn if the model is unlikely to follow a reference.
+
+    Args:
+        model: The model, whose config has the limits.
+        name: Name of the reference, for the warning.
+        latents: Scaled latents (1, c, f, h, w) of the reference.
+
+    Returns:
+        The "motion_magnitude" and the "denoising_error"; empty for a model without limits.
+    """
+    min_motion, max_error = model.config.min_reference_motion, model.config.max_denoising_error
+    if not min_motion:
+        return {}
+    motion, error = motion_magnitude(latents), denoising_error(model, latents)
+    if motion < min_motion:
+        warnings.warn(f"{name} hardly moves (motion {motion:.2f}, at least {min_motion:.2f} "
+                      "needed): there is little motion to clone.", stacklevel=2)
+    elif error > max_error:
+        who = "demo model" if model.config.name == "tiny" else f"model {model.config.name}"
+        warnings.warn(f"The {who} was not trained on videos like {name} (error {error:.3f}, limit "
+                      f"{max_error:.3f}): the clone will probably not follow it. Try a shorter "
+                      "part with --duration, or Stable Diffusion weights.", stacklevel=2)
+    return {"motion_magnitude": motion, "denoising_error": error}
+
+
+def sample_unguided(model: Model, prompt: str, config: SampleConfig, seed: int,
+                    control: Tensor | None = None, num_steps: int | None = None,
+                    progress: Progress | None = None) -> Tensor:
+    """Return the latents (1, c, f, h, w) of a clip without guidance, from the noise of a seed.
+
+    Args:
+        model: The model.
+        prompt: What the clip shows.
+        config: Settings of the guided clip.
+        seed: Seed of the guided clip.
+        control: Condition of SparseCtrl, as for `sample`.
+        num_steps: Most steps, for a quick preview; None for all steps of the guided clip.
+        progress: As for `clone`.
+    """
+    if num_steps is not None:
+        config = dataclasses.replace(config, steps=min(num_steps, config.steps), guidance_steps=0)
+    states = sample(model, prompt, None, config, control=control, generator=make_generator(seed))
+    for state in (progress or no_progress)(states, desc="unguided clip", total=config.steps):
+        latents: Tensor = state.latents
+    return latents
+
+
+def measure_clips(model: Model, config: SampleConfig, reference_frames: Tensor,
+                  latents_by_name: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return the metrics of clips by name.
+
+    Args:
+        model: The model that sampled the clips.
+        config: Settings of the clips.
+        reference_frames: Frames (f, 3, H, W) of the reference in [-1, 1].
+        latents_by_name: Scaled latents (1, c, f, h, w) of the clips.
+    """
+    top1 = dataclasses.replace(config, top_k=1)
+    motion = extract_motion(model, model.vae.encode(reference_frames), top1)
+    return {name: measure_clip(reference_frames, model.vae.decode(latents).float().cpu(), motion,
+                               extract_motion(model, latents, top1))
+            for name, latents in latents_by_name.items()}
+
+
+def measure_clip(reference: Tensor, clip: Tensor, motion: Motion, clip_motion: Motion
+                 ) -> dict[str, float]:
+    """Return all METRICS of a clip; nan for those that cannot be measured (NAN_REASONS).
+
+    Args:
+        reference: Frames (f, 3, H, W) of the reference in [-1, 1].
+        clip: Frames of the clip, of the same shape.
+        motion: Motion of the reference.
+        clip_motion: Motion of the clip, extracted with the same settings.
     """
     a, b = tracklets(reference), tracklets(clip)
-    followed = (*fidelity(a, b), distance(a, b)) if len(a) and len(b) else (math.nan,) * 3
-    alike = (curve_correlation(x, y) if x.any() and y.any() else math.nan for x, y in (
+    correlations = (curve_correlation(x, y) if x.any() and y.any() else math.nan for x, y in (
         map(curves, (clip, reference)) for curves in (camera_curves, change_centroids)))
-    values = (*followed, *alike, flicker(clip))
-    figures = dict(zip(COLUMNS, values))
-    if motion is not None and own is not None:
-        figures[COLUMNS[-1]] = top1_agreement(motion, own)
-    return figures
+    return dict(zip(METRICS, (*tracklet_fidelity(a, b), tracklet_distance(a, b), *correlations,
+                              flicker(clip), top1_agreement(motion, clip_motion))))
 
 
-def verdict(row: dict[str, float]) -> str:
-    """Whether a clip of these figures moves like its reference, in words, by any that tells."""
-    telling = [row[name] for name in TELLING if not math.isnan(row[name])]
-    if not telling:
-        return "cannot be told"
-    return "follows" if max(telling) >= FOLLOWED else "does not follow"
+def verdict(row: Mapping[str, float]) -> str:
+    """Return whether a clip with these metrics follows its reference, in words."""
+    known = [row[name] for name in DECISIVE_METRICS if not math.isnan(row[name])]
+    if not known:
+        return "cannot be measured"
+    return "follows" if max(known) >= FOLLOW_THRESHOLD else "does not follow"
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Measured clips by their names, as lines of text; - and the reason for what is nan."""
-    names = [name for name in COLUMNS if any(name in row for row in rows.values())]
-    first = max(map(len, rows))
-    lines = ["  ".join([" " * first, *names])]
-    for title, row in rows.items():
-        lost = [name for name in names if math.isnan(row.get(name, 0.0))]
-        cells = ["-" if n in lost else f"{row[n]:.3f}" if n in row else "" for n in names]
-        aligned = [cell.rjust(len(name)) for cell, name in zip(cells, names)]
-        why = "; ".join(dict.fromkeys(UNMEASURED[name] for name in lost))
-        note = [f"(-: {why})"] if why else []
-        lines.append("  ".join([title.ljust(first), *aligned, verdict(row), *note]))
-    return "\n".join(lines)
+def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the metrics of clips as a table of text, 80 columns wide for up to three clips.
+
+    Args:
+        rows: Metrics of each clip (`measure_clip`), by its name.
+    """
+    def line(title: str, cells: Iterable[str]) -> str:
+        return f"{title:22}" + "".join(f"{cell:>19}" for cell in cells)
+
+    return "\n".join([
+        line("", rows),
+        *(line(f"{name} {arrow}", [f"{row[name]:z.3f}".replace("nan", "-") for row in rows.values()])
+          for name, arrow in METRICS.items()),
+        line("verdict", map(verdict, rows.values())),
+        *(f"- {name}: {NAN_REASONS[name]}" for name in METRICS
+          if any(math.isnan(row[name]) for row in rows.values()))])

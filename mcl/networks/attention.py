@@ -6,6 +6,7 @@ Letters of every shape and einops string in this project:
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ class AttentionRequest(NamedTuple):
     cross: tuple[str, ...] = ()
 
 
+NO_REQUEST = AttentionRequest()
+
+
 @dataclass(frozen=True)
 class AttentionMaps:
     """Attention of one forward pass, by full layer name.
@@ -51,9 +55,9 @@ class AttentionMaps:
 
     def select(self, request: AttentionRequest) -> "AttentionMaps":
         """Return only the attention of a request, which consists of full layer names."""
-        temporal, keys, cross = (
-            {name: tensors[name] for name in names}
-            for tensors, names in zip((self.temporal, self.temporal_keys, self.cross), request))
+        kinds = (self.temporal, self.temporal_keys, self.cross)
+        temporal, keys, cross = ({name: tensors[name] for name in names}
+                                 for tensors, names in zip(kinds, request, strict=True))
         return AttentionMaps(temporal, keys, cross, self.grids, self.frame_offset)
 
     def __or__(self, other: "AttentionMaps") -> "AttentionMaps":
@@ -64,9 +68,8 @@ class AttentionMaps:
 
 def merge_requests(requests: Sequence[AttentionRequest]) -> AttentionRequest:
     """Return one request for everything that several requests name, without duplicates."""
-    return AttentionRequest(*(tuple(dict.fromkeys(name for request in requests
-                                                  for name in request[kind]))
-                              for kind in range(len(AttentionRequest._fields))))
+    return AttentionRequest(*(tuple(dict.fromkeys(chain(*names)))
+                              for names in zip(*requests, strict=True)))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, return_map: bool = False,

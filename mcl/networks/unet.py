@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import UNetConfig
 from ..errors import InputError
-from .attention import Attention, AttentionMaps, AttentionRequest
+from .attention import NO_REQUEST, Attention, AttentionMaps, AttentionRequest
 from .layers import Downsample, InflatedGroupNorm, ResnetBlock, SpatialTransformer, Upsample
 from .ops import Linear
 from .temporal import MotionModule
@@ -72,7 +72,7 @@ class BlockInputs:
     time: Tensor
     text: Tensor
     num_frames: int
-    request: AttentionRequest = AttentionRequest()
+    request: AttentionRequest = NO_REQUEST
     gradient_checkpointing: bool = False
 
     def maybe_checkpoint(self, module: Callable[..., Any], *args: Any) -> Any:
@@ -80,6 +80,9 @@ class BlockInputs:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
         return module(*args)
+
+
+BlockOutput = tuple[Tensor, list[Tensor], AttentionMaps]    # features, skips, requested attention
 
 
 class Block(nn.Module):
@@ -93,23 +96,21 @@ class Block(nn.Module):
                  has_cross_attention: bool, has_motion_modules: bool):
         """Create a block with a layer for each (input, output) width."""
         super().__init__()
-        c_out, groups = widths[0][1], config.norm_num_groups
+        c_out, groups, heads = widths[0][1], config.norm_num_groups, config.num_attention_heads
         self.resnets = nn.ModuleList([
             ResnetBlock(c_in, c_out, groups, EPS, config.time_channels, config.inflated_groupnorm)
             for c_in, c_out in widths])
-        layers = range(len(widths))
         self.attentions = nn.ModuleList([
-            SpatialTransformer(c_out, config.num_attention_heads, config.cross_attention_dim,
-                               groups)
-            for _ in layers if has_cross_attention])
+            SpatialTransformer(c_out, heads, config.cross_attention_dim, groups)
+            for _ in widths if has_cross_attention])
         self.motion_modules = nn.ModuleList([
             MotionModule(c_out, config.motion_num_attention_heads, groups,
                          config.motion_num_attention_blocks)
-            for _ in layers if has_motion_modules])
+            for _ in widths if has_motion_modules])
 
-    def apply_transformers(self, i: int, x: Tensor, inputs: BlockInputs
-                           ) -> tuple[Tensor, AttentionMaps]:
-        """Apply the spatial transformer and the motion module of layer i."""
+    def run_layer(self, i: int, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, AttentionMaps]:
+        """Apply the residual block, the spatial transformer and the motion module of layer i."""
+        x = inputs.maybe_checkpoint(self.resnets[i], x, inputs.time, inputs.num_frames)
         attention = AttentionMaps()
         if self.attentions:
             name = str(self.attentions[i].name)
@@ -137,13 +138,11 @@ class DownBlock(Block):
         self.downsamplers = nn.ModuleList(
             [Downsample(c_out, pad_all_sides=True)] if level < last else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs
-                ) -> tuple[Tensor, list[Tensor], AttentionMaps]:
+    def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs) -> BlockOutput:
         """Return the features, the skip connections and the requested attention."""
         attention = AttentionMaps()
-        for i, resnet in enumerate(self.resnets):
-            x = inputs.maybe_checkpoint(resnet, x, inputs.time, inputs.num_frames)
-            x, layer_attention = self.apply_transformers(i, x, inputs)
+        for i in range(len(self.resnets)):
+            x, layer_attention = self.run_layer(i, x, inputs)
             skips, attention = [*skips, x], attention | layer_attention
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -161,19 +160,17 @@ class UpBlock(Block):
         c_out = widths[level]
         skips = [c_out] * (n - 1) + [widths[max(level - 1, 0)]]
         inputs = [c_out if is_lowest else widths[level + 1]] + [c_out] * (n - 1)
-        super().__init__(config, [(c_in + skip, c_out) for c_in, skip in zip(inputs, skips)],
+        super().__init__(config, [(c_in + skip, c_out) for c_in, skip in zip(inputs, skips,
+                                                                           strict=True)],
                          level in config.cross_attention_levels, config.motion_modules)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if level > 0 else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs
-                ) -> tuple[Tensor, list[Tensor], AttentionMaps]:
+    def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs) -> BlockOutput:
         """Return the features, the remaining skip connections and the requested attention."""
         attention = AttentionMaps()
-        for i, resnet in enumerate(self.resnets):
-            x, skips = torch.cat([x, skips[-1]], dim=1), skips[:-1]
-            x = inputs.maybe_checkpoint(resnet, x, inputs.time, inputs.num_frames)
-            x, layer_attention = self.apply_transformers(i, x, inputs)
-            attention = attention | layer_attention
+        for i in range(len(self.resnets)):
+            x, layer_attention = self.run_layer(i, torch.cat([x, skips[-1]], dim=1), inputs)
+            skips, attention = skips[:-1], attention | layer_attention
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[-2:])
         return x, skips, attention
@@ -190,11 +187,9 @@ class MidBlock(Block):
         self.resnets.append(ResnetBlock(c, c, config.norm_num_groups, EPS, config.time_channels,
                                         config.inflated_groupnorm))
 
-    def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs
-                ) -> tuple[Tensor, list[Tensor], AttentionMaps]:
+    def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs) -> BlockOutput:
         """Return the features, the skip connections as they were, and the requested attention."""
-        x = inputs.maybe_checkpoint(self.resnets[0], x, inputs.time, inputs.num_frames)
-        x, attention = self.apply_transformers(0, x, inputs)
+        x, attention = self.run_layer(0, x, inputs)
         x = inputs.maybe_checkpoint(self.resnets[1], x, inputs.time, inputs.num_frames)
         return x, skips, attention
 
@@ -243,7 +238,7 @@ class UNet3D(nn.Module):
             match_layers(request.cross, cross, "cross-attention"))
 
     def forward(self, z: Tensor, t: Tensor | int, text: Tensor, *,
-                request: AttentionRequest = AttentionRequest(),
+                request: AttentionRequest = NO_REQUEST,
                 residuals: ControlNetResiduals | None = None,
                 gradient_checkpointing: bool = False) -> tuple[Tensor, AttentionMaps]:
         """Return the noise estimate and the requested attention.
@@ -292,20 +287,15 @@ class UNet3D(nn.Module):
             raise InputError(f"num_frames = {num_frames} is out of range: this model's motion "
                              f"modules see at most {self.config.motion_max_seq_length} frames")
         request = self.resolve_layers(request)
+        needed = max([0, *(i + 1 for i, block in enumerate(self.block_names)
+                           for layer in chain(*request) if layer.startswith(block + "."))])
         t = torch.as_tensor(t, device=z.device).expand(z.shape[0])
         time = repeat(self.time_embedding(t), "b c -> (b f) c", f=num_frames)
         x = self.conv_in(rearrange(z, "b c f h w -> (b f) c h w"))
-        return (BlockInputs(time, text, num_frames, request, gradient_checkpointing), x,
-                self.num_blocks_needed(request))
-
-    def num_blocks_needed(self, request: AttentionRequest) -> int:
-        """Return how many blocks must run to reach every requested layer."""
-        return max([0, *(i + 1 for i, block in enumerate(self.block_names)
-                         for layer in chain(*request) if layer.startswith(block + "."))])
+        return BlockInputs(time, text, num_frames, request, gradient_checkpointing), x, needed
 
     def run_blocks(self, blocks: Sequence[str], x: Tensor, skips: list[Tensor],
-                   inputs: BlockInputs, residuals: ControlNetResiduals | None
-                   ) -> tuple[Tensor, list[Tensor], AttentionMaps]:
+                   inputs: BlockInputs, residuals: ControlNetResiduals | None) -> BlockOutput:
         """Run consecutive blocks and return features, skip connections and attention."""
         attention = AttentionMaps()
         for name in blocks:

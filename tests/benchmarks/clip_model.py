@@ -1,4 +1,9 @@
-"""OpenAI's CLIP, texts and pictures in one space (arXiv 2103.00020), in Hugging Face's names."""
+"""OpenAI's CLIP (arXiv 2103.00020), which embeds texts and images in one space.
+
+Weights are those of Hugging Face's CLIPModel, such as openai/clip-vit-large-patch14.
+"""
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -6,22 +11,34 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mcl.config import CLIPTextConfig, CLIPVisionConfig
-from mcl.checkpoints.lazy import filled
-from mcl.checkpoints.containers import open_checkpoint
-from mcl.checkpoints.infer_config import clip_configs
-from mcl.networks.layers import Conv2d, Linear
+from mcl.checkpoints.model_file import check_finite, check_names, check_shape, load_weights
+from mcl.config import CLIPTextConfig, CLIPTransformerConfig, bounded
+from mcl.errors import InputError
+from mcl.networks.ops import Conv2d, Linear
 from mcl.networks.text_encoder import Embedding, Encoder, TextTransformer
 from mcl.networks.tokenizer import Tokenizer
 from mcl.video.write import to_uint8
 
-MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HEAD_SIZE = 64                          # channels of an attention head, in all of OpenAI's models
+IGNORED = ("logit_scale", "text_model.embeddings.position_ids",
+           "vision_model.embeddings.position_ids")
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(CLIPTransformerConfig):
+    """Sizes of CLIP's image transformer."""
+
+    patch_size: int = bounded(14, 1, 1 << 10)
+    patches_per_side: int = bounded(16, 1, 1 << 10)
 
 
 class VisionEmbeddings(nn.Module):
-    """pixels (b, 3, H, W) -> (b, 1 + n, c): a token of the whole, then one of each patch."""
+    """Tokens of images: one for the whole image, then one for each patch."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -31,105 +48,115 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = Embedding(1 + config.patches_per_side ** 2, c)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return the tokens (b, 1 + n, c) of pixels (b, 3, H, W)."""
         patches = rearrange(self.patch_embedding(pixels), "b c h w -> b (h w) c")
-        whole = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat([whole, patches], dim=1) + self.position_embedding.weight
+        image_token = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([image_token, patches], dim=1) + self.position_embedding.weight
 
 
 class VisionTransformer(nn.Module):
-    """pixels (b, 3, H, W) -> (b, c), of the token of the whole."""
+    """CLIP's image transformer; the output is the token of the whole image."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size)        # so spelt in the files
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size)    # spelled so in the files
         self.encoder = Encoder(config, causal=False)
         self.post_layernorm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings (b, c) of pixels (b, 3, H, W)."""
         return self.post_layernorm(self.encoder(self.pre_layrnorm(self.embeddings(pixels)))[:, 0])
 
 
-class Clip(nn.Module):
-    """Texts and pictures to vectors (b, d) of length 1, whose products are cosines."""
+class CLIPModel(nn.Module):
+    """Embeds texts and images as unit vectors (b, d), whose products are cosine similarities."""
 
     def __init__(self, text: CLIPTextConfig, vision: CLIPVisionConfig, d: int):
         super().__init__()
-        self.side = vision.patch * vision.grid
+        self.size = vision.patch_size * vision.patches_per_side
         self.text_model, self.vision_model = TextTransformer(text), VisionTransformer(vision)
         self.text_projection = Linear(text.hidden_size, d, bias=False)
         self.visual_projection = Linear(vision.hidden_size, d, bias=False)
 
-    def embed_text(self, ids: Tensor) -> Tensor:
-        """ids (b, 77) of `Tokenizer`; a text is read at its first end token, of the highest id."""
-        at_end = self.text_model(ids)[torch.arange(len(ids)), ids.argmax(dim=1)]
-        return F.normalize(self.text_projection(at_end), dim=-1)
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Return the embeddings of token ids (b, 77), read at the end token, the highest id."""
+        tokens = self.text_model(ids)[torch.arange(len(ids)), ids.argmax(dim=1)]
+        return F.normalize(self.text_projection(tokens), dim=-1)
 
-    def embed_pictures(self, pixels: Tensor) -> Tensor:
-        """pixels (b, 3, side, side) of `pixels_of`."""
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings of `preprocess`ed pixels (b, 3, size, size)."""
         return F.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
 
     @torch.no_grad()
-    def cosines(self, prompt: str, frames: Tensor) -> tuple[float, float]:
-        """Means over frames (f, 3, H, W) in [-1, 1]: of each with the prompt, and of each with the
-        next, which is nan of one frame."""
+    def clip_scores(self, prompt: str, frames: Tensor) -> tuple[float, float]:
+        """Return text alignment and temporal consistency of frames (f, 3, H, W) in [-1, 1].
+
+        They are the mean cosine similarity of the frames with the prompt, and of each frame with
+        the next; the latter is nan for one frame.
+        """
         device = self.text_projection.weight.device
-        text = self.embed_text(Tokenizer()(prompt).to(device))
-        seen = self.embed_pictures(pixels_of(frames, self.side).to(device))
-        return float((seen @ text.T).mean()), float((seen[1:] * seen[:-1]).sum(dim=1).mean())
+        text = self.encode_text(Tokenizer()(prompt).to(device))
+        images = self.encode_image(preprocess(frames, self.size).to(device))
+        consistency = (images[1:] * images[:-1]).sum(dim=1).mean()
+        return float((images @ text.T).mean()), float(consistency)
 
 
-def pixels_of(frames: Tensor, side: int) -> Tensor:
-    """Frames (f, 3, H, W) in [-1, 1] as CLIP knows them: (f, 3, side, side) of 8 bits, by Pillow's
-    bicubic filter, the middle cut out, normalised by its pictures' mean and deviation."""
-    height, width = (side * n // min(frames.shape[-2:]) for n in frames.shape[-2:])
-    left, top = (width - side) // 2, (height - side) // 2
-    small = [np.array(Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC))
-             for one in to_uint8(frames)]
-    middle = np.stack(small)[:, top:top + side, left:left + side]
-    pixels = torch.from_numpy(middle).float() / 255
-    return rearrange((pixels - torch.tensor(MEAN)) / torch.tensor(DEVIATION), "f h w c -> f c h w")
+def preprocess(frames: Tensor, size: int) -> Tensor:
+    """Return frames (f, 3, H, W) in [-1, 1] as CLIP's input (f, 3, size, size).
 
-
-def load_clip(path: Path, device: torch.device | str = "cpu") -> Clip:
-    """A CLIP in float32, of a CLIPModel's model.safetensors, pytorch_model.bin or folder.
-
-    Raises InputError, naming the file, for one that is damaged, incomplete or of another kind.
+    As for CLIP's training, 8-bit images are resized by Pillow's bicubic filter, cropped to the
+    middle, and normalized.
     """
-    found = open_checkpoint(path)
-    # Without the scale of its training, and old files' positions 0, 1, 2, ...
-    tensors = {name: tensor for name, tensor in found.tensors.items()
-               if name != "logit_scale" and not name.endswith(".position_ids")}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    height, width = (size * n // min(frames.shape[-2:]) for n in frames.shape[-2:])
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = [np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+               for image in to_uint8(frames)]
+    pixels = torch.from_numpy(np.stack(resized)[:, top:top + size, left:left + size]) / 255
+    return rearrange((pixels - torch.tensor(MEAN)) / torch.tensor(STD), "f h w c -> f c h w")
+
+
+def load_clip(path: Path) -> CLIPModel:
+    """Load a CLIPModel in float32 from its model.safetensors.
+
+    Raises:
+        InputError: If the file is damaged, incomplete or of another kind.
+    """
+    try:
+        tensors = {name: t.float() for name, t in load_file(path).items() if name not in IGNORED}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}). Give the model.safetensors of a "
+                         "CLIPModel") from error
     with torch.device("meta"):
-        clip = Clip(*clip_configs(path, shapes, found.configs.get("", {})))
-    return filled(path, clip, tensors, device)
+        model = CLIPModel(*infer_clip_configs(path, tensors))
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    check_names(path, set(tensors), shapes)
+    for name, tensor in tensors.items():
+        check_shape(path, name, tensor, shapes[name])
+        check_finite(path, name, tensor)
+    return load_weights(model, tensors.items())
 
 
-def clip_configs(path: Any, clip: Shapes, config: Mapping[str, Any]
-                 ) -> tuple[CLIPTextConfig, CLIPVisionConfig, int]:
-    """Of Hugging Face's CLIPModel: its towers, and the channels of the space that they share."""
-    if not any(name.startswith("vision_model.") for name in clip):
-        raise InputError(f"{path}: holds no CLIP of texts and pictures; the model.safetensors of "
-                         "openai/clip-vit-large-patch14 or openai/clip-vit-base-patch32 does")
-    hidden, *_, patch = shape_of(clip, "vision_model.embeddings.patch_embedding.weight", path)
-    places = shape_of(clip, "vision_model.embeddings.position_embedding.weight", path)[0] - 1
-    channels, text_hidden = shape_of(clip, "text_projection.weight", path)[:2]
-    heads = {}
-    for part, width in zip(CLIP_PARTS, (text_hidden, hidden)):
-        own = given(config, part, {})
-        if not isinstance(own, dict):
-            raise InputError(f"{path}: its {part} is {short_repr(own)}, which is no config")
-        check_config(path, part, own)
-        if own.get("num_attention_heads") is None and width % CLIP_HEAD:
-            raise InputError(f"{path}: how many heads its {width} channels have is told by its "
-                             "config.json alone, which is to lie beside it")
-        heads[part] = given(own, "num_attention_heads", width // CLIP_HEAD)
-    text = text_config(path, clip, {"num_attention_heads": heads["text_config"]})
-    if text.max_position_embeddings < MAX_LENGTH:
-        raise InputError(f"{path}: reads {text.max_position_embeddings} tokens of a text, CLIP reads {MAX_LENGTH}")
-    return text, made(
-        path, CLIPVisionConfig, hidden_size=hidden, num_attention_heads=heads["vision_config"], patch_size=patch,
-        patches_per_side=round(max(places, 0) ** 0.5), num_hidden_layers=count(clip, "vision_model.encoder.layers"),
-        intermediate_size=shape_of(clip, "vision_model.encoder.layers.0.mlp.fc1.weight", path)[0]
-    ), channels
+def infer_clip_configs(path: Path, tensors: dict[str, Tensor]
+                       ) -> tuple[CLIPTextConfig, CLIPVisionConfig, int]:
+    """Return the sizes of both transformers, and of the common space, from the shapes."""
+    def sizes(part: str) -> dict[str, int]:
+        hidden = len(tensors[f"{part}.encoder.layers.0.layer_norm1.weight"])
+        numbers = {name.split(".")[3] for name in tensors if name.startswith(f"{part}.encoder.")}
+        fc1 = tensors[f"{part}.encoder.layers.0.mlp.fc1.weight"]
+        return {"hidden_size": hidden, "num_attention_heads": hidden // HEAD_SIZE,
+                "intermediate_size": len(fc1), "num_hidden_layers": len(numbers)}
+
+    config = path.parent / "config.json"
+    if config.is_file() and "quick_gelu" not in json.dumps(json.loads(config.read_text("utf-8"))):
+        raise InputError(f"{config}: not one of OpenAI's CLIP models, whose activation is "
+                         "quick_gelu. Give openai/clip-vit-large-patch14")
+    try:
+        places = len(tensors["vision_model.embeddings.position_embedding.weight"]) - 1
+        text, vision = CLIPTextConfig(**sizes("text_model")), CLIPVisionConfig(
+            patch_size=tensors["vision_model.embeddings.patch_embedding.weight"].shape[-1],
+            patches_per_side=round(places ** 0.5), **sizes("vision_model"))
+        return text, vision, len(tensors["text_projection.weight"])
+    except (KeyError, InputError) as error:
+        raise InputError(f"{path}: not a CLIPModel ({error}). Give the model.safetensors of "
+                         "openai/clip-vit-large-patch14") from error

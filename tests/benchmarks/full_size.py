@@ -1,77 +1,83 @@
-"""Memory and time of converting and loading Stable Diffusion 1.5 at its full size.
+"""Measure memory and time of converting and loading Stable Diffusion 1.5 at full size.
 
-    python -m tests.benchmarks.full_size FOLDER
+    python tests/benchmarks/full_size.py FOLDER
 
-Makes files of the real names, shapes and precision (5.9 GB of float32) with numbers of no meaning
-in FOLDER, converts them, loads the result, and prints what each took.
+Writes files with the names, shapes and precision of the real ones (5.9 GB of float32) and random
+numbers into FOLDER, converts them, loads the result, and prints what each of the two took.
 """
 import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).parents[2]
+if not __package__:     # run as a file
+    sys.path.insert(0, str(ROOT))
+
 from mcl.checkpoints.model_file import build_on_meta
-from mcl.cli import OneLineErrorParser, exit_code_of, run_main
-from mcl.config import SD15
+from mcl.cli.process import OneLineErrorParser, exit_code_of, run_main
+from mcl.config import ModelConfig
 from mcl.files import atomic_write, check_writable, stream_safetensors
 
-ROOT = Path(__file__).parent.parent.parent
 LOAD = "from mcl import load_model; load_model({!r}, device='cpu', dtype='float16')"
 FILES = {"unet": "unet/diffusion_pytorch_model.safetensors",
          "vae": "vae/diffusion_pytorch_model.safetensors",
          "text_encoder": "text_encoder/model.safetensors"}
 
 
-def numbers(shapes: Mapping[str, Sequence[int]]) -> Iterator[Tensor]:
-    """Random in a part of it, repeated: drawing a thousand million takes too long."""
+def random_tensors(shapes: Mapping[str, Sequence[int]]) -> Iterator[Tensor]:
+    """Yield random tensors. They repeat 65,536 numbers, because drawing a billion is slow."""
     g = torch.Generator().manual_seed(0)
     for shape in shapes.values():
-        some = 0.05 * torch.randn(min(math.prod(shape), 1 << 16), generator=g)
-        copies = -(-math.prod(shape) // len(some))
-        yield some.repeat(copies)[:math.prod(shape)].reshape(tuple(shape))
+        numbers = 0.05 * torch.randn(min(math.prod(shape), 1 << 16), generator=g)
+        copies = -(-math.prod(shape) // len(numbers))
+        yield numbers.repeat(copies)[:math.prod(shape)].reshape(tuple(shape))
 
 
-def measured(what: str, argv: Sequence[str]) -> None:
-    """Runs a command; prints its time and the most memory that it held."""
-    began = time.perf_counter()
+def measure_command(title: str, argv: Sequence[str]) -> None:
+    """Run a Python command, and print its time and its peak memory."""
+    start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise MemoryError(f"to {what} failed with status {status}")
-    print(f"{what}: {time.perf_counter() - began:.0f} s, {usage.ru_maxrss * 1024 / 1e9:.2f} GB "
-          "of memory at most")
-
-
-def main(argv: list[str] | None = None) -> int:
-    p = OneLineErrorParser(prog="-m tests.benchmarks.full_size", description=__doc__.splitlines()[0])
-    p.add_argument("folder", type=Path, help="empty or new, for 9 GB of files")
-    return exit_code_of(lambda: run(p.parse_args(argv).folder.resolve()))
+        raise MemoryError(f"{title} failed with status {status}")
+    print(f"{title}: {time.perf_counter() - start:.0f} s, {usage.ru_maxrss * 1024 / 1e9:.2f} GB "
+          "at the peak")
 
 
 def run(folder: Path) -> None:
+    """Write the files, and measure both commands."""
     check_writable(folder, folder=True)
     base, module, out = (folder / name for name in ("sd15", "v3_sd15_mm.ckpt", "out.safetensors"))
-    model = build_on_meta(SD15)
+    model = build_on_meta(ModelConfig())
     motion = {name: t.shape for name, t in model.unet.state_dict().items() if "motion_mod" in name}
     for part, file in FILES.items():
         shapes = {name: t.shape for name, t in getattr(model, part).state_dict().items()
                   if name not in motion}
         (base / file).parent.mkdir(parents=True, exist_ok=True)
-        stream_safetensors(base / file, shapes, torch.float32, numbers(shapes), {})
+        stream_safetensors(base / file, shapes, torch.float32, random_tensors(shapes), {})
     with atomic_write(module) as temporary:
-        torch.save(dict(zip(motion, numbers(motion))), temporary)
+        torch.save(dict(zip(motion, random_tensors(motion))), temporary)
     sizes = [sum((base / file).stat().st_size for file in FILES.values()), module.stat().st_size]
     print(" + ".join(f"{size / 1e9:.2f}" for size in sizes) + " GB")
-    measured("convert to fp16", ["convert_weights.py", "--base", str(base), "--motion-module",
-                                 str(module), "--out", str(out)])
+    measure_command("convert to fp16", ["convert_weights.py", "--base", str(base),
+                                        "--motion-module", str(module), "--out", str(out)])
     print(f"{out.stat().st_size / 1e9:.2f} GB")
-    measured("load as float16", ["-c", LOAD.format(str(out))])
+    measure_command("load as float16", ["-c", LOAD.format(str(out))])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    p = OneLineErrorParser(prog="tests/benchmarks/full_size.py",
+                           description="Measure converting and loading at full size.")
+    p.add_argument("folder", type=Path, help="empty or new folder for 9 GB of files")
+    return exit_code_of(lambda: run(p.parse_args(argv).folder.resolve()))
 
 
 if __name__ == "__main__":

@@ -1,88 +1,90 @@
-"""The paper's table: clones of many references, and unguided clips of the same noise beside them.
+"""Print the paper's table from the records of many clones.
 
-    python -m tests.benchmarks.paper_table --cases cases.jsonl --clip clip-vit-large-patch14 --preset camera
+    python sample.py --jobs cases.jsonl --report --preset camera
+    python tests/benchmarks/paper_table.py --clip clip-vit-large-patch14/model.safetensors *.json
 
-Cases are jobs as of sample.py --jobs, and all further options are for all of them. Each is measured
-once: its figures are added to --out, and a run that was broken off is gone on with.
+Every record is a file CLIP.mp4.json that `sample.py --report` wrote beside its clip CLIP.mp4. The
+table has the metrics of the paper, computed here by CLIP, and the metrics of the report.
 """
+import argparse
+import json
 import math
-import statistics
-from typing import Sequence
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
-from mcl.cli import run_main
-from tests.benchmarks import cases
-from tests.benchmarks.cases import FIGURES, Case, Record
-from mcl.cli.arguments import make_generator
-from mcl.cli.reference import progress, read_once
-from mcl.files import nonfinite_to_none
-from mcl.device import use_checkpointing
-from mcl.model import Model
-from mcl.sampler import sample
-from mcl.video.read import read_video
-from tests.benchmarks.clip_model import Clip, load_clip
-from mcl.evaluation.look import measured, unguided
-from mcl.evaluation.report import COLUMNS
+if not __package__:     # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
-PAPER = {"CLIP text alignment": 0.3187, "CLIP temporal consistency": 0.9621}    # arXiv 2406.05338
+from mcl import InputError, read_video
+from mcl.cli.process import OneLineErrorParser, exit_code_of, run_main
+from tests.benchmarks.clip_model import CLIPModel, load_clip
+from weights.training.intervals import mean_ci95
+
+PAPER_RESULTS = {"CLIP text alignment": 0.3187, "CLIP temporal consistency": 0.9621}  # 2406.05338
+Record = dict[str, Any]
 
 
-def measure(model: Model, clip: Clip, case: Case) -> Record:
-    """Makes the two clips of a case: its request, and the figures of each."""
-    args, config = case.args, case.config
-    reference = read_video(args.ref, config.num_frames, (config.height, config.width), args.start,
-                           args.duration, args.fit, stride=args.stride)
-    motion = read_once(args, model, reference, model.vae.encode(reference), config)
-    *_, last = progress(args.where, config.steps)(sample(
-        model, args.prompt, motion, config, generator=make_generator(case.seed),
-        gradient_checkpointing=use_checkpointing(args.memory, model, config)))
-    made = dict(zip(FIGURES, (last.latents, unguided(args, model, config, case.seed, None))))
-    figures = measured(model, config, reference, made)
-    for name, latents in made.items():
-        figures[name] |= zip(PAPER, clip.cosines(args.prompt, model.vae.decode(latents)))
-    return {**case.request, **nonfinite_to_none(figures)}
+def read_record(path: Path, clip: CLIPModel) -> Record:
+    """Return the record of a clip, with the paper's metrics among those of its report.
+
+    Raises:
+        InputError: If the file is not a record with a report, or its clip cannot be read.
+    """
+    try:
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
+        metrics, prompt, settings = record["report"]["clone"], record["prompt"], record["settings"]
+        (record["reference"], record["seed"], record["report"]["unguided"])     # noqa: B018
+        size = (settings["height"], settings["width"])
+        frames = read_video(path.with_suffix(""), settings["num_frames"], size)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read as a record with its clip ({error}). Give files "
+                         "that sample.py --report wrote") from error
+    metrics.update(zip(PAPER_RESULTS, clip.clip_scores(prompt, frames)))
+    return record
 
 
-def table(records: Sequence[Record]) -> str:
-    """Markdown: means over references and prompts, of each of which its seeds' mean is taken first,
-    with half of the 95 % confidence interval by Student's t."""
-    lines = ["| | " + " | ".join((*FIGURES, "the paper's")) + " |", "|---|---|---|---|"]
-    for column in (*PAPER, *COLUMNS):
-        cells = [estimate(records, name, column) for name in FIGURES]
-        lines.append(f"| {column} | {' | '.join(cells)} | {PAPER.get(column, '')} |")
+def format_table(records: Sequence[Record]) -> str:
+    """Return the table in Markdown: means with 95 % confidence intervals.
+
+    The mean is over references and prompts, after the seeds of each of them are averaged.
+    """
+    names = dict.fromkeys(name for r in records for name in r["report"]["clone"])
+    lines = ["| | clone | unguided | paper |", "|---|---|---|---|"]
+    for name in sorted(names, key=lambda name: name not in PAPER_RESULTS):
+        cells = [metric_cell(records, kind, name) for kind in ("clone", "unguided")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {PAPER_RESULTS.get(name, '')} |")
     return "\n".join(lines)
 
 
-def estimate(records: Sequence[Record], name: str, column: str) -> str:
+def metric_cell(records: Iterable[Record], kind: str, name: str) -> str:
+    """Return the mean of a metric and its interval; "(of n)" if it is not known for all cases."""
     groups: dict[tuple[str, str], list[float]] = {}
-    for r in records:
-        known = [x for x in [r[name].get(column)] if x is not None]
-        groups.setdefault((r["reference"], r["prompt"]), []).extend(known)
-    known = [group for group in groups.values() if group]
-    return interval(known, 4) + (f" (of {len(known)})" if len(known) < len(groups) else "")
+    for record in records:
+        value = record["report"][kind].get(name)
+        values = groups.setdefault((record["reference"], record["prompt"]), [])
+        values += [] if value is None or math.isnan(value) else [value]
+    known = [values for values in groups.values() if values]
+    return mean_ci95(known, 4) + (f" (of {len(known)})" if len(known) < len(groups) else "")
 
 
-def interval(groups: Sequence[Sequence[float]], digits: int) -> str:
-    """The mean of the groups' means, with half of its 95 % confidence interval by Student's t."""
-    means = [statistics.fmean(group) for group in groups]
-    text = f"{statistics.fmean(means):.{digits}f}" if means else "-"
-    if len(means) > 1:
-        error = statistics.stdev(means) / math.sqrt(len(means))
-        text += f" ± {student(len(means) - 1) * error:.{digits}f}"
-    return text
-
-
-def student(freedom: int) -> float:
-    """What the size of Student's t stays below in 95 % of cases. It is sqrt(freedom) tan(a), for
-    angles a whose density is as cos(a) ** (freedom - 1)."""
-    angles = np.linspace(0, math.pi / 2, 1_000_001)
-    mass = np.cumsum(np.cos(angles) ** (freedom - 1))
-    return math.sqrt(freedom) * math.tan(angles[np.searchsorted(mass, 0.95 * mass[-1])])
+def run(args: argparse.Namespace) -> None:
+    """Read all records and print their table."""
+    clip = load_clip(args.clip)
+    print(format_table([read_record(path, clip) for path in tqdm(args.records, file=sys.stderr)]))
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cases.main(argv, __doc__.splitlines()[0], load_clip, measure, table)
+    """Run the command and return its exit code."""
+    p = OneLineErrorParser(prog="tests/benchmarks/paper_table.py",
+                           description="Print the paper's table from records of sample.py.")
+    p.add_argument("--clip", type=Path, required=True, metavar="FILE",
+                   help="model.safetensors of openai/clip-vit-large-patch14 or -base-patch32")
+    p.add_argument("records", type=Path, nargs="+", metavar="RECORD.json")
+    return exit_code_of(lambda: run(p.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -1,49 +1,89 @@
-"""What a step of sampling costs on this machine: time, memory, arithmetic. Reports; judges nothing.
+"""Measure what one step of sampling costs on this machine, and how the cost scales.
 
-    python -m tests.benchmarks.step_cost [--config sd15] [--size 512x512] [--frames 16] [--dtype float16]
+    python tests/benchmarks/step_cost.py --model sd15 --frames 16 8 24 --sizes 256 384 512
 
-Weights are random, but for the embedded model's: times do not depend on them.
+Prints a Markdown table of arithmetic, time and memory for a forward pass of the UNet, a step without
+guidance and a step with it. The weights are random, because the cost does not depend on them. The
+first length is combined with every size, and the first size with every length. The arithmetic is
+counted at every size on tensors without data. Steps that would take too long, or do not fit into
+memory, are extrapolated from the largest that were measured: time by arithmetic, memory by the
+number of latent elements.
 """
 import argparse
 import ctypes
 import dataclasses
 import platform
 import statistics
+import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mcl.checkpoints.model_file import load_model, build_on_meta
-from mcl.cli import OneLineErrorParser, exit_code_of, run_main
-from mcl.cli.arguments import parse_size
-from mcl.config import SD15, SD15_V2, TINY, ModelConfig, SampleConfig
+if not __package__:     # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from mcl.checkpoints.model_file import build_on_meta
+from mcl.cli.process import OneLineErrorParser, exit_code_of, run_main
+from mcl.clone import needs_checkpointing
+from mcl.config import ModelConfig, SampleConfig, UNetConfig
+from mcl.device import DTYPES, disable_malloc_trimming, resolve_device, resolve_dtype
 from mcl.errors import InputError
-from mcl.device import DTYPES, MEMORY, disable_malloc_trimming, resolve_device, resolve_dtype, use_checkpointing
+from mcl.guidance import motion_guidance, resolve_guidance
 from mcl.model import Model
-from mcl.motion import motion_guidance, top_k_motion
-from mcl.sampler import Sampler, latent_shape, predict_noise_and_gradient, predict
-from mcl.networks.temporal import AttentionRequest
+from mcl.motion import top_k_motion
+from mcl.networks.attention import AttentionRequest
 from mcl.networks.ops import to_channels_last
 from mcl.networks.unet import UNet3D
+from mcl.sampler import Sampler
+from weights.training.train import TINY
 
-CONFIGS = {"tiny": TINY, "sd15": SD15, "sd15-v2": SD15_V2}
-T = 800                                 # any timestep: they cost alike
+CONFIGS = {"tiny": TINY, "sd15": ModelConfig(),
+           "sd15-v2": ModelConfig(unet=UNetConfig(motion_mid_block=True))}
+TIMESTEP = 800                          # all timesteps cost the same
 ATEN = torch.ops.aten
-# Of products and convolutions; torch's own table leaves out the fused attention of CPUs.
-FORMULAS = {
+# Products and convolutions. PyTorch's own table has no fused attention of CPUs.
+FLOP_FORMULAS = {
     ATEN._scaled_dot_product_flash_attention_for_cpu:
         flop_registry[ATEN._scaled_dot_product_flash_attention],
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
-        flop_registry[ATEN._scaled_dot_product_flash_attention_backward],
-    **flop_registry}
+        flop_registry[ATEN._scaled_dot_product_flash_attention_backward], **flop_registry}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Cost of one kind of step; `peak_bytes` is beside the weights, None if unknown."""
+
+    num_frames: int
+    size: int
+    kind: str
+    flops: int
+    seconds: float
+    peak_bytes: float | None
+    is_measured: bool = True
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts floating-point operations; torch's FlopCounterMode does not allow autograd.grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in FLOP_FORMULAS:
+            self.total += FLOP_FORMULAS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
-    """A model with a UNet alone; the other networks have no weights."""
+    """Return a model whose UNet has random weights; the other networks have none."""
     model = build_on_meta(config)
     with torch.device(device):
         model.unet = UNet3D(config.unet).to(dtype)
@@ -51,49 +91,56 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return model.requires_grad_(False).eval()
 
 
-def steps_of(model: Model, config: SampleConfig, gradient_checkpointing: bool
-             ) -> dict[str, Callable[[], object]]:
-    """A forward pass of the UNet, a step without guidance, and one with it."""
-    z = torch.randn(latent_shape(model, config), device=model.device)
-    text, null = torch.randn(2, 1, model.config.text_encoder.max_position_embeddings, model.config.unet.cross_attention_dim,
-                             device=model.device, dtype=model.dtype)
-    with torch.no_grad():
-        seen = model.unet.attend(torch.randn_like(z).to(model.dtype), T, null,
-                                 AttentionRequest(temporal=config.guidance_blocks))
-    trajectory = Sampler(model, text, null, config)
-    guides = [motion_guidance(top_k_motion([seen.temporal], config.top_k, trajectory.windows, {}))]
+def benchmark_steps(model: Model, config: SampleConfig, gradient_checkpointing: bool
+                    ) -> dict[str, Callable[[], object]]:
+    """Return functions that take one step each, by the kind of the step."""
+    z = torch.randn(model.latent_shape(config), device=model.device)
+    text, null_text = torch.randn(
+        2, 1, model.config.text_encoder.max_position_embeddings,
+        model.config.unet.cross_attention_dim, device=model.device, dtype=model.dtype)
+    sampler = Sampler(model, text, null_text, config)
+    maps = model.unet.forward_to_attention(z.to(model.dtype), TIMESTEP, null_text,
+                                           AttentionRequest(temporal=config.guidance_blocks))
+    guidance = resolve_guidance(
+        [motion_guidance(top_k_motion([maps], 1, sampler.windows, {}))], model.unet)
 
     def unguided() -> None:
-        predict(model, z, T, text)
-        predict(model, z, T, null)
+        sampler.predict_noise(z, TIMESTEP, text)
+        sampler.predict_noise(z, TIMESTEP, null_text)
 
     def guided() -> None:
-        predict_noise_and_gradient(trajectory, z, T, guides, gradient_checkpointing)
-        predict(model, z, T, null)
+        sampler.predict_noise_and_gradient(z, TIMESTEP, guidance, gradient_checkpointing)
+        sampler.predict_noise(z, TIMESTEP, null_text)
 
-    return {"UNet, forward": lambda: predict(model, z, T, text), "unguided step": unguided,
-            "guided step": guided}
+    return {"forward pass": lambda: sampler.predict_noise(z, TIMESTEP, text),
+            "unguided step": unguided, "guided step": guided}
 
 
-def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """That one run of the action takes, until the device has done it."""
-    synchronize(device)
-    began = time.perf_counter()
+def count_flops(config: ModelConfig, settings: SampleConfig, gradient_checkpointing: bool
+                ) -> dict[str, int]:
+    """Return the arithmetic of each kind of step, counted on tensors without data."""
+    totals = {}
+    with FakeTensorMode(), torch.no_grad():
+        model = random_model(config, torch.device("cpu"), torch.float32)
+        for kind, step in benchmark_steps(model, settings, gradient_checkpointing).items():
+            with FlopCounter() as counter:
+                step()
+            totals[kind] = counter.total
+    return totals
+
+
+def time_call(action: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that an action takes on a device."""
+    synchronize = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
+    synchronize()
+    start = time.perf_counter()
     action()
-    synchronize(device)
-    return time.perf_counter() - began
+    synchronize()
+    return time.perf_counter() - start
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def peak_bytes(action: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that an action, now done, took beside what was taken before it.
-
-    None where that cannot be told.
-    """
+def peak_memory(action: Callable[[], object], device: torch.device) -> int | None:
+    """Return the bytes that an action allocates at its peak, or None if they are not known."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -103,95 +150,111 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int | None
         action()
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:                # what is free is given back, to be counted when taken
+    if trim is not None:                # return freed memory, so that it counts when it is reused
         trim(0)
-    Path("/proc/self/clear_refs").write_text("5", "ascii")      # the high-water mark is now's
-    before = high_water()
+    Path("/proc/self/clear_refs").write_text("5", "ascii")          # resets the peak
+    before = peak_rss()
     action()
-    return high_water() - before
+    return peak_rss() - before
 
 
-def high_water() -> int:
-    """The most memory, in bytes, that was resident since it was last reset."""
-    lines = dict(line.split(":", 1) for line in
-                 Path("/proc/self/status").read_text("ascii").splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024
+def peak_rss() -> int:
+    """Return the largest resident size of the process, in bytes, since it was reset."""
+    status = Path("/proc/self/status").read_text("ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
-    """FLOP/s of a product of square matrices."""
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(5))
-
-
-class Flops(TorchDispatchMode):
-    """Counts those of FORMULAS. (FlopCounterMode refuses autograd.grad.)"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in FORMULAS:
-            self.total += FORMULAS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def report(model: Model, config: SampleConfig, gradient_checkpointing: bool, repeat: int) -> None:
-    device, dtype = model.device, model.dtype
-    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"{device.type}, {torch.get_num_threads()} threads")
-    rate = matmul_rate(device, dtype)
-    print(f"machine  {platform.platform()}, {name}, torch {torch.__version__}; "
-          f"{rate / 1e9:.0f} GFLOP/s in products of {str(dtype).removeprefix('torch.')} matrices")
-    parameters = sum(p.numel() for p in model.unet.parameters())
-    print(f"model    {model.config.name}, UNet of {parameters / 1e6:.1f} M parameters, "
-          f"{config.num_frames} frames of {config.width}x{config.height}, "
-          f"{'activations recomputed' if gradient_checkpointing else 'activations kept'}")
-    print(f"{'':15}  {'seconds':>8}  {'peak MB':>8}  {'GFLOP':>8}  {'GFLOP/s':>8}  of the rate")
-    steps = steps_of(model, config, gradient_checkpointing)
-    memory, works = {}, {}
-    for what, action in steps.items():
-        with Flops() as counter:        # the first time, which takes longer than the others
-            memory[what] = peak_bytes(action, device)
-        works[what] = counter.total
-    # In turns, as a machine's rate may change between one and the next.
-    rounds = [{what: seconds(action, device) for what, action in steps.items()}
+def measure_steps(model: Model, settings: SampleConfig, flops: dict[str, int],
+                  gradient_checkpointing: bool, repeat: int) -> list[StepCost]:
+    """Return the cost of each kind of step: the median time of `repeat` steps after one."""
+    with torch.no_grad():
+        steps = benchmark_steps(model, settings, gradient_checkpointing)
+    peaks = {kind: peak_memory(step, model.device) for kind, step in steps.items()}
+    # In turns, because a machine's speed may change from minute to minute.
+    rounds = [{kind: time_call(step, model.device) for kind, step in steps.items()}
               for _ in range(repeat)]
-    for what, work in works.items():
-        taken, most = statistics.median(r[what] for r in rounds), memory[what]
-        peak = "?" if most is None else f"{most / 1e6:.0f}"
-        print(f"{what:15}  {taken:8.3f}  {peak:>8}  {work / 1e9:8.1f}  {work / taken / 1e9:8.1f}  "
-              f"{work / taken / rate:.2f}")
+    return [StepCost(settings.num_frames, settings.width, kind, flops[kind],
+                     statistics.median(r[kind] for r in rounds), peaks[kind]) for kind in steps]
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = OneLineErrorParser(prog="-m tests.benchmarks.step_cost", description="What a step of sampling costs here.")
-    p.add_argument("--config", choices=CONFIGS, default="tiny")
-    p.add_argument("--frames", type=int)
-    p.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
-    p.add_argument("--memory", default="auto", choices=MEMORY)
-    p.add_argument("--repeat", type=int, default=3, help="times of which the median is taken")
-    return exit_code_of(lambda: run(p.parse_args(argv)))
+def extrapolate(costs: Sequence[StepCost], settings: SampleConfig, flops: dict[str, int]
+                ) -> list[StepCost]:
+    """Return the estimated cost of steps at another size, from measured costs of a smaller size."""
+    frames, size = settings.num_frames, settings.width
+    estimates = []
+    for cost in costs:
+        growth = frames * size ** 2 / (cost.num_frames * cost.size ** 2)
+        peak = None if cost.peak_bytes is None else cost.peak_bytes * growth
+        seconds = cost.seconds * flops[cost.kind] / cost.flops
+        estimates.append(StepCost(frames, size, cost.kind, flops[cost.kind], seconds, peak, False))
+    return estimates
+
+
+def format_row(cost: StepCost) -> str:
+    """Return one row of the Markdown table."""
+    peak = "?" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e9:.2f}"
+    return " | ".join([
+        f"| {cost.num_frames} | {cost.size}x{cost.size} | {cost.kind}", f"{cost.flops / 1e12:.3g}",
+        f"{cost.seconds:.3g}", f"{cost.flops / cost.seconds / 1e9:.0f}", peak,
+        f"{'measured' if cost.is_measured else 'extrapolated'} |"])
+
+
+def print_machine(model: Model) -> None:
+    """Print the machine, its rate of matrix products, and the model."""
+    device, n = model.device, 2048
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"{device.type}, {torch.get_num_threads()} threads")
+    a, b = torch.randn(2, n, n, device=device, dtype=model.dtype)
+    rate = 2 * n ** 3 / statistics.median(time_call(lambda: a @ b, device) for _ in range(5))
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    print(f"{platform.platform()}, {name}, torch {torch.__version__}; {rate / 1e9:.0f} GFLOP/s in "
+          f"matrix products of {str(model.dtype).removeprefix('torch.')}\n"
+          f"{model.config.name}: UNet of {parameters / 1e6:.1f} M parameters\n")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.repeat < 1:
-        raise InputError(f"--repeat {args.repeat} is not possible: 1 or more")
-    device, config = resolve_device(args.device), CONFIGS[args.config]
-    model = (load_model(None, args.device, args.dtype) if config is TINY
-             else random_model(config, device, resolve_dtype(args.dtype, device)))
-    given = {} if args.frames is None else {"frames": args.frames}
-    if args.size:
-        given |= dict(zip(("width", "height"), args.size))
-    settings = dataclasses.replace(model.config.sample, **given)
-    gradient_checkpointing = use_checkpointing(args.memory, model, settings)
-    if not gradient_checkpointing:
+    """Measure and print all costs."""
+    config, device = CONFIGS[args.model], resolve_device(args.device)
+    sample, limit = config.sample, config.unet.motion_max_seq_length
+    frames, sizes = args.frames or [sample.num_frames], args.sizes or [sample.width]
+    pairs = {(n, sizes[0]) for n in frames} | {(frames[0], size) for size in sizes}
+    all_settings = [dataclasses.replace(sample, num_frames=n, height=size, width=size, top_k=1)
+                    for n, size in sorted(pairs, key=lambda pair: pair[0] * pair[1] ** 2)]
+    if args.repeat < 1 or max(frames) > limit:
+        raise InputError(f"--repeat must be 1 or more, --frames at most {limit} for this model")
+    model = random_model(config, device, resolve_dtype(args.dtype, device))
+    for settings in all_settings:
+        model.latent_shape(settings)                        # refuses impossible sizes
+    use_low_memory = args.memory == "low"
+    if not use_low_memory:
         disable_malloc_trimming()
-    report(model, settings, gradient_checkpointing, args.repeat)
+    print_machine(model)
+    print("| frames | size | | TFLOP | seconds | GFLOP/s | peak GB | |\n" + "|---" * 8 + "|")
+    measured: list[StepCost] = []
+    for settings in all_settings:
+        flops = count_flops(config, settings, use_low_memory)
+        costs = extrapolate(measured, settings, flops)
+        fits = use_low_memory or not needs_checkpointing(model, settings)
+        if not costs or (fits and max(cost.seconds for cost in costs) < args.max_seconds):
+            costs = measured = measure_steps(model, settings, flops, use_low_memory, args.repeat)
+        print("\n".join(map(format_row, costs)), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    p = OneLineErrorParser(prog="tests/benchmarks/step_cost.py",
+                           description="Measure what one step of sampling costs here.")
+    p.add_argument("--model", choices=CONFIGS, default="tiny")
+    p.add_argument("--frames", type=int, nargs="+", help="lengths of the clip")
+    p.add_argument("--sizes", type=int, nargs="+", help="sides of the square frames, in pixels")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
+    p.add_argument("--memory", default="high", choices=("low", "high"),
+                   help="low recomputes activations for the gradient")
+    p.add_argument("--repeat", type=int, default=3, help="number of steps for the median time")
+    p.add_argument("--max-seconds", type=float, default=300,
+                   help="steps that would take longer are extrapolated")
+    return exit_code_of(lambda: run(p.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -335,6 +335,20 @@ def test_positional_encodings_rounded_to_fp8_are_accepted(dtype, stored_as):
         check_positional_encodings(source(tensors))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_positional_encodings_may_differ_only_by_the_rounding_of_half_precision(dtype):
+    tensors = real("mm_v3")
+    name = next(name for name in tensors if name.endswith(".pe"))
+    shape = tensors[name].shape
+    tensors[name] = wrap_tensor(sinusoid(*shape[1:]).to(dtype))
+    check_positional_encodings(source(tensors))
+    moved = sinusoid(*shape[1:])
+    moved[0, 5, 7] += 0.02
+    tensors[name] = wrap_tensor(moved)
+    with pytest.raises(InputError, match="not AnimateDiff's positional encoding"):
+        check_positional_encodings(source(tensors))
+
+
 def test_positional_encodings_of_different_lengths_are_rejected():
     tensors = real("mm_v3")
     tensors[next(key for key in tensors if key.endswith(".pe"))] = lazy((1, 24, 320))

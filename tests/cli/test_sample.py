@@ -1,6 +1,7 @@
 """The command: what it writes, and what it says to bad input."""
 import contextlib
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sample as command
-from mcl import InputError, SampleConfig, load_model
-from mcl.checkpoints.model_file import save_model
-from mcl.cli.arguments import check, local_rank_device, parse, make_generator, settings
+from mcl import InputError, Motion, SampleConfig, extract_motion, load_model, read_video
+from mcl.checkpoint import save_model
+from mcl.command.options import check, local_rank_device, parse, make_generator, settings
 
 ROOT = Path(__file__).parents[2]
 REF = str(ROOT / "examples" / "figure_eight.mp4")
@@ -163,6 +164,21 @@ def test_a_kept_motion_gives_the_same_clip_as_its_reference(tmp_path):
     first = clone(tmp_path / "a.mp4", "--save-motion", kept)
     assert run("--motion", kept, "--prompt", PROMPT, "--out", tmp_path / "b.mp4", *QUICK) == 0
     assert (tmp_path / "b.mp4").read_bytes() == first.read_bytes()
+
+
+def test_the_reference_is_noised_by_its_own_seed(tmp_path, embedded):
+    """The motion is that of the noise of seed 2 ** 32, whatever the seed of the clip."""
+    clone(tmp_path / "a.mp4", "--save-motion", tmp_path / "m.safetensors", "--seed", 5,
+          "--device", "cpu")
+    kept = Motion.load(tmp_path / "m.safetensors")
+    config = dataclasses.replace(embedded.config.sample, height=64, width=64)
+    latents = embedded.vae.encode(read_video(REF, 16, (64, 64)))
+    for seed, same in ((2 ** 32, True), (1, False), (5, False)):
+        found = extract_motion(embedded, latents, config,
+                               generator=torch.Generator().manual_seed(seed))
+        near = [torch.allclose(kept.values[name], values, atol=1e-3)
+                for name, values in found.values.items()]
+        assert all(near) if same else not any(near)
 
 
 def test_a_motion_weight_of_zero_is_the_unguided_clip(tmp_path, embedded):

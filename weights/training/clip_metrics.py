@@ -1,8 +1,6 @@
-"""The figures of one clone, in its finished pictures, against how its reference was rendered.
+"""Metrics of one clone, in its finished frames, against the scene of its reference.
 
-Positions are in half widths. An emoji counts as its word says ("shape") if no other's picture, and
-no shape's in any colour, is nearer to what is drawn; "steady" is the share of frames that agree on
-a subject, whichever it is.
+Positions are in half widths of the picture.
 """
 import functools
 import itertools
@@ -15,138 +13,147 @@ from einops import rearrange
 from torch import Tensor
 
 from mcl.evaluation.metrics import camera_curves, curve_correlation, flicker
-from .clips import tone
-from .held_out import CAMERAS, Case
-from .scenes import COLORS, GROUNDS, SHAPES, Scene, render, projected_center
-from .vocabulary import EMOJI, emoji
+
+from .clips import shade
+from .held_out import CAMERAS, EvalCase
+from .scenes import (BACKGROUNDS, COLORS, EMOJI, SHAPES, Rgb, Scene, emoji_sprite, projected_center,
+                     render)
 
 K = TypeVar("K")
-Rgb = tuple[float, float, float]
-FOUND_AREA = 0.004                      # of the picture: the least that counts as a subject
+MIN_AREA = 0.004                # fraction of the picture below which a mask is no subject
+MIN_STEP = 0.02                 # motion per frame, in half widths, below which a subject rests
 
 
-def subject_mask(frames: Tensor, color: str, ground: str) -> Tensor:
-    """Where a clip (f, 3, H, W) in [-1, 1] is nearer to the subject's colour: (f, H, W) bool."""
-    to_fore, to_back = ((frames / 2 + 0.5 - torch.tensor(c)[:, None, None]).square().sum(dim=1)
-                        for c in (COLORS[color], GROUNDS[ground]))
-    return (to_fore < to_back) & (to_fore < 0.15)
+def measure(frames: Tensor, case: EvalCase) -> dict[str, float]:
+    """Return the metrics of a clip.
+
+    Args:
+        frames: Frames (f, 3, H, W) in [-1, 1].
+        case: The case that the clip was made for.
+
+    Returns:
+        By name: "direction" (mean cosine of the subject's steps), "position error", "flicker",
+        "camera" (correlation of the camera's curves, for moving cameras with a texture); and as
+        fractions of the frames: "found" (there is a subject), "colour" (not for emoji), "ground" and
+        "shape" (right), "steady" (the most frequent subject, right or not).
+    """
+    target = projected_center(case.scene)
+    mask = (subject_mask(frames, case.color, case.background) if case.color else
+            foreground_mask(frames, case.background))
+    center, is_found = track(mask)
+    values = {"direction": direction_agreement(center, target),
+              "position error": float((center - target).norm(dim=-1).mean()),
+              "found": float(is_found.float().mean()), "flicker": flicker(frames),
+              "colour": 0.0, "ground": 0.0}
+    # A texture has two shades of its color, and each may cover more of the picture than the other.
+    backgrounds = {(name, i): rgb for name, color in BACKGROUNDS.items() for i, rgb in enumerate(
+        (color, shade(color)) if case.motion in CAMERAS else (color,))}
+    subjects = []
+    for i, picture in enumerate((frames + 1) / 2):
+        outside = rearrange(picture, "c h w -> (h w) c")[~mask[i].flatten()]
+        if len(outside):
+            values["ground"] += most_common_color(outside, backgrounds)[0] == case.background
+        if is_found[i] and not case.color:
+            subjects.append(best_subject(frames[i], mask[i], case.background))
+        elif is_found[i]:
+            median = picture[:, mask[i]].median(dim=1).values
+            values["colour"] += most_common_color(median[None], COLORS) == case.color
+            subjects.append(best_shape(mask[i]))
+    values["shape"] = subjects.count(case.shape)
+    values["steady"] = max(map(subjects.count, subjects), default=0)
+    for name in ("colour", "ground", "shape", "steady"):
+        values[name] /= len(frames)
+    if case.motion in CAMERAS:
+        values["camera"] = camera_agreement(frames, case)
+    return values if case.color else {k: v for k, v in values.items() if k != "colour"}
+
+
+def camera_agreement(frames: Tensor, case: EvalCase) -> float:
+    """Return the correlation of the camera's curves with those of the case's scene."""
+    curves = {"pan": slice(0, 2), "zoom": slice(2, 3), "roll": slice(3, 4)}[case.motion]
+    target = torch.cat([case.scene.pan, case.scene.zoom.log()[:, None], case.scene.roll[:, None]],
+                       dim=-1)
+    return curve_correlation(camera_curves(frames)[:, curves], target[:, curves])
+
+
+def subject_mask(frames: Tensor, color: str, background: str) -> Tensor:
+    """Return where frames (f, 3, H, W) in [-1, 1] are nearer to the subject's color: (f, H, W) bool."""
+    to_subject, to_background = (
+        (frames / 2 + 0.5 - torch.tensor(c)[:, None, None]).square().sum(dim=1)
+        for c in (COLORS[color], BACKGROUNDS[background]))
+    return (to_subject < to_background) & (to_subject < 0.15)
+
+
+def foreground_mask(frames: Tensor, background: str) -> Tensor:
+    """Return where frames (f, 3, H, W) in [-1, 1] differ from a plain background: (f, H, W) bool."""
+    difference = (frames + 1) / 2 - rearrange(torch.tensor(BACKGROUNDS[background]), "c -> c 1 1")
+    return difference.abs().amax(dim=1) > 0.12
 
 
 def track(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Centroid (f, 2) in half widths of each frame's mask, and whether there is one (f,)."""
-    size = mask.shape[-1]
+    """Return the centroids (f, 2) of masks (f, H, W), and whether each mask is a subject, (f,)."""
+    size, weight = mask.shape[-1], mask.float()
     line = (torch.arange(size) + 0.5) / size * 2 - 1
-    weight = mask.float()
     area = weight.sum(dim=(1, 2)).clamp(min=1)
     x = (weight * line).sum(dim=(1, 2)) / area
     y = (weight * line[:, None]).sum(dim=(1, 2)) / area
-    return torch.stack([x, y], dim=-1), weight.mean(dim=(1, 2)) > FOUND_AREA
+    return torch.stack([x, y], dim=-1), weight.mean(dim=(1, 2)) > MIN_AREA
 
 
-def direction_agreement(found: Tensor, truth: Tensor, still: float = 0.02) -> float:
-    """Mean cosine of frame-to-frame displacements, where the truth moves. Tracks (f, 2)."""
-    step, true_step = found.diff(dim=0), truth.diff(dim=0)
-    moves = true_step.norm(dim=-1) > still
-    cosine = torch.cosine_similarity(step, true_step, dim=-1, eps=1e-6)
-    return float(cosine[moves].mean())
+def direction_agreement(predicted: Tensor, target: Tensor) -> float:
+    """Return the mean cosine of the steps of two tracks (f, 2), where the target moves."""
+    step, target_step = predicted.diff(dim=0), target.diff(dim=0)
+    cosine = torch.cosine_similarity(step, target_step, dim=-1, eps=1e-6)
+    return float(cosine[target_step.norm(dim=-1) > MIN_STEP].mean())
 
 
-def commonest(colors: Tensor, named: dict[K, Rgb]) -> K:
-    """The name that is nearest to most of the colours (n, 3)."""
-    which = torch.cdist(colors, torch.tensor(list(named.values()))).argmin(dim=1)
-    return list(named)[int(which.mode().values)]
+def most_common_color(pixels: Tensor, colors: dict[K, Rgb]) -> K:
+    """Return the name of the color that most pixels (n, 3) are nearest to."""
+    nearest = torch.cdist(pixels, torch.tensor(list(colors.values()))).argmin(dim=1)
+    return list(colors)[int(nearest.mode().values)]
 
 
 def best_shape(mask: Tensor) -> str:
-    """The shape whose rendered template overlaps a mask (H, W) best, at the mask's own size."""
-    cut, aspect = spanned(mask[None].float(), mask)
+    """Return the shape whose template overlaps a mask (H, W) best, at the mask's size."""
+    crop, aspect = crop_resize(mask[None].float(), mask)
     scores = {}
     for shape in SHAPES:
-        drawn = portrait(shape, (1., 1., 1.), (0., 0., 0.))[0, 0] > 0
-        template, its_aspect = spanned(drawn[None].float(), drawn)
-        overlap = torch.minimum(cut, template).sum() / torch.maximum(cut, template).sum()
-        scores[shape] = float(overlap) - 0.3 * abs(math.log(aspect / its_aspect))
+        template_mask = render_template(shape, (1., 1., 1.), (0., 0., 0.))[0, 0] > 0
+        template, template_aspect = crop_resize(template_mask[None].float(), template_mask)
+        overlap = torch.minimum(crop, template).sum() / torch.maximum(crop, template).sum()
+        scores[shape] = float(overlap) - 0.3 * abs(math.log(aspect / template_aspect))
     return max(scores, key=lambda shape: scores[shape])
 
 
-def spanned(picture: Tensor, mask: Tensor, grid: int = 48) -> tuple[Tensor, float]:
-    """What the box around a mask (H, W) shows of a picture (c, H, W), stretched to (c, grid, grid),
-    and the box's height / width."""
-    rows, columns = (torch.nonzero(mask.any(dim=d)).flatten() for d in (1, 0))
-    cut = picture[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    aspect = float(cut.shape[1] / cut.shape[2])
-    return F.interpolate(cut[None], (grid, grid), mode="area")[0], aspect
-
-
-@functools.cache
-def portrait(subject: str, color: Rgb, ground: Rgb) -> Tensor:
-    """A shape, or an emoji, on a plain ground: (1, 3, 192, 192) in [-1, 1]."""
-    one, origin = torch.ones(1), torch.zeros(1, 2)
-    skin = emoji(subject) if subject in EMOJI else None
-    return render(Scene(subject, color, "plain", ground, ground, 1.0, 0.0, origin, one * 0.8,
-                        one * 0, origin, one, one * 0, skin=skin), 192)
-
-
-def unlike_ground(frames: Tensor, ground: str) -> Tensor:
-    """Where a clip (f, 3, H, W) in [-1, 1] shows anything but a plain ground: (f, H, W) bool."""
-    away = (frames + 1) / 2 - rearrange(torch.tensor(GROUNDS[ground]), "c -> c 1 1")
-    return away.abs().amax(dim=1) > 0.12
-
-
-def best_subject(frame: Tensor, mask: Tensor, ground: str) -> str:
-    """The emoji, or "red star", that looks on this ground most like what a mask (H, W) spans."""
-    cut, aspect = spanned(frame, mask, 16)
+def best_subject(frame: Tensor, mask: Tensor, background: str) -> str:
+    """Return the emoji, or "red star", that looks most like the box around a mask (H, W)."""
+    crop, aspect = crop_resize(frame, mask, 16)
     scores = {}
     for color, subject in (*itertools.product(COLORS, SHAPES), *(("", word) for word in EMOJI)):
-        drawn = portrait(subject, COLORS.get(color, (0., 0., 0.)), GROUNDS[ground])
-        template, its_aspect = spanned(drawn[0], unlike_ground(drawn, ground)[0], 16)
-        scores[f"{color} {subject}".strip()] = (
-            float((cut - template).square().mean()) + 0.1 * abs(math.log(aspect / its_aspect)))
+        image = render_template(subject, COLORS.get(color, (0., 0., 0.)), BACKGROUNDS[background])
+        template, template_aspect = crop_resize(image[0], foreground_mask(image, background)[0], 16)
+        scores[f"{color} {subject}".strip()] = (float((crop - template).square().mean())
+                                                + 0.1 * abs(math.log(aspect / template_aspect)))
     return min(scores, key=lambda name: scores[name])
 
 
-def measure(frames: Tensor, case: Case) -> dict[str, float]:
-    """All figures of one clip (f, 3, H, W) in [-1, 1] against its case."""
-    truth = projected_center(case.scene)
-    mask = (subject_mask(frames, case.color, case.ground) if case.color else
-            unlike_ground(frames, case.ground))
-    center, found = track(mask)
-    picture = (frames + 1) / 2
-    textured = case.motion in CAMERAS
-    figures = {
-        "direction": direction_agreement(center, truth),
-        "position error": float((center - truth).norm(dim=-1).mean()),
-        "found": float(found.float().mean()),
-        "flicker": flicker(frames),
-        "colour": 0.0, "ground": 0.0}
-    subjects = []
-    # A texture has two tones of its colour, and either may cover more of the picture.
-    grounds = {(name, i): color for name, plain in GROUNDS.items()
-               for i, color in enumerate((plain, tone(plain)) if textured else (plain,))}
-    for i in range(len(frames)):
-        around = rearrange(picture[i], "c h w -> (h w) c")[~mask[i].flatten()]
-        if len(around):
-            figures["ground"] += (commonest(around, grounds)[0] == case.ground)
-        if found[i] and not case.color:
-            subjects.append(best_subject(frames[i], mask[i], case.ground))
-        elif found[i]:
-            inside = picture[i][:, mask[i]].median(dim=1).values
-            figures["colour"] += (commonest(inside[None], COLORS) == case.color)
-            subjects.append(best_shape(mask[i]))
-    figures["shape"] = subjects.count(case.shape)
-    figures["steady"] = max(map(subjects.count, subjects), default=0)
-    for name in ("colour", "ground", "shape", "steady"):
-        figures[name] /= len(frames)
-    if textured:
-        curves = {"pan": slice(0, 2), "zoom": slice(2, 3), "roll": slice(3, 4)}[case.motion]
-        true_curves = torch.cat([case.scene.pan, case.scene.zoom.log()[:, None],
-                                 case.scene.roll[:, None]], dim=-1)
-        figures["camera"] = curve_correlation(camera_curves(frames)[:, curves],
-                                              true_curves[:, curves])
-    return figures if case.color else {k: v for k, v in figures.items() if k != "colour"}
+def crop_resize(picture: Tensor, mask: Tensor, size: int = 48) -> tuple[Tensor, float]:
+    """Return the box around a mask (H, W), as (c, size, size) of a picture, and its aspect ratio."""
+    rows, columns = (torch.nonzero(mask.any(dim=d)).flatten() for d in (1, 0))
+    crop = picture[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    return F.interpolate(crop[None], (size, size), mode="area")[0], crop.shape[1] / crop.shape[2]
 
 
-def psnr(frames: Tensor, truth: Tensor) -> float:
-    """Mean over frames (f, 3, H, W) in [-1, 1], in dB: what an autoencoder keeps of them."""
-    errors = ((frames - truth) / 2).square().mean(dim=(1, 2, 3))
+@functools.cache
+def render_template(subject: str, color: Rgb, background: Rgb) -> Tensor:
+    """Return a shape or an emoji on a plain background: (1, 3, 192, 192) in [-1, 1]."""
+    ones, origin = torch.ones(1), torch.zeros(1, 2)
+    sprite = emoji_sprite(subject) if subject in EMOJI else None
+    return render(Scene(subject, color, "plain", background, background, 1.0, 0.0, origin,
+                        ones * 0.8, ones * 0, origin, ones, ones * 0, sprite=sprite), 192)
+
+
+def psnr(frames: Tensor, target: Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB, the mean over frames (f, 3, H, W) in [-1, 1]."""
+    errors = ((frames - target) / 2).square().mean(dim=(1, 2, 3))
     return float(-10 * errors.log10().mean())

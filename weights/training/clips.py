@@ -1,4 +1,4 @@
-"""Random clips of the embedded model's world, and captions for them: what it is trained on."""
+"""Random scenes and their captions, for training the built-in demo model."""
 import dataclasses
 import math
 
@@ -6,182 +6,194 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scenes import COLORS, GROUNDS, SHAPES, TEXTURES, Scene
-from .vocabulary import EMOJI
+from .scenes import BACKGROUNDS, COLORS, EMOJI, SHAPES, TEXTURES, Rgb, Scene
 
 Rng = np.random.Generator
+VOCABULARY = tuple(sorted({
+    *SHAPES, *COLORS, *BACKGROUNDS, *EMOJI, "grey", *TEXTURES[1:], "photo", "shape", "background",
+    "ground", "backdrop", "a", "an", "that", "is", "in", "on", "over", "against", "front", "of",
+    "with", "and"}))
 
 
-def random_scene(rng: Rng, frames: int) -> Scene:
-    """A subject on a ground; the subject moves, or the camera, or both, or neither.
+def random_scene(rng: Rng, num_frames: int) -> Scene:
+    """Return a random scene: the subject moves, or the camera, or both, or neither.
 
-    Textured grounds are drawn oftener where the camera moves: on a plain one it cannot be seen.
+    Textured backgrounds are more frequent if the camera moves, because its motion cannot be seen on
+    a plain one.
     """
     moving = rng.choice(["object", "camera", "both", "nothing"], p=[.5, .3, .1, .1])
     camera = moving in ("camera", "both")
     texture = str(rng.choice(TEXTURES, p=[.2, .3, .25, .25] if camera else [.75, .1, .08, .07]))
-    ground = str(rng.choice(list(GROUNDS)))
-    radius = eased(rng, frames, *np.exp(rng.uniform(math.log(.28), math.log(.5), 2)))
+    background = str(rng.choice(list(BACKGROUNDS)))
+    radius = ease(rng, num_frames, *np.exp(rng.uniform(math.log(.28), math.log(.5), 2)))
     if moving != "object" or rng.random() < 0.75:
-        radius = radius.mean().expand(frames)
-    angle = torch.full((frames,), rng.normal(0, .08))
+        radius = radius.mean().expand(num_frames)
+    angle = torch.full((num_frames,), rng.normal(0, .08))
     if rng.random() < 0.08:
-        angle = angle + eased(rng, frames, 0, rng.uniform(-3, 3))
+        angle = angle + ease(rng, num_frames, 0, rng.uniform(-3, 3))
 
-    still = torch.zeros(frames)
-    pan, zoom, roll = torch.zeros(frames, 2), still.exp(), still
-    if camera:
-        pan, zoom, roll = moving_camera(rng, frames)
+    pan, zoom, roll = camera_path(rng, num_frames) if camera else still_camera(num_frames)
+    reach = 1 - 0.8 * float(radius.max())
     if moving in ("object", "both"):
-        center = path(rng, frames, reach=1 - 0.8 * float(radius.max()))
+        center = path(rng, num_frames, reach)
     else:
-        reach = 0.35 if camera else 1 - 0.8 * float(radius.max())
-        center = torch.tensor(rng.uniform(-reach, reach, 2), dtype=torch.float32).expand(frames, 2)
+        reach = 0.35 if camera else reach
+        place = torch.tensor(rng.uniform(-reach, reach, 2), dtype=torch.float32)
+        center = place.expand(num_frames, 2)
     return Scene(
         shape=str(rng.choice(SHAPES)), color=COLORS[str(rng.choice(list(COLORS)))],
-        texture=texture, ground=GROUNDS[ground], second=second_colour(rng, ground),
-        cell=rng.uniform(.4, .65), texture_angle=rng.uniform(-.6, .6) * (rng.random() < 0.3),
-        center=center, radius=radius.float(), angle=angle.float(),
-        pan=pan, zoom=zoom, roll=roll)
+        texture=texture, background=BACKGROUNDS[background],
+        second_color=random_second_color(rng, background), cell_size=rng.uniform(.4, .65),
+        texture_angle=rng.uniform(-.6, .6) * (rng.random() < 0.3), center=center,
+        radius=radius.float(), angle=angle.float(), pan=pan, zoom=zoom, roll=roll)
 
 
-def moving_camera(rng: Rng, frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A camera's pan (f, 2), zoom (f,) and roll (f,); one of them moves, or two."""
-    pan, zoom, roll = torch.zeros(frames, 2), torch.zeros(frames), torch.zeros(frames)
+def still_camera(num_frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pan (f, 2), zoom (f,) and roll (f,) of a camera that does not move."""
+    return torch.zeros(num_frames, 2), torch.ones(num_frames), torch.zeros(num_frames)
+
+
+def camera_path(rng: Rng, num_frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pan (f, 2), zoom (f,) and roll (f,) of a camera; one or two of them change."""
+    pan, zoom, roll = still_camera(num_frames)
     kinds = rng.choice(["pan", "zoom", "roll"], 1 + (rng.random() < 0.25), replace=False,
                        p=[.3, .3, .4])
     if "pan" in kinds:
-        pan = path(rng, frames, reach=1.0)
+        pan = path(rng, num_frames, reach=1.0)
         pan = pan - pan.mean(dim=0)
     if "zoom" in kinds:
-        zoom = eased(rng, frames, *rng.uniform(-.5, .5, 2))
+        zoom = ease(rng, num_frames, *rng.uniform(-.5, .5, 2)).exp()
     if "roll" in kinds:
-        roll = eased(rng, frames, 0, rng.uniform(-1.5, 1.5))
-    return pan, zoom.exp(), roll
+        roll = ease(rng, num_frames, 0, rng.uniform(-1.5, 1.5))
+    return pan, zoom, roll
 
 
-def second_colour(rng: Rng, ground: str) -> tuple[float, float, float]:
-    """A texture's other colour: another ground's, or a lighter or darker tone of the same one."""
+def random_second_color(rng: Rng, background: str) -> Rgb:
+    """Return the second color of a texture: another background's, or a shade of the same one."""
     if rng.random() < 0.4:
-        return GROUNDS[str(rng.choice([name for name in GROUNDS if name != ground]))]
-    return tone(GROUNDS[ground])
+        return BACKGROUNDS[str(rng.choice([name for name in BACKGROUNDS if name != background]))]
+    return shade(BACKGROUNDS[background])
 
 
-def tone(color: tuple[float, float, float]) -> tuple[float, float, float]:
+def shade(color: Rgb) -> Rgb:
+    """Return a lighter shade of a dark color, or a darker shade of a light one."""
     r, g, b = (c + .35 * (1 - c) if sum(color) < 1.2 else c * .6 for c in color)
     return r, g, b
 
 
-def eased(rng: Rng, frames: int, start: float, end: float) -> Tensor:
-    """From start to end (f,): evenly, with a soft start and stop, or there and half way back."""
-    t = torch.linspace(0, 1, frames)
+def ease(rng: Rng, num_frames: int, start: float, end: float) -> Tensor:
+    """Return values (f,) from start to end: evenly, with soft ends, or there and half way back."""
+    t = torch.linspace(0, 1, num_frames)
     style = rng.random()
     if style > 0.4:
         t = t * t * (3 - 2 * t)
     if style > 0.8:
-        t = (math.pi * 0.75 * torch.linspace(0, 1, frames)).sin()
+        t = (math.pi * 0.75 * torch.linspace(0, 1, num_frames)).sin()
     return start + (end - start) * t
 
 
-def path(rng: Rng, frames: int, reach: float, fastest: float = 1.5) -> Tensor:
-    """A path (f, 2) within [-reach, reach]: smooth curves, waypoints with stops, or bounces.
+def path(rng: Rng, num_frames: int, reach: float, max_frequency: float = 1.5) -> Tensor:
+    """Return a random path (f, 2) within [-reach, reach].
 
-    Curves have waves of up to `fastest` periods in a clip.
+    Args:
+        rng: Random numbers.
+        num_frames: Length of the path.
+        reach: Largest distance from the middle, along each axis.
+        max_frequency: Largest number of periods in a clip, for the waves of smooth curves.
     """
-    time = np.linspace(0, 1, frames)
+    time = np.linspace(0, 1, num_frames)
     kind = rng.choice(["curve", "waypoints", "bounce"], p=[.45, .3, .25])
     if kind == "curve":
-        points = curve(rng, time, fastest)
-    elif kind == "waypoints":
-        points = waypoints(rng, time)
+        points = curve_path(rng, time, max_frequency)
     else:
-        points = bounces(rng, time)
+        points = waypoint_path(rng, time) if kind == "waypoints" else bounce_path(rng, time)
     size = 2 * reach * rng.uniform(.25, 1)
-    if kind == "bounce":                                    # its walls are the picture's
+    if kind == "bounce":                                    # it bounces off the picture's edges
         return torch.tensor(points * reach, dtype=torch.float32)
-    # Into a box of random size at a random place: some motions are small, some fill the picture.
+    # Fit the path into a box of random size and place. Some motions are small, some fill the picture.
     low, high = points.min(axis=0), points.max(axis=0)
     scale = (size / np.maximum(high - low, 1e-6)).min()
     corner = rng.uniform(-reach, np.maximum(reach - (high - low) * scale, -reach + 1e-9))
     return torch.tensor(corner + (points - low) * scale, dtype=torch.float32)
 
 
-def curve(rng: Rng, time: np.ndarray, fastest: float) -> np.ndarray:
-    """Three sine waves in each direction, the slow ones the larger."""
-    waves, phases = rng.uniform(.2, fastest, (3, 2, 1)), rng.uniform(0, 2 * np.pi, (3, 2, 1))
+def curve_path(rng: Rng, time: np.ndarray, max_frequency: float) -> np.ndarray:
+    """Return a path (f, 2) of three sine waves along each axis; slow waves are larger."""
+    waves, phases = rng.uniform(.2, max_frequency, (3, 2, 1)), rng.uniform(0, 2 * np.pi, (3, 2, 1))
     heights = rng.normal(0, 1, (3, 2, 1)) / (.3 + waves)
     return (heights * np.sin(2 * np.pi * waves * time + phases)).sum(axis=0).T
 
 
-def waypoints(rng: Rng, time: np.ndarray) -> np.ndarray:
-    """Straight legs between two to four points, with a rest on each and mostly eased."""
+def waypoint_path(rng: Rng, time: np.ndarray) -> np.ndarray:
+    """Return a path (f, 2) of straight legs between two to four points, with a rest at each."""
     stops = rng.uniform(-1, 1, (rng.integers(2, 5), 2))
-    when = np.sort(np.concatenate([[0, 1], rng.uniform(0, 1, len(stops) - 2)]))
-    leg = np.clip(np.searchsorted(when, time, side="right") - 1, 0, len(stops) - 2)
-    along = (time - when[leg]) / np.maximum(when[leg + 1] - when[leg], 1e-6)
-    rest = rng.uniform(0, .4)                               # share of each leg spent standing
-    along = np.clip((along - rest / 2) / (1 - rest), 0, 1)
+    arrival = np.sort(np.concatenate([[0, 1], rng.uniform(0, 1, len(stops) - 2)]))
+    leg = np.clip(np.searchsorted(arrival, time, side="right") - 1, 0, len(stops) - 2)
+    progress = (time - arrival[leg]) / np.maximum(arrival[leg + 1] - arrival[leg], 1e-6)
+    rest = rng.uniform(0, .4)                               # fraction of each leg without motion
+    progress = np.clip((progress - rest / 2) / (1 - rest), 0, 1)
     if rng.random() < 0.6:
-        along = along * along * (3 - 2 * along)
-    return stops[leg] + (stops[leg + 1] - stops[leg]) * along[:, None]
+        progress = progress * progress * (3 - 2 * progress)
+    return stops[leg] + (stops[leg + 1] - stops[leg]) * progress[:, None]
 
 
-def bounces(rng: Rng, time: np.ndarray) -> np.ndarray:
-    """One speed, mirrored at the walls of [-1, 1]."""
+def bounce_path(rng: Rng, time: np.ndarray) -> np.ndarray:
+    """Return a path (f, 2) of constant speed, reflected at the edges of [-1, 1]."""
     speed, heading = rng.uniform(.6, 3), rng.uniform(0, 2 * np.pi)
     velocity = speed * np.array([np.cos(heading), np.sin(heading)])
     straight = rng.uniform(-1, 1, 2) + velocity * time[:, None]
     return 1 - np.abs((straight + 1) % 4 - 2)
 
 
-def at(scene: Scene, frames: list[int]) -> Scene:
-    """The same scene in only some of its frames."""
-    tracks = ("centre", "radius", "angle", "pan", "zoom", "roll")
-    return dataclasses.replace(scene, **{name: getattr(scene, name)[frames] for name in tracks})
+def select_frames(scene: Scene, indices: list[int]) -> Scene:
+    """Return a scene with only the frames at `indices`."""
+    tracks = ("center", "radius", "angle", "pan", "zoom", "roll")
+    return dataclasses.replace(scene, **{name: getattr(scene, name)[indices] for name in tracks})
 
 
-def caption(scene: Scene, rng: Rng) -> str:
-    """One of many phrasings of what is seen. Never says how it moves; may leave things out."""
-    known = scene.shape in SHAPES
-    if not scene.shape or (known and scene.skin is not None):
-        return "a photo"
-    color = next(name for name, value in COLORS.items() if value == scene.color)
-    ground = next(name for name, value in GROUNDS.items() if value == scene.ground)
-    ground = ground if scene.photo is None else "photo"
-    if ground == "gray" and rng.random() < 0.25:
-        ground = "grey"
-    if scene.texture != "plain":
-        seconds = [name for name, value in GROUNDS.items() if value == scene.second]
-        ground = f"{ground} and {seconds[0]}" if seconds else ground
-        parts = [scene.texture, ground] if rng.random() < .5 else [ground, scene.texture]
-        ground = " ".join(parts)
-    back = rng.choice(["background", "ground", "backdrop"], p=[.5, .4, .1])
-    subject, said = f"{color} {scene.shape}", rng.random()
-    if said < .06 or not known:
-        subject = scene.shape
-    elif said < .09:
-        subject = f"{color} shape"
-    if rng.random() < .1:
-        return an(subject) if rng.random() < .6 else subject
-    behind = f"{ground} {back}"
-    phrases = [
-        f"{an(subject)} on {an(behind)}", f"{an(subject)} on {an(behind)}",
-        f"{subject}, {behind}", f"{subject} on {ground}", f"{subject} on {behind}",
-        f"{an(subject)} {rng.choice(['over', 'against', 'in front of'])} {an(behind)}",
-        f"{behind}, {subject}", f"{an(behind)} with {an(subject)}",
-        f"{an(subject)}, {ground} {back}", f"{an(subject)} on {ground}"]
-    if subject == f"{color} {scene.shape}":
-        that = f"{an(scene.shape)} that is {color}"
-        phrases += [f"{that}, {behind}", f"{that} on {an(behind)}", that,
-                    f"{an(scene.shape)} in {color} on {an(behind)}"]
-    return str(rng.choice(phrases))
-
-
-def an(words: str) -> str:
+def with_article(words: str) -> str:
+    """Return words with the article "a" or "an" before them."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-VOCABULARY = tuple(sorted({
-    *SHAPES, *COLORS, *GROUNDS, *EMOJI, "grey", *TEXTURES[1:], "photo", "shape", "background",
-    "ground", "backdrop", "a", "an", "that", "is", "in", "on", "over", "against", "front", "of",
-    "with", "and"}))
+def caption(scene: Scene, rng: Rng) -> str:
+    """Return a random description of a scene. It never mentions motion, and may leave out details."""
+    is_shape = scene.shape in SHAPES
+    if not scene.shape or (is_shape and scene.sprite is not None):
+        return "a photo"
+    color = next(name for name, value in COLORS.items() if value == scene.color)
+    behind = describe_background(scene, rng)
+    place = f"{behind} {rng.choice(['background', 'ground', 'backdrop'], p=[.5, .4, .1])}"
+    subject, choice = f"{color} {scene.shape}", rng.random()
+    if choice < .06 or not is_shape:
+        subject = scene.shape
+    elif choice < .09:
+        subject = f"{color} shape"
+    if rng.random() < .1:
+        return with_article(subject) if rng.random() < .6 else subject
+    a_subject, a_place = with_article(subject), with_article(place)
+    phrases = [
+        f"{a_subject} on {a_place}", f"{a_subject} on {a_place}", f"{subject}, {place}",
+        f"{subject} on {behind}", f"{subject} on {place}",
+        f"{a_subject} {rng.choice(['over', 'against', 'in front of'])} {a_place}",
+        f"{place}, {subject}", f"{a_place} with {a_subject}", f"{a_subject}, {place}",
+        f"{a_subject} on {behind}"]
+    if subject == f"{color} {scene.shape}":
+        a_shape = with_article(scene.shape)
+        phrases += [f"{a_shape} that is {color}, {place}", f"{a_shape} that is {color} on {a_place}",
+                    f"{a_shape} that is {color}", f"{a_shape} in {color} on {a_place}"]
+    return str(rng.choice(phrases))
+
+
+def describe_background(scene: Scene, rng: Rng) -> str:
+    """Return the words for a background, such as "striped navy and pink"."""
+    if scene.photo is not None:
+        return "photo"
+    name = next(name for name, value in BACKGROUNDS.items() if value == scene.background)
+    if name == "gray" and rng.random() < 0.25:
+        name = "grey"
+    if scene.texture == "plain":
+        return name
+    second = [other for other, value in BACKGROUNDS.items() if value == scene.second_color]
+    words = [scene.texture, f"{name} and {second[0]}" if second else name]
+    return " ".join(words if rng.random() < .5 else words[::-1])

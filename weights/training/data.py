@@ -1,8 +1,8 @@
-"""What the embedded model is trained on: pictures as they are drawn, clips as latents on disk."""
+"""Training data of the built-in demo model: frames drawn when needed, clips as latents on disk."""
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -12,122 +12,144 @@ from torch import Tensor
 from mcl.errors import InputError
 from mcl.files import atomic_write
 from mcl.networks.vae import AutoencoderKL
-from .clips import at, caption
-from .photos import mixed_scene
+
+from .clips import Rng, caption, select_frames
+from .photos import random_photo_scene
 from .scenes import TEXTURES, render
 from .trainer import autocast
 
-SIZE, FRAMES = 128, 16                  # of the embedded model's clips
-SHARD = 250                             # clips in one file of latents
-CAPTIONS = 4                            # phrasings kept of each clip
-EACH = 4                                # pictures of one scene, which are drawn in no time
+SIZE, NUM_FRAMES = 128, 16              # of the demo model's clips
+CLIPS_PER_SHARD = 250
+CAPTIONS_PER_CLIP = 4
+FRAMES_PER_SCENE = 4                    # of random_frames; rendering more frames is cheap
 
 
-def pictures(seed: int, number: int, photos: Sequence[Path]) -> tuple[Tensor, list[str]]:
-    """Frames of random clips, EACH of a clip, and their captions.
-
-    (number, 3, SIZE, SIZE) in [-1, 1]; the clips take turns.
-    """
+def random_frames(seed: int, count: int, photos: Sequence[Path]) -> tuple[Tensor, list[str]]:
+    """Return frames (count, 3, SIZE, SIZE) in [-1, 1] of random clips, and their captions."""
     rng = np.random.default_rng([7, seed])
-    scenes = [mixed_scene(rng, FRAMES, photos) for _ in range(math.ceil(number / EACH))]
-    drawn = [render(at(s, rng.permutation(FRAMES)[:EACH].tolist()), SIZE) for s in scenes]
-    captions = [caption(s, rng) for _ in range(EACH) for s in scenes]
-    return rearrange(drawn, "n f c h w -> (f n) c h w")[:number], captions[:number]
+    scenes = [random_photo_scene(rng, NUM_FRAMES, photos)
+              for _ in range(math.ceil(count / FRAMES_PER_SCENE))]
+    frames = [render(select_frames(s, rng.permutation(NUM_FRAMES)[:FRAMES_PER_SCENE].tolist()), SIZE)
+              for s in scenes]
+    captions = [caption(s, rng) for _ in range(FRAMES_PER_SCENE) for s in scenes]
+    return rearrange(frames, "n f c h w -> (f n) c h w")[:count], captions[:count]
 
 
-def parts(rng: np.random.Generator, done: float, *batches: Tensor) -> list[Tensor]:
-    """The same random quarter of pictures (b, 3, H, W) and of their latents (b, c, h, w), which is
-    quickly trained on; when 0.85 of the training is done, every third of them whole."""
-    if done >= 0.85:
+def random_crops(rng: Rng, progress: float, *batches: Tensor) -> list[Tensor]:
+    """Return the same random quarter of frames (b, 3, H, W) and of their latents (b, c, h, w).
+
+    Quarters train faster. From a progress of 0.85 on, every third frame is returned whole.
+
+    Args:
+        rng: Random numbers.
+        progress: Fraction of the training that is finished.
+        batches: Frames and latents.
+    """
+    if progress >= 0.85:
         return [x[::3] for x in batches]
-    top, left = rng.integers(0, 9, 2).tolist()              # in sixteenths of them
+    top, left = rng.integers(0, 9, 2).tolist()              # in sixteenths of the side
     return [x[..., top * n:(top + 8) * n, left * n:(left + 8) * n]
             for x in batches for n in (x.shape[-1] // 16,)]
 
 
-def encode_clips(folder: Path, photos: Sequence[Path], vae: AutoencoderKL, clips: int,
+def encode_clips(folder: Path, photos: Sequence[Path], vae: AutoencoderKL, num_clips: int,
                  device: str) -> None:
-    """Draws clips and writes their latents to a folder, in files of SHARD."""
+    """Render random clips and write their latents and captions to a folder, in shards."""
     folder.mkdir(exist_ok=True)
-    for first in range(0, clips, SHARD):
+    for first in range(0, num_clips, CLIPS_PER_SHARD):
         file = folder / f"{first:06d}.pt"
         if file.exists():
             continue
         latents, logvars, captions = [], [], []
-        for seed in range(first, first + SHARD):
+        for seed in range(first, first + CLIPS_PER_SHARD):
             rng = np.random.default_rng([1, seed])
-            scene = mixed_scene(rng, FRAMES, photos)
+            scene = random_photo_scene(rng, NUM_FRAMES, photos)
             frames = render(scene, SIZE).to(device, memory_format=torch.channels_last)
             with torch.no_grad(), autocast(device):
                 mean, logvar = vae.moments(frames)
             latents.append(mean.half().cpu())
             logvars.append(logvar.float().mean(dim=(0, 2, 3)).cpu())
-            captions.append([caption(scene, rng) for _ in range(CAPTIONS)])
+            captions.append([caption(scene, rng) for _ in range(CAPTIONS_PER_CLIP)])
         with atomic_write(file) as temporary:
             torch.save({"latents": torch.stack(latents), "captions": captions,
                         "logvar": torch.stack(logvars).mean(dim=0)}, temporary)
-        print(f"{folder.name} {first + SHARD}/{clips}", file=sys.stderr, flush=True)
+        print(f"{folder.name} {first + CLIPS_PER_SHARD}/{num_clips}", file=sys.stderr, flush=True)
 
 
-class Clips:
-    """All encoded clips of a folder: latents (clips, f, c, h, w) float16."""
+class LatentClips:
+    """All encoded clips of a folder.
+
+    Attributes:
+        latents: Unscaled latents (clips, f, c, h, w), float16.
+        logvar: Mean log variance of the latents' posterior, (c,).
+        captions: Captions of each clip.
+        clip_probs: Probability of each clip in batches of clips.
+        frame_probs: Probability of each clip in batches of single frames.
+    """
 
     def __init__(self, folder: Path):
+        """Read the shards that `encode_clips` wrote. Raises InputError if there are none."""
         shards = [torch.load(file, weights_only=True) for file in sorted(folder.glob("*.pt"))]
         if not shards:
-            raise InputError(f"{folder}: has no clips; draw some (--clips 250, or more)")
+            raise InputError(f"{folder}: has no clips. Draw some with --num-clips 250 or more")
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.logvar = torch.stack([shard["logvar"] for shard in shards]).mean(dim=0)
-        self.captions = [c for shard in shards for c in shard["captions"]]
-        # Stars, crosses, and grounds by which a camera's motion is seen, are the last to be learnt:
-        # they come twice as often as the others. A photograph alone has no word to learn, which
-        # single frames are for, at a sixteenth of a clip's cost.
-        words = [set(" ".join(some).replace(",", "").split()) for some in self.captions]
+        self.captions = [captions for shard in shards for captions in shard["captions"]]
+        # Stars, crosses and textured backgrounds are learned last, so they are twice as frequent.
+        # Single frames are for learning words, so photos without a subject are less frequent.
+        words = [set(" ".join(texts).replace(",", "").split()) for texts in self.captions]
         odds = np.array([(1 + bool(w & {"star", "cross"})) * (1 + any(t in w for t in TEXTURES))
                          for w in words])
-        stills = odds * [.25 if w == {"a", "photo"} else 1 for w in words]
-        self.odds, self.still_odds = odds / odds.sum(), stills / stills.sum()
+        frame_odds = odds * [.25 if w == {"a", "photo"} else 1 for w in words]
+        self.clip_probs, self.frame_probs = odds / odds.sum(), frame_odds / frame_odds.sum()
 
-    def balance(self) -> "Clips":
-        """The same, with other latents, for an autoencoder that has just been trained.
+    def whiten(self) -> "LatentClips":
+        """Change the latents in place to channels of more equal variance, and return the clips.
 
-        Its channels are alike in all that is bright or dark and differ little in hue. Its latents
-        z become `mix @ (z - mean)`, in which the standard deviation of each principal component is
-        the square root of what it was: colours then stand out of the noise as early in sampling as
-        brightness does. `fold` puts this into the autoencoder's own 1x1 convolutions.
+        A new autoencoder's channels are correlated in brightness and differ little in hue. The
+        latents z become mix @ (z - mean), in which each principal component has the square root of
+        its former standard deviation. Colors are then decided as early in sampling as brightness.
+        `fold_into_vae` changes the autoencoder likewise.
         """
         self.mean = self.latents[::10].float().mean(dim=(0, 1, 3, 4))
-        some = rearrange(self.latents[::10].float(), "n f c h w -> c (n f h w)")
-        variance, basis = torch.linalg.eigh((some - self.mean[:, None]).cov())
+        samples = rearrange(self.latents[::10].float(), "n f c h w -> c (n f h w)")
+        variance, basis = torch.linalg.eigh((samples - self.mean[:, None]).cov())
         mix = basis @ torch.diag(variance ** -0.25) @ basis.T
-        self.mix = mix / float((mix @ (some - self.mean[:, None])).std())
-        for shard in self.latents.split(SHARD):
-            centred = shard.float() - rearrange(self.mean, "c -> c 1 1")
-            shard.copy_(torch.einsum("d c, n f c h w -> n f d h w", self.mix, centred))
+        self.mix = mix / float((mix @ (samples - self.mean[:, None])).std())
+        for shard in self.latents.split(CLIPS_PER_SHARD):
+            centered = shard.float() - rearrange(self.mean, "c -> c 1 1")
+            shard.copy_(torch.einsum("d c, n f c h w -> n f d h w", self.mix, centered))
         return self
 
-    def fold(self, vae: AutoencoderKL) -> None:
-        """Makes the autoencoder encode to, and decode from, the balanced latents."""
+    def fold_into_vae(self, vae: AutoencoderKL) -> None:
+        """Make an autoencoder encode to the whitened latents, by its own 1x1 convolutions."""
         c, state = len(self.mean), vae.state_dict()
         weight, bias = state["quant_conv.weight"][..., 0, 0], state["quant_conv.bias"]
-        spread = (self.mix ** 2) @ self.logvar.exp()        # of the posterior, as constants
+        variance = (self.mix ** 2) @ self.logvar.exp()      # of the posterior, as constants
         weight[:c], bias[:c] = self.mix @ weight[:c], self.mix @ (bias[:c] - self.mean)
-        weight[c:], bias[c:] = 0, spread.log()
+        weight[c:], bias[c:] = 0, variance.log()
         weight, bias = state["post_quant_conv.weight"][..., 0, 0], state["post_quant_conv.bias"]
         bias += weight @ self.mean
         weight.copy_(weight @ self.mix.inverse())
 
-    def batch(self, rng: np.random.Generator, number: int, frames: int, drop_caption: float
+    def batch(self, rng: Rng, batch_size: int, num_frames: int, p_empty: float
               ) -> tuple[Tensor, list[str]]:
-        """Latents (number, c, frames, h, w) float32, and their captions, some of them empty."""
-        odds = self.still_odds if frames == 1 else self.odds
-        chosen = rng.choice(len(self.captions), size=number, p=odds)
+        """Return random latents (b, c, num_frames, h, w), float32, and captions.
+
+        Args:
+            rng: Random numbers.
+            batch_size: Number of clips or frames.
+            num_frames: NUM_FRAMES for clips, 1 for single frames.
+            p_empty: Probability that a caption is empty.
+        """
+        probs = self.frame_probs if num_frames == 1 else self.clip_probs
+        chosen = rng.choice(len(self.captions), size=batch_size, p=probs)
         latents = self.latents[torch.from_numpy(chosen)].float()
-        if frames == 1:
-            which = torch.from_numpy(rng.integers(FRAMES, size=number))
-            latents = latents[torch.arange(number), which][:, None]
+        if num_frames == 1:
+            frame = torch.from_numpy(rng.integers(NUM_FRAMES, size=batch_size))
+            latents = latents[torch.arange(batch_size), frame][:, None]
         elif rng.random() < 0.5:
             latents = latents.flip(1)                       # time runs both ways in this world
-        captions = ["" if rng.random() < drop_caption
-                    else self.captions[i][rng.integers(CAPTIONS)] for i in chosen]
+        captions = ["" if rng.random() < p_empty
+                    else self.captions[i][rng.integers(CAPTIONS_PER_CLIP)] for i in chosen]
         return rearrange(latents, "b f c h w -> b c f h w"), captions

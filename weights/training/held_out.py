@@ -1,54 +1,66 @@
-"""References that the trainer never draws, each with a prompt for its clone.
+"""Evaluation cases that training never draws: references with a prompt for each clone.
 
-They follow other kinds of path, before other photographs, and differ from the prompts in subject,
-colour and ground; of a camera's motion, the ground's texture is of the same kind, if no other is
-asked for.
+The references follow other kinds of paths than `clips.path`, in front of other photographs. The
+prompt differs from the reference in subject, color and background. For a moving camera the texture
+of the background stays the same kind, unless another one is requested.
 """
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .clips import an, caption, tone
-from .photos import photo_ground, shake
-from .scenes import COLORS, GROUNDS, SHAPES, TEXTURES, Scene
-from .vocabulary import EMOJI, emoji
+from .clips import Rng, caption, shade, still_camera, with_article
+from .photos import add_camera_shake, photo_background
+from .scenes import BACKGROUNDS, COLORS, EMOJI, SHAPES, TEXTURES, Scene, emoji_sprite
 
 PATHS = ("figure eight", "square", "spiral", "zigzag", "circle", "hops")
 CAMERAS = ("pan", "zoom", "roll")
-STILL = ("still",)
+STATIC = ("still",)
 
 
 @dataclass(frozen=True)
-class Case:
-    """A reference and what is asked of its clone."""
-    kind: str                           # what the summary puts together
-    motion: str                         # one of PATHS, CAMERAS or STILL
+class EvalCase:
+    """A reference and the prompt of its clone.
+
+    Attributes:
+        kind: Group in the table, such as "camera over photographs".
+        motion: One of PATHS, CAMERAS or STATIC.
+        scene: The reference.
+        ref_prompt: What the reference shows.
+        prompt: Prompt of the clone.
+        shape: Subject in the prompt.
+        color: Its color; "" for an emoji.
+        background: Background in the prompt.
+        seed: Seed of the case.
+    """
+
+    kind: str
+    motion: str
     scene: Scene
-    reference_prompt: str               # what the reference shows, for inversion
+    ref_prompt: str
     prompt: str
     shape: str
     color: str
-    ground: str
+    background: str
     seed: int
 
 
-def held_out_path(kind: str, frames: int, reach: float) -> Tensor:
-    """A path (f, 2) in half widths, of a kind that clips.path never draws."""
-    t = torch.linspace(0, 1, frames)
+def held_out_path(kind: str, num_frames: int, reach: float) -> Tensor:
+    """Return a path (f, 2) of one of PATHS, within [-reach, reach]."""
+    t = torch.linspace(0, 1, num_frames)
     turn = 2 * math.pi * t
     if kind == "figure eight":
         xy = torch.stack([turn.sin(), 0.6 * (2 * turn).sin()], dim=-1)
     elif kind == "square":
         corners = torch.tensor([[-.8, -.8], [.8, -.8], [.8, .8], [-.8, .8], [-.8, -.8]])
         leg = (t * 4).clamp(max=3.999)
-        part = (leg - leg.floor())[:, None]
-        xy = corners[leg.long()] * (1 - part) + corners[leg.long() + 1] * part
+        progress = (leg - leg.floor())[:, None]
+        xy = corners[leg.long()] * (1 - progress) + corners[leg.long() + 1] * progress
     elif kind == "spiral":
         xy = (0.2 + 0.8 * t)[:, None] * torch.stack([(1.5 * turn).cos(), (1.5 * turn).sin()], -1)
     elif kind == "zigzag":
@@ -60,81 +72,95 @@ def held_out_path(kind: str, frames: int, reach: float) -> Tensor:
     return xy * reach
 
 
-def held_out_cases(kinds: tuple[str, ...], number: int, frames: int, seed: int,
+def held_out_camera(kind: str, rng: Rng, num_frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pan (f, 2), zoom (f,) and roll (f,) of a camera that does one of CAMERAS."""
+    t = torch.linspace(0, 1, num_frames)
+    pan, zoom, roll = still_camera(num_frames)
+    if kind == "pan":
+        heading = torch.tensor(rng.uniform(0, 2 * math.pi))
+        distance = 0.8 * (t - 0.5) + 0.1 * (3 * math.pi * t).sin()
+        pan = distance[:, None] * torch.stack([heading.cos(), heading.sin()])
+    elif kind == "zoom":
+        zoom = (float(rng.choice([-1, 1])) * 0.3 * (math.pi * t).cos()).exp()
+    elif kind == "roll":
+        roll = float(rng.choice([-1, 1])) * 0.8 * (t + 0.08 * (3 * math.pi * t).sin())
+    return pan, zoom, roll
+
+
+def held_out_cases(kinds: Sequence[str], count: int, num_frames: int, seed: int,
                    other_textures: bool = False, photos: Sequence[Path] = (),
-                   by_hand: bool = False) -> list[Case]:
-    """`number` references that move in these kinds of ways, in turn, each with its prompt.
+                   has_camera_shake: bool = False) -> list[EvalCase]:
+    """Return `count` cases, one seed after the other, that take the kinds of motion in turn.
 
-    Over a photograph, if any are given, a moving camera sees no subject; `by_hand` shakes it.
+    Args:
+        kinds: Some of PATHS, CAMERAS and STATIC.
+        count: Number of cases.
+        num_frames: Length of the references.
+        seed: Seed of the first case.
+        other_textures: Whether prompts ask for another texture than a moving camera's reference has.
+        photos: Photographs for the backgrounds; a moving camera then sees no subject.
+        has_camera_shake: Whether the camera is held by hand.
     """
-    return [held_out_case(kinds[i % len(kinds)], frames, seed + i, other_textures, photos, by_hand)
-            for i in range(number)]
+    return [held_out_case(kinds[i % len(kinds)], num_frames, seed + i, other_textures, photos,
+                          has_camera_shake) for i in range(count)]
 
 
-def word_cases(number: int, frames: int, seed: int, photos: Sequence[Path] = ()) -> list[Case]:
-    """`number` references with a moving shape, each with a prompt for an emoji, all in turn.
+def emoji_cases(count: int, num_frames: int, seed: int, photos: Sequence[Path] = ()
+                ) -> list[EvalCase]:
+    """Return cases with a moving shape and a prompt for an emoji; all emoji are taken in turn.
 
-    Before a photograph, if any are given, the reference's subject is an emoji as well. Raises
-    InputError where their font is not there.
+    In front of photographs the subject of the reference is an emoji as well.
+
+    Raises:
+        InputError: If the emoji font is not installed.
     """
     cases, words = [], list(EMOJI)
-    for i, case in enumerate(held_out_cases(PATHS, number, frames, seed, photos=photos)):
-        word, seen = (words[(seed + i + far) % len(words)] for far in (0, len(words) // 2))
+    for i, case in enumerate(held_out_cases(PATHS, count, num_frames, seed, photos=photos)):
+        word, ref_word = (words[(seed + i + shift) % len(words)] for shift in (0, len(words) // 2))
         scene = dataclasses.replace(case.scene, radius=0.2 + case.scene.radius / 2,
                                     center=0.7 * case.scene.center)
-        skin = emoji(seen)          # of plain grounds too: what measures the clones draws emoji
+        sprite = emoji_sprite(ref_word)     # always, because the metrics need the font too
         if photos:
-            scene = dataclasses.replace(scene, shape=seen, skin=skin)
-        cases.append(dataclasses.replace(
-            case, kind=case.kind.replace("object", "emoji"), shape=word, color="", scene=scene,
-            prompt=f"{an(word)} on {an(case.ground)} background"))
+            scene = dataclasses.replace(scene, shape=ref_word, sprite=sprite)
+        prompt = f"{with_article(word)} on {with_article(case.background)} background"
+        cases.append(dataclasses.replace(case, kind=case.kind.replace("object", "emoji"), shape=word,
+                                         color="", scene=scene, prompt=prompt))
     return cases
 
 
-def held_out_case(motion: str, frames: int, seed: int, other_textures: bool = False,
-                  photos: Sequence[Path] = (), by_hand: bool = False) -> Case:
-    """The case of a seed: a reference of so many frames, and what is asked of its clone."""
+def held_out_case(motion: str, num_frames: int, seed: int, other_textures: bool = False,
+                  photos: Sequence[Path] = (), has_camera_shake: bool = False) -> EvalCase:
+    """Return the case of one seed; the arguments are those of `held_out_cases`."""
     rng = np.random.default_rng([9, seed])
     radius = rng.uniform(.2, .4)
-    colors, grounds = rng.permutation(list(COLORS)), rng.permutation(list(GROUNDS))
+    colors, backgrounds = rng.permutation(list(COLORS)), rng.permutation(list(BACKGROUNDS))
     shapes, textures = rng.permutation(SHAPES), rng.permutation(TEXTURES[1:])
-    still, t = torch.zeros(frames), torch.linspace(0, 1, frames)
-    camera = motion in CAMERAS
-    center, pan, zoom, roll = torch.zeros(frames, 2), torch.zeros(frames, 2), still, still
-    if motion == "pan":
-        heading = torch.tensor(rng.uniform(0, 2 * math.pi))
-        along = 0.8 * (t - 0.5) + 0.1 * (3 * math.pi * t).sin()
-        pan = along[:, None] * torch.stack([heading.cos(), heading.sin()])
-    elif motion == "zoom":
-        zoom = float(rng.choice([-1, 1])) * 0.3 * (math.pi * t).cos()
-    elif motion == "roll":
-        roll = float(rng.choice([-1, 1])) * 0.8 * (t + 0.08 * (3 * math.pi * t).sin())
-    elif motion not in STILL:
-        center = held_out_path(motion, frames, 1 - 0.9 * radius)
+    is_camera, center = motion in CAMERAS, torch.zeros(num_frames, 2)
+    pan, zoom, roll = held_out_camera(motion, rng, num_frames)
+    if motion in PATHS:
+        center = held_out_path(motion, num_frames, 1 - 0.9 * radius)
         center = center.flip(-1) if rng.random() < 0.5 else center
-    reference_ground = GROUNDS[str(grounds[0])]
+    background = BACKGROUNDS[str(backgrounds[0])]
     scene = Scene(
         shape=str(shapes[0]), color=COLORS[str(colors[0])],
-        texture=str(textures[0]) if camera else "plain", ground=reference_ground,
-        second=tone(reference_ground), cell=0.5, texture_angle=0.0, center=center,
-        radius=still + radius, angle=still, pan=pan, zoom=zoom.exp(), roll=roll)
+        texture=str(textures[0]) if is_camera else "plain", background=background,
+        second_color=shade(background), cell_size=0.5, texture_angle=0.0, center=center,
+        radius=torch.zeros(num_frames) + radius, angle=torch.zeros(num_frames), pan=pan, zoom=zoom,
+        roll=roll)
     prompts = []
     for i in range(2):
-        texture = textures[i if other_textures else 0]
-        ground = f"{texture} {grounds[i]}" if camera else str(grounds[i])
-        prompts.append(f"{an(str(colors[i]))} {shapes[i]} on {an(ground)} background")
-    kind = "camera" if camera else "still" if motion in STILL else "object"
-    kind += ", another texture" if camera and other_textures else ""
+        texture = f"{textures[i if other_textures else 0]} " if is_camera else ""
+        prompts.append(f"{with_article(f'{colors[i]} {shapes[i]}')} on "
+                       f"{with_article(f'{texture}{backgrounds[i]}')} background")
+    kind = "camera" if is_camera else "still" if motion in STATIC else "object"
+    kind += ", another texture" if is_camera and other_textures else ""
     if photos:
         rng = np.random.default_rng([11, seed])
-        scene = dataclasses.replace(scene, shape="" if camera else scene.shape, texture="plain",
-                                    photo=photo_ground(rng, photos))
+        scene = dataclasses.replace(scene, shape="" if is_camera else scene.shape, texture="plain",
+                                    photo=photo_background(rng, photos))
         prompts[0] = caption(scene, rng)
         kind += " over photographs"
-    if by_hand:
-        more_pan, more_zoom, more_roll = shake(rng, frames)
-        scene = dataclasses.replace(scene, pan=scene.pan + more_pan, zoom=scene.zoom * more_zoom,
-                                    roll=scene.roll + more_roll)
-        kind += ", by hand"
-    return Case(kind, motion, scene, prompts[0], prompts[1], str(shapes[1]), str(colors[1]),
-                str(grounds[1]), seed)
+    if has_camera_shake:
+        scene, kind = add_camera_shake(scene, rng), kind + ", by hand"
+    return EvalCase(kind, motion, scene, prompts[0], prompts[1], str(shapes[1]), str(colors[1]),
+                    str(backgrounds[1]), seed)

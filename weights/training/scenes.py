@@ -1,80 +1,120 @@
-"""The embedded model's world: one subject on a ground, seen by a moving camera.
+"""The world of the built-in demo model: a subject in front of a background, seen by a camera.
 
-Positions and sizes are in units of half the picture's width: the picture spans [-1, 1] in both
-directions, x to the right and y down. A scene's world is fixed; the subject moves in it, and the
-camera maps a point p of the picture to the world point  R(roll) p / zoom / (1 + slant p) + pan.
+The picture spans [-1, 1] in both directions, x to the right and y down, so lengths are in units of
+half the picture's width. The world of a scene is fixed. The subject moves in it. The camera maps a
+point p of the picture to the world point R(roll) p / zoom / (1 + tilt p) + pan.
 """
+import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from mcl.errors import InputError
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
 COLORS = {
     "red": (.90, .15, .15), "green": (.15, .75, .25), "blue": (.20, .35, .95),
     "yellow": (.95, .85, .15), "purple": (.60, .20, .80), "orange": (1.0, .55, .10),
     "white": (.97, .97, .97), "cyan": (.20, .85, .90)}
-GROUNDS = {
+BACKGROUNDS = {
     "black": (.05, .05, .05), "gray": (.50, .50, .50), "navy": (.08, .10, .35),
     "brown": (.40, .25, .12), "pink": (.98, .75, .80), "teal": (.10, .40, .40)}
 TEXTURES = ("plain", "checkered", "striped", "dotted")
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+FONT_INSTALL = "apt-get install fonts-noto-color-emoji"
+_PAIRS = """
+    apple 🍎 banana 🍌 lemon 🍋 pineapple 🍍 strawberry 🍓 watermelon 🍉 carrot 🥕 eggplant 🍆
+    mushroom 🍄 burger 🍔 donut 🍩 pizza 🍕 cheese 🧀 cat 🐱 dog 🐶 fox 🦊 panda 🐼 pig 🐷 frog 🐸 rabbit 🐰
+    chick 🐤 penguin 🐧 bird 🐦 fish 🐟 dolphin 🐬 octopus 🐙 crab 🦀 ladybug 🐞 tree 🌳 cactus 🌵
+    flower 🌸 tulip 🌷 sun ☀️ moon 🌙 earth 🌍 cloud ☁️ rainbow 🌈 fire 🔥 lightning ⚡ drop 💧 bus 🚌
+    rocket 🚀 boat ⛵ umbrella ☂️ basketball 🏀 bell 🔔 key 🔑 lock 🔒 lamp 💡 gift 🎁 gem 💎 magnet 🧲
+    book 📕 flag 🚩 crown 👑 cap 🧢 shirt 👕 dress 👗 skull 💀 face 😀 ghost 👻 alien 👽 hand ✋
+""".split()
+EMOJI = dict(zip(_PAIRS[::2], _PAIRS[1::2]))
+Rgb = tuple[float, float, float]                # sRGB in [0, 1]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn, in f frames. Colours are sRGB in [0, 1]; angles are in radians.
+    """A clip of f frames before it is rendered.
 
-    Photographs (3, n, n) are sRGB in [0, 1], go from -2 to 2 both ways, and are mirrored beyond.
-    A skin of four channels, colours times alpha and alpha, is a subject with its own outline.
+    Lengths are in units of half the picture's width, angles in radians.
+
+    Attributes:
+        shape: One of SHAPES or EMOJI; "" for a scene without a subject.
+        color: Color of the subject.
+        texture: One of TEXTURES.
+        background: Color of the background.
+        second_color: Second color of the texture.
+        cell_size: Size of the texture's cells.
+        texture_angle: Rotation of the texture.
+        center: Center of the subject in the world, (f, 2).
+        radius: Radius of the subject, (f,).
+        angle: Rotation of the subject, (f,).
+        pan: Center of the camera in the world, (f, 2).
+        zoom: Magnification of the camera, (f,).
+        roll: Rotation of the camera, (f,).
+        photo: Picture (3, n, n) in [0, 1] in place of the background. It spans [-2, 2] in both
+            directions and is mirrored beyond.
+        sprite: Picture in place of the subject's color, in units of its radius. With three channels
+            it fills the shape; with four (color times alpha, and alpha) it has an outline of its
+            own.
+        tilt: Slope of a background that leans away, for scenes without a subject.
     """
-    shape: str                           # or a word of EMOJI, or "" where there is no subject
-    color: tuple[float, float, float]
+
+    shape: str
+    color: Rgb
     texture: str
-    ground: tuple[float, float, float]
-    second: tuple[float, float, float]   # the texture's other colour
-    cell: float                          # size of the texture's cells, in half widths
+    background: Rgb
+    second_color: Rgb
+    cell_size: float
     texture_angle: float
-    center: Tensor                       # (f, 2) the subject's centre, in the world
-    radius: Tensor                       # (f,) of the subject, in half widths
-    angle: Tensor                        # (f,) of the subject
-    pan: Tensor                          # (f, 2) the camera's centre, in the world
-    zoom: Tensor                         # (f,) 2 shows everything twice as large
-    roll: Tensor                         # (f,) of the camera
-    photo: Tensor | None = None          # in the place of the texture, in half widths
-    skin: Tensor | None = None           # in the place of the subject's colour, in its radii
-    slant: tuple[float, float] = (0., 0.)   # of a ground that leans away, where no subject is
+    center: Tensor
+    radius: Tensor
+    angle: Tensor
+    pan: Tensor
+    zoom: Tensor
+    roll: Tensor
+    photo: Tensor | None = None
+    sprite: Tensor | None = None
+    tilt: tuple[float, float] = (0., 0.)
 
 
 def projected_center(scene: Scene) -> Tensor:
-    """Where the subject is in the picture: (f, 2), in half widths from the middle."""
+    """Return the position of the subject in the picture, (f, 2)."""
     return rotate(scene.center - scene.pan, -scene.roll) * scene.zoom[:, None]
 
 
 def rotate(points: Tensor, angle: Tensor) -> Tensor:
-    """Points (..., 2) turned by angles (...)."""
+    """Return points (..., 2) rotated by angles (...)."""
     x, y = points.unbind(-1)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
 
 
 def render(scene: Scene, size: int) -> Tensor:
-    """Frames (f, 3, size, size) in [-1, 1] of a scene, with edges smooth over one pixel."""
+    """Return frames (f, 3, size, size) in [-1, 1] of a scene, with edges smoothed over one pixel."""
     line = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     picture = rearrange(torch.stack([x, y], dim=-1), "h w two -> 1 h w two")
     zoom, roll = (rearrange(v, "f -> f 1 1") for v in (scene.zoom, scene.roll))
-    nearness = zoom * (1 + picture @ torch.tensor(scene.slant))
-    world = rotate(picture, roll) / nearness[..., None] + rearrange(scene.pan, "f two -> f 1 1 two")
-    pixels = zoom * (size / 2)                              # per unit of the world
+    depth_zoom = zoom * (1 + picture @ torch.tensor(scene.tilt))
+    world = rotate(picture, roll) / depth_zoom[..., None] + rearrange(scene.pan,
+                                                                      "f two -> f 1 1 two")
+    pixels = zoom * (size / 2)                              # pixels per unit of the world
 
-    first = torch.tensor(scene.ground)
-    image = first if scene.photo is None else photo_at(scene.photo, world)
+    background = torch.tensor(scene.background)
+    image = background if scene.photo is None else sample_photo(scene.photo, world)
     if scene.texture != "plain":
         cover = texture_cover(scene, world, pixels)[..., None]
-        image = first + cover * (torch.tensor(scene.second) - first)
+        image = background + cover * (torch.tensor(scene.second_color) - background)
 
     if not scene.shape:
         return rearrange(image, "f h w c -> f c h w") * 2 - 1
@@ -82,42 +122,40 @@ def render(scene: Scene, size: int) -> Tensor:
     local = rotate(world - rearrange(scene.center, "f two -> f 1 1 two"), -angle)
     local = local / radius[..., None]
     paint = torch.tensor(scene.color)
-    if scene.skin is not None:
-        paint = photo_at(scene.skin, local.clamp(-2, 2))
+    if scene.sprite is not None:
+        paint = sample_photo(scene.sprite, local.clamp(-2, 2))
     if paint.shape[-1] == 4:
         cover, paint = paint[..., 3:], paint[..., :3]
     else:
         distance = signed_distance(scene.shape, local) * radius
         cover = (0.5 - distance * pixels).clamp(0, 1)[..., None]
         paint = cover * paint
-    image = (1 - cover) * image + paint
-    return rearrange(image, "f h w c -> f c h w") * 2 - 1
+    return rearrange((1 - cover) * image + paint, "f h w c -> f c h w") * 2 - 1
 
 
-def photo_at(photo: Tensor, points: Tensor) -> Tensor:
-    """The colours (f, h, w, c) of a photograph (c, n, n) at points (f, h, w, 2)."""
+def sample_photo(photo: Tensor, points: Tensor) -> Tensor:
+    """Return the colors (f, h, w, c) of a photo (c, n, n) at points (f, h, w, 2)."""
     photos = repeat(photo, "c h w -> f c h w", f=len(points))
     colors = F.grid_sample(photos, points / 2, padding_mode="reflection", align_corners=False)
     return rearrange(colors, "f c h w -> f h w c")
 
 
 def texture_cover(scene: Scene, world: Tensor, pixels: Tensor) -> Tensor:
-    """How much of the texture's second colour each point shows, in [0, 1]."""
-    p = rotate(world, torch.tensor(scene.texture_angle)) / scene.cell
+    """Return the share of the texture's second color at each point, in [0, 1]."""
+    p = rotate(world, torch.tensor(scene.texture_angle)) / scene.cell_size
     if scene.texture == "dotted":
-        center = p - p.round()
-        distance = (center.norm(dim=-1) - 0.3) * scene.cell
+        distance = ((p - p.round()).norm(dim=-1) - 0.3) * scene.cell_size
         return (0.5 - distance * pixels).clamp(0, 1)
-    # A square wave per axis, in [-1, 1], with edges one pixel wide.
+    # A square wave for each axis, in [-1, 1], with edges one pixel wide.
     phase = (p % 2) - 1
-    to_edge = torch.where(phase > 0, 1, -1) * (0.5 - (phase.abs() - 0.5).abs()) * scene.cell
+    to_edge = torch.where(phase > 0, 1, -1) * (0.5 - (phase.abs() - 0.5).abs()) * scene.cell_size
     wave = (to_edge * pixels[..., None] * 2).clamp(-1, 1)
     value = wave[..., 0] if scene.texture == "striped" else wave[..., 0] * wave[..., 1]
     return (value + 1) / 2
 
 
 def signed_distance(shape: str, p: Tensor) -> Tensor:
-    """Distance to the outline of a shape of radius 1, negative inside. p (..., 2) -> (...)."""
+    """Return the distance (...) to the outline of a shape of radius 1, negative inside; p (..., 2)."""
     x, y = p.unbind(-1)
     if shape == "circle":
         return p.norm(dim=-1) - 0.9
@@ -132,29 +170,50 @@ def signed_distance(shape: str, p: Tensor) -> Tensor:
         return torch.maximum(a - 0.92, b - 0.3)
     if shape == "triangle":
         return torch.maximum(y - 0.55, (x.abs() * math.sqrt(3) - y) / 2 - 0.5)
-    if shape == "star":
-        return star_distance(x, y)
-    if shape == "heart":
-        return heart_distance(x, y)
-    raise ValueError(f"unknown shape {shape!r}: there are {', '.join(SHAPES)}")
+    return star_distance(x, y) if shape == "star" else heart_distance(x, y)
 
 
 def star_distance(x: Tensor, y: Tensor, points: int = 5, inner: float = 0.42) -> Tensor:
-    """A star with its tips at radius 1: the plane is folded onto half of one of its rays."""
+    """Return the distance to a star whose tips have radius 1.
+
+    The plane is folded onto one half of one ray.
+    """
     r, half = torch.hypot(x, y), math.pi / points
     a = ((torch.atan2(x, -y) + half) % (2 * half) - half).abs()
-    fx, fy = r * a.sin(), r * a.cos()                       # tip at (0, 1)
+    fx, fy = r * a.sin(), r * a.cos()                       # the tip is at (0, 1)
     ex, ey = inner * math.sin(half), inner * math.cos(half) - 1
     return (fx * -ey + (fy - 1) * ex) / math.hypot(ex, ey)
 
 
 def heart_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Two discs, each joined by its tangents to one corner below."""
+    """Return the distance to two discs, each joined by its tangents to one corner below."""
     x = x.abs()
     cx, cy, disc, tip = 0.42, -0.35, 0.47, 0.9
-    reach = math.hypot(cx, tip - cy)                        # from the corner to a disc's centre
+    reach = math.hypot(cx, tip - cy)                        # from the corner to a disc's center
     turn = math.atan2(cx, tip - cy) + math.asin(disc / reach)
     beyond_tangent = x * math.cos(turn) + (y - tip) * math.sin(turn)
     above_chord = disc ** 2 / reach - ((y - cy) * (tip - cy) - (x - cx) * cx) / reach
     lobe = torch.hypot(x - cx, y - cy) - disc
     return torch.minimum(lobe, torch.maximum(beyond_tangent, above_chord))
+
+
+@functools.cache
+def emoji_sprite(word: str) -> Tensor:
+    """Return an emoji as a `Scene.sprite`: (4, 96, 96), color times alpha, and alpha.
+
+    Its longer side is 2.4 radii, a little more than that of the shapes, because it has more detail.
+
+    Raises:
+        InputError: If the font is not installed.
+    """
+    if not FONT.exists():
+        raise InputError(f"{FONT}: no such font. Run: {FONT_INSTALL}")
+    image = Image.new("RGBA", (200, 200))
+    font = ImageFont.truetype(FONT, 109)                    # the only size that its bitmaps have
+    ImageDraw.Draw(image).text((20, 20), EMOJI[word], font=font, embedded_color=True)
+    left, top, right, bottom = image.getbbox() or (0, 0, 200, 200)
+    x, y, half = (left + right) / 2, (top + bottom) / 2, max(right - left, bottom - top) / 1.2
+    box = (x - half, y - half, x + half, y + half)
+    pixels = image.convert("RGBa").transform((96, 96), Image.Transform.EXTENT, box,
+                                             Image.Resampling.BILINEAR)
+    return rearrange(torch.from_numpy(np.array(pixels)) / 255, "h w c -> c h w")

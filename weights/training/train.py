@@ -1,22 +1,21 @@
-"""Trains the embedded model from nothing, as AnimateDiff is trained.
+"""Train the built-in demo model from nothing, as AnimateDiff is trained.
 
     python -m weights.training.train --out runs/tiny
 
-Five stages, each of which goes on where it was stopped:
+The five stages each resume where they were stopped:
     vae      the autoencoder, on single frames
-    latents  clips, encoded once and kept on disk
-    image    the UNet but for its motion modules, and the text encoder, on single frames
-    motion   the motion modules, on clips and on single frames, and the rest
-    decoder  the autoencoder's decoder a second time, on latents less exact than the encoder's, and
-             everything into weights/tiny.safetensors
+    latents  random clips, encoded once and stored
+    image    the UNet without its motion modules, and the text encoder, on single frames
+    motion   the motion modules, on clips and on single frames, and all other layers
+    decoder  the autoencoder's decoder again, on latents less exact than the encoder's
 
-`--start FILE` goes on with a model that is there, in place of the stages vae and image, and teaches
-it the words that it does not know.
+The last stage writes weights/tiny.safetensors. `--start FILE` continues with a model in place of
+the stages vae and image, and teaches it the words that it does not know. README.md has the recipe.
 """
 import argparse
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,214 +24,224 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mcl.checkpoints.model_file import DEFAULT_WEIGHTS, load_model, save_model
-from mcl.cli import OneLineErrorParser, exit_code_of, run_main
-from mcl.config import TINY
-from mcl.files import check_writable
+from mcl.cli.process import OneLineErrorParser, exit_code_of, run_main
+from mcl.config import CLIPTextConfig, ModelConfig, SampleConfig, UNetConfig, VAEConfig
 from mcl.device import resolve_device
+from mcl.files import check_writable
 from mcl.model import Model
 from mcl.networks.ops import to_channels_last
 from mcl.networks.vae import AutoencoderKL
-from .clips import VOCABULARY
-from .data import FRAMES, Clips, encode_clips, parts, pictures
-from .photos import FOLDERS, find_photos
-from .trainer import Trainee, autocast
-from .vocabulary import EMOJI, emoji
 
-# The settings of SampleConfig that suit this model.
-DEFAULTS: dict[str, Any] = {
-    "steps": 32, "guidance_steps": 16, "guidance_span": 0.25, "warmup": 5, "cooldown": 5,
-    "cfg_scale": 5.0, "motion_weight": 25000.0, "extract_t": 200,
-    # The second module of the block tells the sense of a camera's move, the first hardly does.
-    "blocks": ("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
-    "block_weights": (1.0, 4.0)}
-MOVES_FROM, ERROR_TO = 0.38, 0.08       # of held-out references and real clips: BENCHMARKS.md
+from .clips import VOCABULARY, Rng
+from .data import NUM_FRAMES, SIZE, LatentClips, encode_clips, random_crops, random_frames
+from .photos import PHOTO_FOLDERS, find_photos
+from .scenes import EMOJI, emoji_sprite
+from .trainer import TrainingRun, autocast
+
+UNET = UNetConfig(
+    block_out_channels=(48, 96, 192), layers_per_block=1, cross_attention_levels=(1, 2),
+    num_attention_heads=4, cross_attention_dim=64, norm_num_groups=8, motion_num_attention_heads=4,
+    motion_max_seq_length=NUM_FRAMES)
+VAE = VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8,
+                scaling_factor=1.0)
+TEXT_ENCODER = CLIPTextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                              num_attention_heads=4)
+# The second motion module of the block determines a camera's direction, the first hardly.
+SAMPLE = SampleConfig(
+    steps=32, guidance_steps=16, guidance_noise_range=0.25, guidance_warmup_steps=5,
+    guidance_cooldown_steps=5, cfg_scale=5.0, motion_weight=25000.0, extraction_timestep=200,
+    guidance_blocks=("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
+    guidance_block_weights=(1.0, 4.0), height=SIZE, width=SIZE)
+# The two limits were chosen on held-out references and real clips (BENCHMARKS.md).
+TINY = ModelConfig("tiny", UNET, VAE, TEXT_ENCODER, sample=SAMPLE, training_vocabulary=VOCABULARY,
+                   min_reference_motion=0.38, max_denoising_error=0.08)
+P_EMPTY_CAPTION = 0.1           # for classifier-free guidance
 
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """How long and how fast; BENCHMARKS.md has what was really done."""
+    """Length and learning rates of the stages; README.md says what the published weights had."""
+
     vae_steps: int = 2600
-    vae_batch: int = 32
-    vae_rate: float = 2e-3
-    clips: int = 14000
+    vae_batch_size: int = 32
+    vae_lr: float = 2e-3
+    num_clips: int = 14000
     image_steps: int = 3600
-    image_batch: int = 64
-    image_rate: float = 4e-3
+    image_batch_size: int = 64
+    image_lr: float = 4e-3
     motion_steps: int = 18000
-    motion_batch: int = 6
-    motion_rate: float = 2.4e-3
-    spatial_rate: float = 2.4e-3        # of the layers already trained, in the motion stage
-    text_rate: float = 4e-4             # of the text encoder there
-    word_rate: float = 2e-3             # of words that a model to start with did not know
-    image_share: float = 0.6            # of the motion stage's steps, on single frames
+    motion_batch_size: int = 6
+    motion_lr: float = 2.4e-3           # of the motion modules
+    spatial_lr: float = 2.4e-3          # of the UNet's other layers, in the motion stage
+    text_lr: float = 4e-4               # of the text encoder, in the motion stage
+    token_lr: float = 2e-3              # of words that the model of --start does not know
+    p_single_frames: float = 0.6        # fraction of the motion stage's steps on single frames
     decoder_steps: int = 1600
-    decoder_rate: float = 2e-3
-    drop_caption: float = 0.1           # share of empty prompts, for classifier-free guidance
-    ema: float = 0.998
+    decoder_lr: float = 2e-3
 
 
-# ------------------------------------------------------------------------------------- the VAE
+def reconstruction_loss(output: Tensor, x: Tensor) -> Tensor:
+    """Return the loss of decoded frames (b, 3, H, W). Differences of neighbors sharpen the edges."""
+    edges = sum(F.l1_loss(output.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
+    return F.mse_loss(output, x) + 0.3 * F.l1_loss(output, x) + 0.3 * edges
 
-def train_vae(folder: Path, photos: Sequence[Path], plan: Hyperparameters, device: str
+
+def train_vae(folder: Path, photos: Sequence[Path], params: Hyperparameters, device: str
               ) -> AutoencoderKL:
+    """Train the autoencoder on single frames."""
     torch.manual_seed(0)
     vae = AutoencoderKL(TINY.vae).to(device)
     to_channels_last(vae)
-    trainee = Trainee(vae, lambda name: plan.vae_rate, folder / "vae.pt", plan.ema)
 
-    def loss_of(step: int) -> tuple[Tensor, str]:
-        x, _ = pictures(step, plan.vae_batch, photos)
-        x, = parts(np.random.default_rng([8, step]), step / plan.vae_steps, x)
+    def loss_of(step: int) -> Tensor:
+        x, _ = random_frames(step, params.vae_batch_size, photos)
+        x, = random_crops(np.random.default_rng([8, step]), step / params.vae_steps, x)
         x = x.to(device, memory_format=torch.channels_last)
         with autocast(device):
             mean, logvar = (y.float() for y in vae.moments(x))
             z = mean + (logvar / 2).exp() * torch.randn(mean.shape).to(device)
-            out = vae.decoder(vae.post_quant_conv(z)).float()
-        mse = F.mse_loss(out, x)
+            output = vae.decoder(vae.post_quant_conv(z)).float()
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-        # Three of the channels stay near the picture made small: a latent space that looks like
-        # pictures is learnt many times faster by a small UNet than one that is merely compact.
-        small = F.mse_loss(mean[:, :3], 1.3 * F.avg_pool2d(x, TINY.vae.downsampling))
-        return picture_loss(out, x) + 2e-4 * kl + 0.03 * small, f"mse {mse:.5f} kl {kl:.2f}"
+        # Three channels stay close to the reduced frame: a small UNet learns latents that look like
+        # a picture many times faster than latents that are only compact.
+        reduced = F.mse_loss(mean[:, :3], 1.3 * F.avg_pool2d(x, TINY.vae.downsampling))
+        return reconstruction_loss(output, x) + 2e-4 * kl + 0.03 * reduced
 
-    trainee.run(plan.vae_steps, loss_of)
-    vae.load_state_dict(trainee.average.state_dict())
+    TrainingRun(vae, lambda name: params.vae_lr, folder / "vae.pt").run(params.vae_steps, loss_of)
     return vae.requires_grad_(False)
 
 
-def picture_loss(out: Tensor, x: Tensor) -> Tensor:
-    """Of pictures (b, 3, H, W). The differences of neighbours are where shapes are told apart."""
-    edges = sum(F.l1_loss(out.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
-    return F.mse_loss(out, x) + 0.3 * F.l1_loss(out, x) + 0.3 * edges
+def denoising_loss(model: Model, x0: Tensor, text: Tensor, rng: Rng) -> Tensor:
+    """Return the mean squared error of the predicted noise, weighted by SNR ** -0.5.
 
-
-# ------------------------------------------------------------------------- the diffusion model
-
-def denoising_loss(model: Model, x0: Tensor, text: Tensor, rng: np.random.Generator) -> Tensor:
-    """Mean square error of the noise, weighted by SNR ** -0.5.
-
-    That makes all timesteps count about alike. Unweighted, or by min(SNR, 5) / SNR (arXiv
-    2303.09556), a tenth as much comes from the noisy ones, in which a small picture's subject,
-    its place and its shape are decided. The timesteps of a batch are spread over the whole range,
-    which a few clips would not be.
+    With this weight all timesteps contribute about equally. Without it, or with min(SNR, 5) / SNR
+    (arXiv 2303.09556), the noisy timesteps contribute a tenth of that, and those decide the
+    subject, its place and its shape. The timesteps of a batch are stratified over the schedule.
     """
-    spread = (rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0)
-    t = torch.from_numpy((spread * model.schedule.config.num_train_timesteps).astype(np.int64))
+    fraction = (rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0)
+    t = torch.from_numpy((fraction * model.schedule.config.num_train_timesteps).astype(np.int64))
     noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)).to(x0)
     z = model.schedule.add_noise(x0, noise, t)
-    with autocast(str(x0.device)):
+    with autocast(x0.device):
         eps, _ = model.unet(z, t.to(x0.device), text)
     alpha_bar = rearrange(model.schedule.alpha_bar(t).to(x0), "b -> b 1 1 1 1")
     snr = alpha_bar / (1 - alpha_bar)
     return (snr.rsqrt() * (eps.float() - noise).square()).mean()
 
 
-def train_denoiser(model: Model, file: Path, clips: Clips, steps: int, images: int, share: float,
-                   rate_of: Callable[[str], float], plan: Hyperparameters) -> None:
-    """Trains the UNet and the text encoder: in a share of the steps on so many single frames, else
-    on clips, of as many frames, but of sixteen times fewer scenes (arXiv 2204.03458, section 3.1).
+def train_denoiser(model: Model, file: Path, clips: LatentClips, steps: int, num_images: int,
+                   p_single_frames: float, lr_of: Callable[[str], float]) -> None:
+    """Train the UNet and the text encoder on single frames and on clips (arXiv 2204.03458, 3.1).
+
+    Args:
+        model: The model.
+        file: Checkpoint.
+        clips: Training clips.
+        steps: Number of steps.
+        num_images: Frames in each batch, of as many scenes or of NUM_FRAMES times fewer clips.
+        p_single_frames: Fraction of the steps on single frames.
+        lr_of: Function of a parameter's name that returns its learning rate.
     """
     torch.manual_seed(2)
-    both = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
-    to_channels_last(both.requires_grad_(True).train())
-    learn_words(model)
-    trainee = Trainee(both, rate_of, file, plan.ema)
+    networks = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
+    to_channels_last(networks.requires_grad_(True).train())
+    init_new_tokens(model)
 
-    def loss_of(step: int) -> tuple[Tensor, str]:
+    def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([2, step])
-        number, frames = (images, 1) if rng.random() < share else (images // FRAMES, FRAMES)
-        x0, captions = clips.batch(rng, number, frames, plan.drop_caption)
+        batch_size, num_frames = ((num_images, 1) if rng.random() < p_single_frames else
+                                  (num_images // NUM_FRAMES, NUM_FRAMES))
+        x0, captions = clips.batch(rng, batch_size, num_frames, P_EMPTY_CAPTION)
         text = model.text_encoder(model.tokenizer(captions).to(model.device))
-        return denoising_loss(model, x0.to(model.device), text, rng), ""
+        return denoising_loss(model, x0.to(model.device), text, rng)
 
-    trainee.run(steps, loss_of)
-    both.load_state_dict(trainee.average.state_dict())
+    TrainingRun(networks, lr_of, file).run(steps, loss_of)
 
 
-def first_model(vae: AutoencoderKL, clips: Clips) -> Model:
-    """One with an autoencoder that is trained, to which the clips are balanced. Its residual
-    branches start at zero, so that motion modules change nothing yet; so do the embeddings of the
-    words, see learn_words."""
+def init_model(vae: AutoencoderKL, clips: LatentClips) -> Model:
+    """Return a new model with a trained autoencoder, whose latents are whitened.
+
+    The residual branches start at zero, so the motion modules change nothing yet. The token
+    embeddings start at zero too (`init_new_tokens`).
+    """
     torch.manual_seed(1)
     model = Model(TINY)
     model.vae = vae.cpu()
-    clips.balance().fold(model.vae)
+    clips.whiten().fold_into_vae(model.vae)
     for name, p in model.unet.named_parameters():
         if name.rpartition(".")[0].endswith(("conv_out", "proj_out", "conv2")):
             nn.init.zeros_(p)
-    nn.init.zeros_(model.text_encoder.text_model.embeddings.token_embedding.weight)
-    model.text_encoder.text_model.embeddings.position_embedding.weight.data.mul_(0.1)
+    embeddings = model.text_encoder.text_model.embeddings
+    nn.init.zeros_(embeddings.token_embedding.weight)
+    embeddings.position_embedding.weight.data.mul_(0.1)
     return model
 
 
-def learn_words(model: Model) -> None:
-    """Gives the words that have no vectors yet some; no gradient moves those of others."""
-    vectors = model.text_encoder.text_model.embeddings.token_embedding.weight
+def init_new_tokens(model: Model) -> None:
+    """Give random embeddings to words that have none. Gradients change only those of new words."""
+    embeddings = model.text_encoder.text_model.embeddings.token_embedding.weight
     words = (*VOCABULARY, ",", "<|startoftext|>", "<|endoftext|>")
     tokens = sorted({i for word in words for i in model.tokenizer.encode(word)})
-    new = torch.zeros(len(vectors), 1, device=vectors.device)
-    new[tokens] = 1
-    new *= vectors.data.abs().amax(dim=1, keepdim=True) == 0
-    vectors.data += new * torch.randn(vectors.shape).to(vectors) * 0.5
-    vectors.register_hook(lambda gradient: gradient * new)
+    is_new = torch.zeros(len(embeddings), 1, device=embeddings.device)
+    is_new[tokens] = 1
+    is_new *= embeddings.data.abs().amax(dim=1, keepdim=True) == 0
+    embeddings.data += is_new * torch.randn(embeddings.shape).to(embeddings) * 0.5
+    embeddings.register_hook(lambda grad: grad * is_new)
 
 
-# ------------------------------------------------------------------------- the decoder, again
-
-def train_decoder(model: Model, folder: Path, photos: Sequence[Path], plan: Hyperparameters
+def train_decoder(model: Model, folder: Path, photos: Sequence[Path], params: Hyperparameters
                   ) -> None:
+    """Train the decoder on latents as encoded, and on the UNet's estimates of noised latents."""
     vae, device = model.vae, str(model.device)
     to_channels_last(vae)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    trainee = Trainee(decoder, lambda name: plan.decoder_rate, folder / "decoder.pt", plan.ema)
 
     @torch.no_grad()
-    def latents(x: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
-        """Half of them as encoded, half as the UNet guesses them out of some noise."""
+    def inexact_latents(x: Tensor, captions: list[str], rng: Rng) -> Tensor:
         z = vae.moments(x)[0].float()
         half = len(z) // 2
         text = model.encode_text(captions[:half])
         t = torch.from_numpy(rng.integers(20, 350, half)).to(device)
         noise = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(z)
-        noisy = model.schedule.add_noise(z[:half], noise[:half], t)
-        eps, _ = model.unet(noisy[:, :, None], t, text)
+        noised = model.schedule.add_noise(z[:half], noise[:half], t)
+        eps, _ = model.unet(noised[:, :, None], t, text)
         alpha_bar = rearrange(model.schedule.alpha_bar(t), "b -> b 1 1 1")
-        guess = (noisy - (1 - alpha_bar).sqrt() * eps[:, :, 0].float()) / alpha_bar.sqrt()
-        return torch.cat([guess, z[half:] + 0.05 * noise[half:]])
+        estimate = (noised - (1 - alpha_bar).sqrt() * eps[:, :, 0].float()) / alpha_bar.sqrt()
+        return torch.cat([estimate, z[half:] + 0.05 * noise[half:]])
 
-    def loss_of(step: int) -> tuple[Tensor, str]:
-        x, captions = pictures(100_000 + step, plan.vae_batch, photos)
+    def loss_of(step: int) -> Tensor:
+        x, captions = random_frames(100_000 + step, params.vae_batch_size, photos)
         x = x.to(device, memory_format=torch.channels_last)
         rng = np.random.default_rng([10, step])
         with autocast(device):
-            x, z = parts(rng, step / plan.decoder_steps, x, latents(x, captions, rng))
-            out = vae.decoder(vae.post_quant_conv(z)).float()
-        return picture_loss(out, x), f"mse {F.mse_loss(out, x):.5f}"
+            x, z = random_crops(rng, step / params.decoder_steps, x,
+                                inexact_latents(x, captions, rng))
+            output = vae.decoder(vae.post_quant_conv(z)).float()
+        return reconstruction_loss(output, x)
 
-    trainee.run(plan.decoder_steps, loss_of)
-    decoder.load_state_dict(trainee.average.state_dict())
+    TrainingRun(decoder, lambda name: params.decoder_lr, folder / "decoder.pt").run(
+        params.decoder_steps, loss_of)
 
-
-# ----------------------------------------------------------------------------------- the command
 
 def save(model: Model, weights: Path) -> None:
-    """One self-describing file, with the settings that suit it: float16, and the large matrices
-    int8, for a repository's sake."""
-    model.config = dataclasses.replace(
-        model.config, sample=dataclasses.replace(model.config.sample, **DEFAULTS),
-        training_vocabulary=VOCABULARY, min_reference_motion=MOVES_FROM, max_denoising_error=ERROR_TO)
+    """Write the model with TINY's settings: float16, and large matrices as int8."""
+    config = model.config
+    model.config = dataclasses.replace(TINY, unet=config.unet, vae=config.vae,
+                                       text_encoder=config.text_encoder)
     weights.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, weights, torch.float16, sources={}, pack_from=1 << 16)
+    save_model(model, weights, torch.float16, sources={}, quantize_min_numel=1 << 16)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineErrorParser(prog="-m weights.training.train", description="Trains the embedded model.")
+    """Run the command and return its exit code."""
+    parser = OneLineErrorParser(prog="-m weights.training.train",
+                                description="Train the built-in demo model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
-    parser.add_argument("--start", type=Path, help="model to go on with, in place of the stages "
-                                                   "vae and image")
-    parser.add_argument("--photos", type=Path, nargs="+", default=FOLDERS,
+    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write")
+    parser.add_argument("--start", type=Path,
+                        help="model to continue with, in place of the stages vae and image")
+    parser.add_argument("--photos", type=Path, nargs="+", default=PHOTO_FOLDERS,
                         help="folders of the photographs")
     for f in dataclasses.fields(Hyperparameters):
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
@@ -241,32 +250,33 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    plan = Hyperparameters(**{f.name: getattr(args, f.name)
-                              for f in dataclasses.fields(Hyperparameters)})
-    device = str(resolve_device(args.device))
-    if not args.out.is_dir():
-        check_writable(args.out, folder=True)
+    """Run all stages."""
+    params = Hyperparameters(**{f.name: getattr(args, f.name)
+                                for f in dataclasses.fields(Hyperparameters)})
+    device, out = str(resolve_device(args.device)), args.out
+    if not out.is_dir():
+        check_writable(out, folder=True)
     photos = find_photos(args.photos, held_out=False)
     for word in EMOJI:
-        emoji(word)                                         # before anything is trained
-    args.out.mkdir(exist_ok=True)
+        emoji_sprite(word)                  # fails without the font, before anything is trained
+    out.mkdir(exist_ok=True)
     model = load_model(args.start, device, "float32") if args.start else None
-    vae = model.vae if model else train_vae(args.out, photos, plan, device)
-    encode_clips(args.out / "latents", photos, vae, plan.clips, device)
-    clips = Clips(args.out / "latents")
+    vae = model.vae if model else train_vae(out, photos, params, device)
+    encode_clips(out / "latents", photos, vae, params.num_clips, device)
+    clips = LatentClips(out / "latents")
     if model is None:
-        model = first_model(vae, clips).to(device)
-        train_denoiser(model, args.out / "image.pt", clips, plan.image_steps, plan.image_batch, 1,
-                       lambda name: plan.image_rate * ("motion_modules" not in name), plan)
+        model = init_model(vae, clips).to(device)
+        train_denoiser(model, out / "image.pt", clips, params.image_steps, params.image_batch_size,
+                       1, lambda name: params.image_lr * ("motion_modules" not in name))
 
-    def rate_of(name: str) -> float:
+    def lr_of(name: str) -> float:
         if name.startswith("text_encoder."):
-            return plan.word_rate if "token_embedding" in name else plan.text_rate
-        return plan.motion_rate if "motion_modules" in name else plan.spatial_rate
+            return params.token_lr if "token_embedding" in name else params.text_lr
+        return params.motion_lr if "motion_modules" in name else params.spatial_lr
 
-    train_denoiser(model, args.out / "motion.pt", clips, plan.motion_steps,
-                   plan.motion_batch * FRAMES, plan.image_share, rate_of, plan)
-    train_decoder(model, args.out, photos, plan)
+    train_denoiser(model, out / "motion.pt", clips, params.motion_steps,
+                   params.motion_batch_size * NUM_FRAMES, params.p_single_frames, lr_of)
+    train_decoder(model, out, photos, params)
     save(model, args.weights)
 
 

@@ -1,23 +1,30 @@
-"""What every stage of the training shares: the steps, the running average, the checkpoints."""
+"""Parts that all stages of the training share: optimizer, running average, checkpoints."""
 import copy
 import itertools
 import math
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mcl.files import atomic_write
 
+EMA_DECAY = 0.998
+
 
 class Muon(torch.optim.Muon):
-    """torch's (from 2.9 on), with AdamW's rates, for convolutions as well: the weights of one count
-    as one matrix, a row per output. BENCHMARKS.md has what it gains over AdamW."""
+    """Muon of PyTorch 2.9 with the learning rates of AdamW, also for convolutions.
+
+    The kernel of a convolution counts as one matrix with a row for each output channel.
+    """
 
     def __init__(self, groups: list[dict[str, Any]]):
+        """Create an optimizer of parameter groups {"params": [...], "lr": ...}."""
         self.pairs = [[(p, nn.Parameter(p.detach().flatten(1))) for p in group["params"]]
                       for group in groups]
         super().__init__([group | {"params": [matrix for _, matrix in pairs]}
@@ -26,6 +33,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:     # type: ignore[override]
+        """Update all parameters by their gradients."""
         for p, matrix in itertools.chain(*self.pairs):
             matrix.copy_(p.flatten(1))
             matrix.grad = p.grad.flatten(1)
@@ -34,71 +42,89 @@ class Muon(torch.optim.Muon):
             p.copy_(matrix.view_as(p))
 
 
-class Trainee:
-    """Weights under training, with their running average, and where they are kept.
+class TrainingRun:
+    """One stage: the weights that it trains, their running average, and its checkpoint.
 
-    `rate_of` gives the learning rate of a parameter by its name; with 0 it stays what it is.
-    Matrices inside the networks are trained by Muon, all else by AdamW.
+    Matrices inside the networks are trained by Muon, all other parameters by AdamW.
     """
 
-    def __init__(self, module: nn.Module, rate_of: Callable[[str], float], file: Path, ema: float):
-        self.module, self.file, self.ema = module, file, ema
+    def __init__(self, module: nn.Module, lr_of: Callable[[str], float], file: Path):
+        """Create a run, or resume it if its checkpoint exists.
+
+        Args:
+            module: The module.
+            lr_of: Function of a parameter's name that returns its learning rate; 0 freezes it.
+            file: The checkpoint.
+        """
+        self.module, self.file, self.step = module, file, 0
         self.average = copy.deepcopy(module).requires_grad_(False)
-        groups: tuple[dict[float, list[nn.Parameter]], ...] = ({}, {})  # of Muon, of AdamW
+        muon: dict[float, list[nn.Parameter]] = defaultdict(list)
+        adam: dict[float, list[nn.Parameter]] = defaultdict(list)
         for name, p in module.named_parameters():
-            p.requires_grad_(rate_of(name) > 0)
+            p.requires_grad_(lr_of(name) > 0)
             if p.requires_grad:
-                edge = any(part in name for part in ("embedding.", "conv_in", "conv_out"))
-                groups[p.ndim < 2 or edge].setdefault(rate_of(name), []).append(p)
-        chosen: list[list[dict[str, Any]]] = [
-            [{"params": params, "lr": rate} for rate, params in some.items()] for some in groups]
-        self.optimizers = [Muon(chosen[0]),
-                           torch.optim.AdamW(chosen[1], betas=(.9, .99), weight_decay=1e-3)]
-        self.rates = [group["lr"] for groups in chosen for group in groups]
-        self.step = 0
+                is_edge = any(part in name for part in ("embedding.", "conv_in", "conv_out"))
+                (adam if p.ndim < 2 or is_edge else muon)[lr_of(name)].append(p)
+        muon_groups, adam_groups = ([{"params": params, "lr": lr} for lr, params in by_lr.items()]
+                                    for by_lr in (muon, adam))
+        self.optimizers = [Muon(muon_groups), torch.optim.AdamW(adam_groups, betas=(.9, .99),
+                                                                weight_decay=1e-3)]
+        self.lrs = [*muon, *adam]
         if file.exists():
-            state = torch.load(file, weights_only=True)
-            self.module.load_state_dict(state["module"])
-            self.average.load_state_dict(state["average"])
-            for optimizer, its in zip(self.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(its)
-            self.step = state["step"]
+            self.load(torch.load(file, weights_only=True))
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Resume from the content of a checkpoint."""
+        self.module.load_state_dict(state["module"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(optimizer_state)
+        self.step = state["step"]
 
     def save(self) -> None:
+        """Write the checkpoint, atomically."""
         with atomic_write(self.file) as temporary:
             torch.save({"module": self.module.state_dict(), "average": self.average.state_dict(),
                         "optimizers": [o.state_dict() for o in self.optimizers],
                         "step": self.step}, temporary)
 
-    def run(self, steps: int, loss_of: Callable[[int], tuple[Tensor, str]]) -> None:
-        """Trains up to `steps`; the rate rises over 50 of them and falls by a cosine."""
-        # Not before: loading an optimizer's state puts other groups in the place of its own.
+    def run(self, steps: int, loss_of: Callable[[int], Tensor]) -> None:
+        """Train up to a number of steps, and load the running average into the module.
+
+        The learning rate rises over the first 50 steps and falls by a cosine.
+
+        Args:
+            steps: Number of steps, including those that the checkpoint has.
+            loss_of: Function of the step's index that returns its loss.
+        """
+        # Loading an optimizer's state replaces its groups, so they are read here.
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        began, first, mean = time.perf_counter(), self.step, math.nan
+        start_time, first, mean = time.perf_counter(), self.step, math.nan
         while self.step < steps:
             cosine = (1 + math.cos(math.pi * self.step / steps)) / 2
-            for group, rate in zip(groups, self.rates):
-                group["lr"] = rate * min(1, (self.step + 1) / 50) * (.02 + .98 * cosine)
-            loss, more = loss_of(self.step)
+            for group, lr in zip(groups, self.lrs):
+                group["lr"] = lr * min(1, (self.step + 1) / 50) * (.02 + .98 * cosine)
+            loss = loss_of(self.step)
             self.module.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
             for optimizer in self.optimizers:
                 optimizer.step()
-            keep = min(self.ema, (self.step + 1) / (self.step + 10))
+            decay = min(EMA_DECAY, (self.step + 1) / (self.step + 10))
             with torch.no_grad():
-                for slow, fast in zip(self.average.parameters(), self.module.parameters()):
-                    slow.lerp_(fast, 1 - keep)
+                for average, p in zip(self.average.parameters(), self.module.parameters()):
+                    average.lerp_(p, 1 - decay)
             self.step += 1
-            value = loss.item()
-            mean = value if math.isnan(mean) else 0.98 * mean + 0.02 * value
+            mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
             if self.step % 20 == 0:
-                pace = (time.perf_counter() - began) / (self.step - first)
-                print(f"{self.file.stem} {self.step}/{steps} loss {value:.4f} "
-                      f"mean {mean:.4f} {more} {pace:.2f} s/step", file=sys.stderr, flush=True)
+                pace = (time.perf_counter() - start_time) / (self.step - first)
+                print(f"{self.file.stem} {self.step}/{steps} mean loss {mean:.4f} "
+                      f"{pace:.2f} s/step", file=sys.stderr, flush=True)
             if self.step % 100 == 0 or self.step == steps:
                 self.save()
+        self.module.load_state_dict(self.average.state_dict())
 
 
-def autocast(device: str) -> torch.autocast:
+def autocast(device: torch.device | str) -> torch.autocast:
+    """Return a bfloat16 autocast context."""
     return torch.autocast(torch.device(device).type, torch.bfloat16)

@@ -1,15 +1,15 @@
 """Detects what a checkpoint is by the keys and shapes of its tensors, and rejects the rest."""
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import short_repr
 from ..errors import InputError
+from . import key_mapping
 from .containers import open_checkpoint
-from .key_mapping import (LORA_KEY, POSITIONAL_ENCODING, count_blocks, map_motion_key,
-                          map_text_key, map_unet_key, map_vae_key)
 from .lazy_tensor import Checkpoint
 
 # The command line option of each part of a model, and of each kind of LoRA.
@@ -55,7 +55,8 @@ SUPPORTED_VALUES: dict[str, dict[str, Any]] = {
     "scheduler": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}}
 UNET_KEY = re.compile(
     r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding)\.")
-CONTROLNET_KEY = re.compile(r"control_model\.|(controlnet\.)?(module\.)?controlnet_cond_embedding\.")
+CONTROLNET_KEY = re.compile(
+    r"control_model\.|(controlnet\.)?(module\.)?controlnet_cond_embedding\.")
 TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
                1280: "the refiner of Stable Diffusion XL"}
 INPUT_CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix"}
@@ -125,7 +126,7 @@ def detect(checkpoint: Checkpoint) -> DetectedCheckpoint:
         if not has_motion:
             raise unsupported(path, "a ControlNet without motion modules")
         return detect_sparsectrl(checkpoint)
-    if any(map(LORA_KEY.match, tensors)):
+    if any(map(key_mapping.LORA_KEY.match, tensors)):
         return detect_lora(checkpoint)
     if has_motion and not (has_prefix(tensors, "unet.") and has_prefix(tensors, "vae.")):
         return detect_motion_module(checkpoint)
@@ -166,9 +167,9 @@ def split_positional_encodings(checkpoint: Checkpoint
                                ) -> tuple[dict[str, str], dict[str, str], int]:
     """Return the key map, the ignored positional encodings, and their length or 0."""
     ignored = {key: "positional encodings, computed here" for key in checkpoint.tensors
-               if POSITIONAL_ENCODING.search(key)}
+               if key_mapping.POSITIONAL_ENCODING.search(key)}
     key_map = make_key_map(checkpoint.path, {
-        key: map_motion_key(key) for key in checkpoint.tensors if key not in ignored})
+        key: key_mapping.map_motion_key(key) for key in checkpoint.tensors if key not in ignored})
     lengths = {length for key in ignored for length in checkpoint.tensors[key].shape[1:2]}
     if len(lengths) > 1:
         raise InputError(f"{checkpoint.path}: its positional encodings differ in length: "
@@ -205,7 +206,8 @@ def detect_motion_module(checkpoint: Checkpoint) -> DetectedCheckpoint:
     shapes = {target: tensors[key].shape for target, key in key_map.items()}
     if shapes.get("conv_in.weight", ())[1:2] == (9,):
         raise unsupported(path, "PIA (a UNet with 9 channels)")
-    if count_blocks(shapes, "down_blocks") == 3 and shapes.get(FIRST_PROJECTION, ())[:1] == (320,):
+    num_blocks = key_mapping.count_blocks(shapes, "down_blocks")
+    if num_blocks == 3 and shapes.get(FIRST_PROJECTION, ())[:1] == (320,):
         raise unsupported(path, "a motion module for Stable Diffusion XL")
     for target in [target for target in key_map if ".motion_modules." not in target]:
         ignored[key_map.pop(target)] = (
@@ -336,11 +338,12 @@ def map_keys(path: Path, part: str, keys: Mapping[str, str]) -> dict[str, str]:
     """
     downsamplers = map(re.compile(r"input_blocks\.(\d\d?)\.0\.op\.").match, keys)
     layers = min((int(match[1]) for match in downsamplers if match), default=3) - 1
-    is_ldm, levels = has_prefix(keys, "input_blocks."), count_blocks(keys, "decoder.up")
-    return make_key_map(path, {name: (
-        map_vae_key(key, levels) if part == "vae" else map_text_key(key)
-        if part == "text_encoder" else map_unet_key(key, layers) if is_ldm else key)
-        for key, name in keys.items()})
+    levels = key_mapping.count_blocks(keys, "decoder.up")
+    functions: dict[str, Callable[[str], str]] = {
+        "unet": partial(key_mapping.map_unet_key, layers=layers),
+        "vae": partial(key_mapping.map_vae_key, levels=levels),
+        "text_encoder": key_mapping.map_text_key}
+    return make_key_map(path, {name: functions[part](key) for key, name in keys.items()})
 
 
 def check_networks(checkpoint: DetectedCheckpoint) -> None:
@@ -360,6 +363,4 @@ def check_config(path: Path, part: str, config: Mapping[str, Any]) -> None:
     """Raise InputError for a config.json of another architecture."""
     for key, value in SUPPORTED_VALUES[part].items():
         if config.get(key) not in (None, value):
-            raise InputError(f"{path}: {key} = {short_repr(config[key])} in the {part} config is "
-                             f"not supported: Stable Diffusion 1.5 has {value!r}. Give a checkpoint "
-                             "for Stable Diffusion 1.5")
+            raise unsupported(path, f"{key} = {short_repr(config[key])} in the {part} config")

@@ -49,7 +49,7 @@ def model_from_state_dicts(
             another family of models.
     """
     if motion_version not in (None, "v1", "v2", "v3"):
-        raise InputError(f"motion_version = {motion_version!r} is not known: it must be v1, v2 or v3")
+        raise InputError(f"motion_version = {motion_version!r} is unknown: it must be v1, v2 or v3")
     states = {"base": base, "unet": unet, "vae": vae, "text_encoder": text_encoder,
               "motion": motion, "sparsectrl": sparsectrl}
     parts: dict[str, DetectedCheckpoint] = {}

@@ -1,13 +1,12 @@
-"""Infers the sizes of networks from the shapes of their weights and, if it is there, config.json."""
+"""Infers the sizes of networks from the shapes of their weights and from config.json."""
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import (CLIPTextConfig, ModelConfig, SampleConfig, SparseCtrlConfig, UNetConfig,
-                      VAEConfig, short_repr)
+from ..config import CLIPTextConfig, ModelConfig, SparseCtrlConfig, UNetConfig, VAEConfig
 from ..errors import InputError
-from ..presets import DISTILLED_PRESETS
+from ..presets import DISTILLED_PRESETS, PRESETS
 from .detect import DetectedCheckpoint, distillation_of
 from .key_mapping import count_blocks
 
@@ -32,7 +31,7 @@ def infer_config(name: str, parts: Mapping[str, DetectedCheckpoint]) -> ModelCon
 
     motion = parts["motion"]
     sample = DISTILLED_PRESETS.get(
-        distillation_of(motion.path) if motion.files else "", SampleConfig())
+        distillation_of(motion.path) if motion.files else "", PRESETS["camera"])
     return build_config(
         motion.path, ModelConfig, name, infer("unet", unet_config, motion),
         infer("vae", vae_config), infer("text_encoder", text_config),
@@ -133,8 +132,7 @@ def infer_num_heads(config: Mapping[str, Any], default: int, *keys: str) -> Any:
         value = config_value(config, key, None)
         values = value if isinstance(value, list) else [value]
         if not values or any(value != values[0] for value in values):
-            raise InputError(f"{key} = {short_repr(value)} is not supported: it must be the same "
-                             "in all blocks. Give a checkpoint for Stable Diffusion 1.5")
+            raise InputError(f"{key} must be the same in all blocks. Give another checkpoint")
         if values[0] is not None:
             return values[0]
     return default

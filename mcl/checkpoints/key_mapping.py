@@ -92,7 +92,7 @@ def map_text_key(key: str) -> str:
 
 
 def map_motion_key(key: str) -> str:
-    """Map a key of a motion module or of SparseCtrl: AnimateDiff's, prefixed or not, or diffusers'."""
+    """Map a key of a motion module or SparseCtrl: AnimateDiff's under any prefix, or diffusers'."""
     key = re.sub(r"^(?:(?:module|unet|model|controlnet)\.)+(?=(?:down_blocks|mid_block|up_blocks|"
                  r"conv_in|time_embedding|controlnet_\w+)\.)", "", key)
     match = re.fullmatch(r"(.*\.motion_modules\.\d+\.)(?!temporal_transformer\.)(.+)", key)

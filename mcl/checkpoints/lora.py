@@ -20,7 +20,7 @@ from ..config import has_type, short_repr
 from ..errors import InputError
 from ..files import sha256_of
 from .detect import DetectedCheckpoint, detect_file, wrong_option_error
-from .key_mapping import (LORA_KEY, count_blocks, map_motion_key, map_unet_key, replace_patterns)
+from .key_mapping import LORA_KEY, count_blocks, map_motion_key, map_unet_key, replace_patterns
 from .lazy_tensor import LazyTensor
 from .lora_math import WeightDelta, infer_rank
 
@@ -64,7 +64,7 @@ class Lora:
 
 
 def parse_scaled(text: str) -> tuple[Path, float]:
-    """Return (file.safetensors, 0.8) for "file.safetensors:0.8"; the scale is 1 without a number."""
+    """Return (file.safetensors, 0.8) for "file.safetensors:0.8"; the default scale is 1."""
     path, colon, scale = text.rpartition(":")
     try:
         value = float(scale) if colon and not os.path.exists(text) else math.nan
@@ -130,7 +130,7 @@ def group_by_module(path: Path, keys: Iterable[str]) -> dict[tuple[str, str], di
     for key in sorted(keys):
         match = LORA_KEY.match(key)
         if not match:
-            raise InputError(f"{path}: {key} belongs to no known kind of LoRA. Give another file")
+            raise InputError(f"{path}: {key} is of no known kind of LoRA. Give another file")
         role = match["same"] or match["glora"] or str(match.lastgroup)
         kind, role = ("bias", "diff") if role == "diff_b" else ("weight", role)
         if groups.setdefault((match["module"], kind), {}).setdefault(role, key) != key:

@@ -1,11 +1,11 @@
 """Applies the change of one weight in each form that LoRAs have, in float32.
 
-    LoRA, LoCon     W += up @ down, with a core between them in Tucker form
-    LoHa            W += (a1 @ b1) * (a2 @ b2), Hadamard's product
-    LoKr            W += w1 (x) w2, Kronecker's product, each whole or of two factors
-    GLoRA           W += W @ a1 @ a2 + b1 @ b2
-    full, norms     W += diff
-    DoRA            any of them; then each row or column is rescaled to a learned magnitude
+- LoRA, LoCon: W += up @ down, with a core between them in Tucker form
+- LoHa: W += (a1 @ b1) * (a2 @ b2), Hadamard's product
+- LoKr: W += w1 (x) w2, Kronecker's product, each whole or of two factors
+- GLoRA: W += W @ a1 @ a2 + b1 @ b2
+- full, norms: W += diff
+- DoRA: any of them; then each row or column is rescaled to a learned magnitude
 """
 from collections.abc import Mapping
 from dataclasses import dataclass

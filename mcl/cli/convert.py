@@ -10,9 +10,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from ..checkpoints import convert
-from ..checkpoints.detect import (FOREIGN_PART_NOTE, LORAS, OPTIONS, DetectedCheckpoint,
-                                  detect_file, wrong_option_error)
+from ..checkpoints import convert, detect
+from ..checkpoints.detect import FOREIGN_PART_NOTE, LORAS, OPTIONS, DetectedCheckpoint
 from ..checkpoints.lora import IGNORE_ALPHA_HELP, Lora, parse_scaled
 from ..device import DTYPE_ALIASES, DTYPES
 from ..errors import InputError, escape_control_characters
@@ -73,17 +72,17 @@ def open_files(args: argparse.Namespace) -> tuple[dict[str, DetectedCheckpoint],
     """
     networks: dict[str, DetectedCheckpoint] = {}
     loras = []
-    detect = functools.cache(detect_file)       # one file may be given twice
+    open_file = functools.cache(detect.detect_file)     # one file may be given twice
     for part, option in OPTIONS.items():
         if (path := vars(args)[option]) is not None:
-            networks[part] = detect(path)
+            networks[part] = open_file(path)
             if part not in networks[part].key_maps:
-                raise wrong_option_error(networks[part], option)
+                raise detect.wrong_option_error(networks[part], option)
     for option in LORAS:
         for path, scale in vars(args)[option]:
-            if detect(path).option != option:
-                raise wrong_option_error(detect(path), option)
-            loras.append(Lora(detect(path), scale, args.ignore_alpha))
+            if open_file(path).option != option:
+                raise detect.wrong_option_error(open_file(path), option)
+            loras.append(Lora(open_file(path), scale, args.ignore_alpha))
     return networks, loras
 
 
@@ -144,7 +143,7 @@ def check_files(paths: Sequence[Path]) -> int:
     code = 0
     for path in paths:
         try:
-            print(describe_checkpoint(detect_file(path)))
+            print(describe_checkpoint(detect.detect_file(path)))
         except InputError as error:
             print(error)
             code = 2

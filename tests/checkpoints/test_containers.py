@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from mcl import InputError
-from mcl.checkpoints.pickles import TensorUnpickler
 from mcl.checkpoints.containers import find_weights, open_checkpoint
-
+from mcl.checkpoints.pickles import TensorUnpickler
 from tests.foreign import convert
 
 
@@ -153,7 +152,8 @@ def test_every_dtype_of_safetensors_is_read(tmp_path):
              torch.int64, torch.uint8, torch.bool]
     save_file({str(kind): torch.ones(2, dtype=kind) for kind in kinds}, tmp_path / "x.safetensors")
     checkpoint = open_checkpoint(tmp_path / "x.safetensors").tensors
-    assert all(checkpoint[str(kind)].dtype == kind == checkpoint[str(kind)].read().dtype for kind in kinds)
+    for kind in kinds:
+        assert checkpoint[str(kind)].dtype == kind == checkpoint[str(kind)].read().dtype
 
 
 def files(folder):

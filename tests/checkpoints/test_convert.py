@@ -19,9 +19,20 @@ from mcl.cli.convert import main
 from mcl.config import from_dict
 from mcl.presets import DISTILLED_PRESETS
 from mcl.sampler import guidance_weight
-
-from tests.foreign import (MINI, convert, diffusers_folder, ldm, mini_weights, motion,
-                           motion_adapter, old_attention, part, save, sinusoid, sparsectrl)
+from tests.foreign import (
+    MINI,
+    convert,
+    diffusers_folder,
+    ldm,
+    mini_weights,
+    motion,
+    motion_adapter,
+    old_attention,
+    part,
+    save,
+    sinusoid,
+    sparsectrl,
+)
 
 REF = Path(__file__).parents[2] / "examples" / "figure_eight.mp4"
 BUFFERS = {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000),

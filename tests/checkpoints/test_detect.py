@@ -13,7 +13,6 @@ from mcl.checkpoints.lazy_tensor import Checkpoint, LazyTensor, wrap_tensor
 from mcl.checkpoints.lora import Lora, lora_deltas
 from mcl.checkpoints.model_file import build_on_meta, save_model
 from mcl.config import CLIPTextConfig, SparseCtrlConfig, UNetConfig, VAEConfig
-
 from tests.conftest import SMALL
 from tests.foreign import convert, listing, save, sinusoid
 

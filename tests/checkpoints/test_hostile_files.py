@@ -12,10 +12,16 @@ from mcl import InputError, ModelConfig, load_model
 from mcl.checkpoints.containers import open_checkpoint, read_json
 from mcl.checkpoints.model_file import FORMAT
 from mcl.checkpoints.pickles import LEGACY_START
-from mcl.config import (CLIPTextConfig, SampleConfig, ScheduleConfig, SparseCtrlConfig, UNetConfig,
-                        VAEConfig, from_dict)
+from mcl.config import (
+    CLIPTextConfig,
+    SampleConfig,
+    ScheduleConfig,
+    SparseCtrlConfig,
+    UNetConfig,
+    VAEConfig,
+    from_dict,
+)
 from mcl.errors import escape_control_characters
-
 from tests.foreign import convert, ldm, motion, save
 
 

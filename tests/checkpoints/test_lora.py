@@ -11,11 +11,17 @@ from safetensors.torch import load_file
 from mcl import InputError, load_model
 from mcl.checkpoints.detect import detect
 from mcl.checkpoints.lazy_tensor import Checkpoint, wrap_tensor
-from mcl.checkpoints.lora import (Lora, apply_deltas, collect_deltas, lora_deltas, merge_loras,
-                                  open_lora, parse_scaled)
+from mcl.checkpoints.lora import (
+    Lora,
+    apply_deltas,
+    collect_deltas,
+    lora_deltas,
+    merge_loras,
+    open_lora,
+    parse_scaled,
+)
 from mcl.checkpoints.model_file import read_shapes
 from mcl.cli import sample as command
-
 from tests.foreign import convert, ldm, mini_weights, motion, save
 
 REF = Path(__file__).parents[2] / "examples" / "figure_eight.mp4"
@@ -267,7 +273,7 @@ def test_several_loras_are_added_in_float32_and_converted_once(tmp_path):
     (lambda s: s.update({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}),
      "it changes lora_unet_x, which this model does not have"),
     (lambda s: s.update({"lora_unet_conv_in.set_weight": torch.zeros(2)}),
-     "lora_unet_conv_in.set_weight belongs to no known kind of LoRA"),
+     "lora_unet_conv_in.set_weight is of no known kind of LoRA"),
     (lambda s: s.update({next(iter(s)): torch.zeros(RANK, 5)}), "Give a LoRA for this model"),
     (lambda s: s.update({name: t[:0] if "down" in name else t[:, :0] for name, t in s.items()}),
      "Give a LoRA for this model"),

@@ -200,20 +200,6 @@ class CLIPTextConfig(CLIPTransformerConfig):
 
 
 @dataclass(frozen=True)
-class ScheduleConfig(ValidatedConfig):
-    """Noise schedule of AnimateDiff: linear in beta itself, unlike Stable Diffusion's own."""
-
-    num_train_timesteps: int = bounded(1000, 1000, 1000)
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-
-    def constraints(self) -> dict[str, tuple[bool, str]]:
-        """Return the conditions between fields."""
-        return {"beta_start": (0 < self.beta_start < 1, "above 0 and below 1"),
-                "beta_end": (self.beta_start <= self.beta_end < 1, "beta_start or more, below 1")}
-
-
-@dataclass(frozen=True)
 class SampleConfig(ValidatedConfig):
     """Settings of the method. The defaults are the published ones for camera motion."""
 
@@ -298,7 +284,6 @@ class ModelConfig(ValidatedConfig):
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text_encoder: CLIPTextConfig = field(default_factory=CLIPTextConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sparsectrl: SparseCtrlConfig = field(default_factory=SparseCtrlConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     fps: int = bounded(8, 1, 1000)              # frame rate of the training clips
@@ -318,6 +303,18 @@ class ModelConfig(ValidatedConfig):
             "sparsectrl": (not control.kind or check_channels(
                 unet.block_out_channels, control.motion_num_attention_heads)[0],
                 f"one whose heads divide the UNet's channels, {unet.block_out_channels}")}
+
+    def latent_shape(self, config: SampleConfig) -> tuple[int, int, int, int, int]:
+        """Return the shape (1, c, f, h, w) of a clip's latents.
+
+        Raises:
+            InputError: If height or width is not a multiple of the VAE's downsampling factor.
+        """
+        s = self.vae.downsampling
+        if config.height % s or config.width % s:
+            raise InputError(f"size {config.width}x{config.height} is out of range: width and "
+                             f"height must be multiples of {s}")
+        return 1, self.unet.in_channels, config.num_frames, config.height // s, config.width // s
 
 
 def to_dict(config: Any) -> dict[str, Any]:

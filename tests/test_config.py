@@ -7,7 +7,6 @@ import pytest
 from mcl import InputError, ModelConfig, SampleConfig
 from mcl.config import (
     CLIPTextConfig,
-    ScheduleConfig,
     SparseCtrlConfig,
     UNetConfig,
     VAEConfig,
@@ -16,7 +15,7 @@ from mcl.config import (
 )
 from tests.conftest import SMALL
 
-CONFIGS = (SampleConfig, UNetConfig, VAEConfig, CLIPTextConfig, ScheduleConfig, SparseCtrlConfig,
+CONFIGS = (SampleConfig, UNetConfig, VAEConfig, CLIPTextConfig, SparseCtrlConfig,
            ModelConfig)
 
 
@@ -64,7 +63,6 @@ def test_values_just_beyond_the_bounds_are_rejected(kind):
     (UNetConfig, {"cross_attention_levels": [2, 0]}, "some of 0 to 3, in rising order"),
     (VAEConfig, {"scaling_factor": 0}, "scaling_factor = 0 .* above 0"),
     (CLIPTextConfig, {"hidden_size": 769}, "hidden_size = 769 .* a multiple of 12"),
-    (ScheduleConfig, {"beta_end": 1.0}, "beta_end = 1.0"),
     (SparseCtrlConfig, {"kind": "depth"}, "kind = 'depth' .* rgb, scribble"),
     (ModelConfig, {"vae": {"latent_channels": 8}}, "vae = .* 4 latent channels"),
     (ModelConfig, {"text_encoder": {"hidden_size": 12}}, "text_encoder = .* hidden size 768"),

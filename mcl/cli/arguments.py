@@ -276,9 +276,8 @@ def check_method(args: argparse.Namespace, config: SampleConfig) -> None:
 
 def check_model(args: argparse.Namespace, config: SampleConfig, model: Model) -> None:
     """Raise an error for settings and inputs that the model or the machine cannot take."""
-    height, width = model.latent_shape(config)[3:]
-    max_length = model.config.unet.motion_max_seq_length
-    windows = make_context_windows(config.num_frames, config, max_length)
+    model.config.latent_shape(config)
+    windows = make_context_windows(config, model.config)
     if config.semantic_scale:
         require_single_window(windows)
     usual_weight = model.config.sample.motion_weight
@@ -291,8 +290,7 @@ def check_model(args: argparse.Namespace, config: SampleConfig, model: Model) ->
     for prompt, word in zip((config.ref_prompt, args.prompt), config.subject, strict=False):
         subject_tokens(model, prompt, word)
     if args.motion is not None:
-        Motion.load(args.motion).check_config(config, (config.num_frames, height, width),
-                                              max_length)
+        Motion.load(args.motion).check_config(config, model.config)
     for image, frame in args.image:
         refuse_first((
             (not model.config.sparsectrl.kind, f"--image {image}: this model has no SparseCtrl. "

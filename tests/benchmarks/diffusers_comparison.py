@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--repeat must be 1 or more, --frames at most "
                          f"{config.unet.motion_max_seq_length}")
     model = random_model(config, device, torch.float32)
-    z = torch.randn(model.latent_shape(settings))
+    z = torch.randn(model.config.latent_shape(settings))
     oracle = diffusers_unet(model.unet, config.unet)
     text = torch.randn(1, config.text_encoder.max_position_embeddings,
                        config.unet.cross_attention_dim)

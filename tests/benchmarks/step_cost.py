@@ -94,7 +94,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 def benchmark_steps(model: Model, config: SampleConfig, gradient_checkpointing: bool
                     ) -> dict[str, Callable[[], object]]:
     """Return functions that take one step each, by the kind of the step."""
-    z = torch.randn(model.latent_shape(config), device=model.device)
+    z = torch.randn(model.config.latent_shape(config), device=model.device)
     text, null_text = torch.randn(
         2, 1, model.config.text_encoder.max_position_embeddings,
         model.config.unet.cross_attention_dim, device=model.device, dtype=model.dtype)
@@ -224,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--repeat must be 1 or more, --frames at most {limit} for this model")
     model = random_model(config, device, resolve_dtype(args.dtype, device))
     for settings in all_settings:
-        model.latent_shape(settings)                        # refuses impossible sizes
+        model.config.latent_shape(settings)                        # refuses impossible sizes
     use_low_memory = args.memory == "low"
     if not use_low_memory:
         disable_malloc_trimming()

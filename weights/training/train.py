@@ -30,6 +30,7 @@ from mcl.device import resolve_device
 from mcl.files import check_writable
 from mcl.model import Model
 from mcl.networks.ops import to_channels_last
+from mcl.schedule import NUM_TRAIN_TIMESTEPS
 from mcl.networks.vae import AutoencoderKL
 
 from .clips import VOCABULARY, Rng
@@ -119,7 +120,7 @@ def denoising_loss(model: Model, x0: Tensor, text: Tensor, rng: Rng) -> Tensor:
     subject, its place and its shape. The timesteps of a batch are stratified over the schedule.
     """
     fraction = (rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0)
-    t = torch.from_numpy((fraction * model.schedule.config.num_train_timesteps).astype(np.int64))
+    t = torch.from_numpy((fraction * NUM_TRAIN_TIMESTEPS).astype(np.int64))
     noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)).to(x0)
     z = model.schedule.add_noise(x0, noise, t)
     with autocast(x0.device):

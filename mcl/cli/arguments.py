@@ -23,7 +23,7 @@ from ..files import check_readable, check_writable
 from ..model import Model
 from ..motion import Motion
 from ..networks.attention import AttentionRequest
-from ..presets import FAST_PRESET, PRESETS, build_config
+from ..presets import PRESET_NAMES, build_config
 from ..semantic import require_single_window, subject_tokens
 from ..video.read import FITS
 from ..video.write import check_output_path
@@ -65,8 +65,8 @@ def build_parser(show_all: bool = False) -> OneLineErrorParser:
     add(files, "--out", "out.mp4, out.gif, out.webp, or a folder of PNGs [out.mp4]", type=Path,
         default=Path("out.mp4"))
     add(files, "--weights", "converted model; without it the built-in demo model runs", type=Path)
-    add(files, "--preset", "published settings: " + ", ".join((*PRESETS, FAST_PRESET)),
-        choices=(*PRESETS, FAST_PRESET), metavar="NAME")
+    add(files, "--preset", "published settings: " + ", ".join(PRESET_NAMES),
+        choices=PRESET_NAMES, metavar="NAME")
     add(files, "--seed", "seed of the initial noise [0]", type=int, default=0)
     add(files, "--num-samples", "number of clips, with seeds counted up [1]", type=int, default=1)
     add(files, "--size", f"size of the clip [{default.width}x{default.height}]", type=parse_size,

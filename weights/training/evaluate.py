@@ -29,7 +29,7 @@ from mcl.errors import InputError
 from mcl.files import atomic_write, check_writable, nonfinite_to_none, read_jsonl, write_jsonl
 from mcl.inversion import inversion_guidance, invert_reference
 from mcl.device import DTYPES
-from mcl.evaluation.suitability import denoising_error, motion_magnitude
+from mcl.evaluation.report import denoising_error, motion_magnitude
 from tests.benchmarks.paper_table import interval
 from mcl.model import Model
 from mcl.motion import extract_motion

@@ -10,7 +10,7 @@ from torch import nn
 
 from mcl import Model, ModelConfig, load_model
 from mcl.config import SampleConfig, CLIPTextConfig, UNetConfig, VAEConfig
-from weights.training.clip_metrics import portrait
+from weights.training.clip_metrics import render_template
 
 if "PYTEST_XDIST_WORKER" in os.environ:     # one of several, which share the cores
     torch.set_num_threads(1)
@@ -55,17 +55,17 @@ def embedded():
 
 @pytest.fixture
 def drawn_words(monkeypatch):
-    """In the place of the font's emoji: patches in six colours, 2.4 radii wide and 1.6 high."""
-    def picture(word):
+    """Replace the font's emoji by patches of six colors, 2.4 radii wide and 1.6 high."""
+    def sprite(word):
         colors = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(crc32(word.encode())))
         patches = colors.repeat_interleave(19, dim=1).repeat_interleave(19, dim=2)
         return F.pad(torch.cat([patches, torch.ones(1, 38, 57)]), (20, 19, 29, 29))
 
-    portrait.cache_clear()
+    render_template.cache_clear()
     for module in ("photos", "held_out", "clip_metrics", "train"):
-        monkeypatch.setattr(f"weights.training.{module}.emoji", picture)
-    yield picture
-    portrait.cache_clear()
+        monkeypatch.setattr(f"weights.training.{module}.emoji_sprite", sprite)
+    yield sprite
+    render_template.cache_clear()
 
 
 @pytest.fixture(scope="session")

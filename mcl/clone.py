@@ -144,8 +144,7 @@ def read_reference(model: Model, source: str | os.PathLike | Tensor | Motion | R
         return source
     if isinstance(source, Motion):
         if config.method == "inversion" or config.subject:
-            raise InputError("a Motion has no frames: method inversion and a subject need the "
-                             "reference itself")
+            raise InputError("a Motion has no frames, which inversion and a subject need")
         return Reference(source)
     size = (config.height, config.width)
     frames = resize_frames(source, config.num_frames, size) if isinstance(source, Tensor) else (
@@ -215,11 +214,9 @@ def make_generator(seed: int) -> torch.Generator:
         InputError: If the seed is out of range.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64:
-        raise InputError(f"seed = {short_repr(seed)} is out of range: it must be between 0 and "
-                         f"{(1 << 64) - 1}")
-    digest = hashlib.sha256(seed.to_bytes(8, "big")).digest()
-    return torch.Generator().manual_seed(seed if seed < 1 << 32 else
-                                         int.from_bytes(digest[:4], "big"))
+        raise InputError(f"seed = {short_repr(seed)} is out of range: 0 to {(1 << 64) - 1}")
+    digest = int.from_bytes(hashlib.sha256(seed.to_bytes(8, "big")).digest()[:4], "big")
+    return torch.Generator().manual_seed(seed if seed < 1 << 32 else digest)
 
 
 def needs_checkpointing(model: Model, config: SampleConfig) -> bool:

@@ -124,12 +124,12 @@ class UNetConfig(ValidatedConfig):
         levels = range(len(self.block_out_channels))
         heads = self.motion_num_attention_heads if self.motion_modules else 1
         return {
+            "block_out_channels": check_channels(self.block_out_channels, math.lcm(
+                self.norm_num_groups, self.num_attention_heads, heads)),
             "cross_attention_levels": (
                 list(self.cross_attention_levels) == sorted(
                     set(self.cross_attention_levels) & set(levels)),
-                f"some of 0 to {len(levels) - 1}, in rising order"),
-            "block_out_channels": check_channels(self.block_out_channels, math.lcm(
-                self.norm_num_groups, self.num_attention_heads, heads))}
+                f"some of 0 to {len(levels) - 1}, in rising order")}
 
     @property
     def time_channels(self) -> int:

@@ -47,8 +47,8 @@ def make_context_windows(num_frames: int, config: SampleConfig, max_length: int)
         InputError: If config.context_length is more than `max_length`.
     """
     if config.context_length > max_length:
-        raise InputError(f"context_length = {config.context_length} is out of range: this model's "
-                         f"motion modules see at most {max_length} frames")
+        raise InputError(f"context_length = {config.context_length} is out of range: this model "
+                         f"sees at most {max_length} frames")
     length = min(num_frames, config.context_length or max_length)
     stride = max(1, length - round(config.context_overlap * length))
     if config.closed_loop:

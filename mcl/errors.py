@@ -1,32 +1,33 @@
-"""The two ways in which a run is refused or given up, and how foreign text is printed."""
+"""The two errors that the library raises on purpose, and the escaping of their messages."""
 import unicodedata
+
+# Unicode categories: controls, direction marks, surrogates, line and paragraph separators.
+CONTROL_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def escape_control_characters(text: str) -> str:
-    """Text of a file or its name, for a terminal: nothing in it moves the cursor or starts a line.
+    """Return text from a file in a form that is safe to print.
 
-    Control characters, marks of direction, line separators and halves of surrogates are escaped.
+    Characters that would move the cursor, start a line or change the direction are escaped.
     """
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in UNPRINTABLE
-                   else c for c in text)
-
-
-UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(c.encode("unicode_escape").decode()
+                   if unicodedata.category(c) in CONTROL_CATEGORIES else c for c in text)
 
 
 class InputError(ValueError):
-    """What a person gave is wrong: a file, a name, a number.
+    """Error in the user's input: a file, a name or a number.
 
-    The message is one line that says what is wrong and what would be right. The command
-    line prints it alone, without a traceback, and exits 2.
+    The message is one line that says what is wrong and what is possible. The command prints it
+    without a traceback and exits with code 2.
     """
 
     def __str__(self) -> str:
+        """Return the message with its control characters escaped."""
         return escape_control_characters(super().__str__())
 
 
 class NumericalError(RuntimeError):
-    """A run became non-finite, and its result would be meaningless.
+    """A result contains NaN or infinity.
 
-    The message is one line that says where, and what may mend it. The command line exits 1.
+    The message is one line that says where, and what may help. The command exits with code 1.
     """

@@ -50,8 +50,7 @@ def ddim_invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[
                              for offset in windows.offsets], windows)
         z = ddim_step(z, eps, eps, model.schedule.alpha_bar(t_prev), model.schedule.alpha_bar(t))
         if not torch.isfinite(z).all():
-            raise NumericalError(f"the inversion is not finite at timestep {t}: dtype float32 may "
-                                 "help")
+            raise NumericalError(f"not finite at timestep {t} of the inversion: try dtype float32")
         yield t, z
 
 
@@ -78,8 +77,7 @@ class InvertedReference:
             InputError: If the reference was not inverted to t.
         """
         if t not in self.latents:
-            raise InputError(f"the reference was not inverted to timestep {t}: invert it with the "
-                             "settings of the sampling")
+            raise InputError(f"the reference was not inverted to timestep {t}: invert it again")
         z = self.latents[t][:, :, frames].to(self.model.device, self.model.dtype)
         return self.model.unet.forward_to_attention(z, t, self.text, request)
 
@@ -106,10 +104,8 @@ def inversion_guidance(inverted: InvertedReference, config: SampleConfig) -> Gui
         if t not in inverted.latents or inverted.latents[t].shape != shape:
             raise InputError(f"the reference was not inverted to latents of shape {shape} at "
                              f"timestep {t}: invert it with the settings of the sampling")
-    return Guidance(
-        lambda maps, t: motion_loss(maps.temporal,
-                                    inverted.motion_at(t, config, maps.frame_offset),
-                                    config.block_weight_map),
+    return Guidance(lambda maps, t: motion_loss(
+        maps.temporal, inverted.motion_at(t, config, maps.frame_offset), config.block_weight_map),
         config.guidance_blocks)
 
 
@@ -130,8 +126,7 @@ class LatentCache(MutableMapping[int, Tensor]):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{folder}: cannot be created ({error.strerror}). "
-                             "Choose another folder") from error
+            raise InputError(f"{folder}: {error.strerror}. Choose another folder") from error
         for t in self:
             self[t]
 
@@ -147,8 +142,7 @@ class LatentCache(MutableMapping[int, Tensor]):
             with safe_open(path, framework="pt") as file:
                 key, latents = (file.metadata() or {}).get("key"), file.get_tensor("latents")
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a file of inverted latents ({error}). Delete it to have "
-                             "it computed again") from error
+            raise InputError(f"{path}: a damaged file ({error}). Delete it") from error
         if key != self.key:
             raise InputError(f"{path}: belongs to another reference, prompt, model or settings. "
                              "Choose an empty folder")

@@ -2,6 +2,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +68,10 @@ class Model(nn.Module):
         """
         s = self.config.vae.downsampling
         if config.height % s or config.width % s:
-            raise InputError(f"size {config.width}x{config.height} is not possible: width and "
+            raise InputError(f"size {config.width}x{config.height} is out of range: width and "
                              f"height must be multiples of {s}")
-        return (1, self.config.unet.in_channels, config.num_frames, config.height // s,
-                config.width // s)
+        c = self.config.unet.in_channels
+        return 1, c, config.num_frames, config.height // s, config.width // s
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Return text embeddings (b, 77, d). Warns if a prompt is longer than 75 tokens."""
@@ -89,11 +90,9 @@ class Model(nn.Module):
         if condition is None:
             return None
         if self.sparsectrl is None:
-            raise InputError("this model has no SparseCtrl: convert one with --sparsectrl to use "
-                             "control images")
-        residuals: ControlNetResiduals = self.sparsectrl(
-            condition.to(self.device, self.dtype), t, text)
-        return residuals
+            raise InputError("this model has no SparseCtrl: convert one with --sparsectrl")
+        return cast(ControlNetResiduals,
+                    self.sparsectrl(condition.to(self.device, self.dtype), t, text))
 
     def out_of_vocabulary(self, prompt: str) -> list[str]:
         """Return the prompt's words that the model was not trained on, if its vocabulary is known."""

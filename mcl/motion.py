@@ -24,6 +24,8 @@ FORMAT = "mcl-motion-2"
 # The noise of the reference does not depend on the user's seed: a reference has one motion. PyTorch
 # uses 32 bits of a seed, so this noise is also the initial noise of seed 0, and of no other seed.
 REFERENCE_SEED = 1 << 32
+METADATA = {"model", "extraction_timestep", "top_k", "guidance_blocks", "num_frames", "height",
+            "width", "context_length", "context_offsets", "grids"}
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,7 @@ class Motion:
                 header = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a motion file ({error}). Give one that --save-motion "
-                             "wrote") from error
+            raise InputError(f"{path}: not a motion file ({error}). Save one first") from error
         if header.get("format") != FORMAT:
             raise InputError(f"{path}: not a motion file. Give one that --save-motion wrote")
         values, indices = ({key.removeprefix(kind): tensor for key, tensor in tensors.items()
@@ -111,23 +112,24 @@ class Motion:
             motion = cls(values, indices, json.loads(header["metadata"]))
             motion.validate(len(tensors))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: a damaged motion file ({error}). Extract the motion "
-                             "again") from error
+            raise InputError(f"{path}: a damaged motion file ({error}). Save it again") from error
         return cls(values, {name: i.long() for name, i in indices.items()}, motion.metadata)
 
     def validate(self, num_tensors: int) -> None:
         """Raise an error for the content of a file that `save` cannot have written."""
-        windows, k, grids = self.windows, self.metadata["top_k"], self.metadata["grids"]
-        if self.values.keys() != self.indices.keys() or num_tensors != 2 * len(self.values):
+        if not METADATA <= set(self.metadata):
+            raise ValueError("its metadata are not complete")
+        if not self.values or self.values.keys() != self.indices.keys() or (
+                num_tensors != 2 * len(self.values)):
             raise ValueError("its values and indices are not of the same layers")
+        length, n = self.metadata["context_length"], len(self.metadata["context_offsets"])
         for layer, values in self.values.items():
-            indices, (h, w) = self.indices[layer], grids[layer]
-            if (values.ndim != 4 or values.shape != indices.shape or len(values) != (
-                    len(windows.offsets) * h * w) or values.shape[2:] != (windows.length, k)):
+            indices, (h, w) = self.indices[layer], self.metadata["grids"][layer]
+            if values.shape != indices.shape or len(values) != n * h * w or (
+                    values.shape[2:] != (length, self.metadata["top_k"])):
                 raise ValueError(f"{layer} is {tuple(values.shape)} and {tuple(indices.shape)}")
             if values.dtype != torch.float32 or indices.dtype != torch.uint8 or not (
-                    (0 <= values) & (values <= 1 + 1e-3)).all() or (
-                    indices >= windows.length).any():
+                    (0 <= values) & (values <= 1 + 1e-3)).all() or (indices >= length).any():
                 raise ValueError(f"{layer} holds values that no attention map has")
 
 
@@ -160,7 +162,7 @@ def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = 
     """
     config = config or model.config.sample
     if latents.ndim != 5 or latents.shape[:2] != (1, model.config.unet.in_channels):
-        raise InputError(f"latents have shape {tuple(latents.shape)}: expected those of one clip, "
+        raise InputError(f"latents have shape {tuple(latents.shape)}: expected one clip, "
                          f"(1, {model.config.unet.in_channels}, f, h, w)")
     t = config.extraction_timestep
     windows = make_context_windows(latents.shape[2], config,

@@ -57,8 +57,7 @@ def preset_config(name: str, own: SampleConfig) -> SampleConfig:
         names = ("steps", "guidance_steps", "guidance_warmup_steps", "guidance_cooldown_steps")
         return dataclasses.replace(own, **{n: -(-2 * getattr(own, n) // 3) for n in names})
     if name not in PRESETS:
-        raise InputError(f"preset = {name!r} is not known: it must be one of "
-                         f"{', '.join((*PRESETS, FAST_PRESET))}")
+        raise InputError(f"preset = {name!r} is not known: use {', '.join((*PRESETS, FAST_PRESET))}")
     return dataclasses.replace(PRESETS[name], **{n: getattr(own, n) for n in CLIP_FIELDS})
 
 

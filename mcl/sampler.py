@@ -133,13 +133,11 @@ class Sampler:
         self.timestep_pairs = list(zip(timesteps, [*timesteps[1:], -1], strict=True))
         self.text, self.negative_embeds = encode_prompts(model, prompt, config.negative_prompt)
         if control is not None and model.sparsectrl is None:
-            raise InputError("this model has no SparseCtrl: leave out `control`, or convert a "
-                             "model with --sparsectrl")
+            raise InputError("this model has no SparseCtrl: leave out `control`")
         shape = (b, c + 1, f, h, w) if model.config.sparsectrl.kind == "rgb" else (
             b, 4, f, config.height, config.width)
         if control is not None and control.shape != shape:
-            raise InputError(f"control has shape {tuple(control.shape)}: expected {shape} for "
-                             "these settings (`sparsectrl_condition`)")
+            raise InputError(f"control has shape {tuple(control.shape)}: expected {shape}")
 
     def window_elements(self, z: Tensor) -> int:
         """Return f*h*w of one context window of z."""

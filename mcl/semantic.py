@@ -48,11 +48,10 @@ def subject_tokens(model: Model, prompt: str, word: str) -> list[int]:
         start += len(ids)
     if not positions:
         words = ", ".join(text for text, _ in pieces if text.isalnum())
-        raise InputError(f"the word {word!r} is not in the prompt {prompt!r}: "
-                         + (f"use one of {words}" if words else "the prompt is empty"))
+        raise InputError(f"the word {word!r} is not in the prompt {prompt!r}: use one of {words}")
     if min(positions) >= length - 1:
-        raise InputError(f"the word {word!r} is beyond the first {length - 2} tokens of the "
-                         "prompt, the only ones that are read: move it forward")
+        raise InputError(f"the word {word!r} is beyond the {length - 2} tokens that are read of "
+                         "the prompt: move it forward")
     return [p for p in positions if p < length - 1]
 
 
@@ -67,9 +66,8 @@ def subject_mask(attention: AttentionMaps, tokens: Sequence[int], threshold: flo
         tokens: Positions of the subject's tokens.
         threshold: 0 to 1.
     """
-    layers = [reduce(probs[..., list(tokens)], "f heads n m -> f n", "mean")
-              for probs in attention.cross.values()]
-    mean = torch.stack(layers).mean(dim=0)
+    mean = torch.stack([reduce(probs[..., list(tokens)], "f heads n m -> f n", "mean")
+                        for probs in attention.cross.values()]).mean(dim=0)
     low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
     normalized = (mean - low) / (high - low).clamp(min=torch.finfo(mean.dtype).tiny)
     h, _ = attention.grids[next(iter(attention.cross))]
@@ -223,10 +221,10 @@ def noised_reference_attention(model: Model, latents: Tensor, prompt: str, confi
 
 
 def require_single_window(windows: ContextWindows) -> None:
-    """Raise InputError for a clip of several context windows: semantic guidance compares whole clips."""
+    """Raise InputError for several context windows: semantic guidance compares whole clips."""
     if len(windows.offsets) > 1:
-        raise InputError("semantic guidance is not possible in several context windows: use "
-                         f"{windows.length} frames or fewer, without closed_loop")
+        raise InputError(f"semantic guidance needs one context window: use {windows.length} frames "
+                         "or fewer, without closed_loop")
 
 
 @torch.no_grad()
@@ -250,12 +248,11 @@ def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: Sample
         InputError: If its weight is 0, or the clip has several context windows.
     """
     if not config.semantic_scale * config.motion_weight:
-        raise InputError("semantic_scale and motion_weight must both be above 0 for semantic "
-                         "guidance")
+        raise InputError("semantic_scale and motion_weight must both be above 0")
     sampler = Sampler(model, prompt, config, control)
     require_single_window(sampler.windows)
-    request = AttentionRequest(temporal_keys=config.semantic_blocks, cross=(
-        () if subject is None else (SUBJECT_ATTENTION_BLOCK,)))
+    cross = () if subject is None else (SUBJECT_ATTENTION_BLOCK,)
+    request = AttentionRequest(temporal_keys=config.semantic_blocks, cross=cross)
     z, unguided = latents.to(model.device, torch.float32), {}
     for i, (t, _) in progress(list(enumerate(sampler.timestep_pairs[:config.guidance_steps]))):
         eps, maps = sampler.predict_window(z, t, sampler.text, 0, request)

@@ -1,4 +1,4 @@
-"""Shared by the tests: small random models, and the embedded one."""
+"""Fixtures of the tests: small random models, and the built-in demo model."""
 import dataclasses
 import os
 from zlib import crc32
@@ -9,21 +9,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from mcl import Model, ModelConfig, load_model
-from mcl.config import SampleConfig, CLIPTextConfig, UNetConfig, VAEConfig
+from mcl.config import CLIPTextConfig, SampleConfig, SparseCtrlConfig, UNetConfig, VAEConfig
 from weights.training.clip_metrics import render_template
 
-if "PYTEST_XDIST_WORKER" in os.environ:     # one of several, which share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:     # several workers share the cores
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"     # of the programs that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"     # for the programs that tests start
 
 SMALL = ModelConfig(
     name="small",
-    unet=UNetConfig(block_out_channels=(16, 24, 32), layers_per_block=1, cross_attention_levels=(0, 1),
-                    num_attention_heads=2, cross_attention_dim=12, norm_num_groups=4, motion_num_attention_heads=2, motion_max_seq_length=24),
+    unet=UNetConfig(block_out_channels=(16, 24, 32), layers_per_block=1,
+                    cross_attention_levels=(0, 1), num_attention_heads=2, cross_attention_dim=12,
+                    norm_num_groups=4, motion_num_attention_heads=2, motion_max_seq_length=24),
     vae=VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4),
-    text_encoder=CLIPTextConfig(hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2),
-    sample=SampleConfig(steps=6, guidance_steps=3, num_frames=4, height=32, width=32, guidance_warmup_steps=2,
-                        guidance_cooldown_steps=2))
+    text_encoder=CLIPTextConfig(hidden_size=12, intermediate_size=24, num_hidden_layers=1,
+                                num_attention_heads=2),
+    sample=SampleConfig(steps=6, guidance_steps=3, num_frames=4, height=32, width=32,
+                        guidance_warmup_steps=2, guidance_cooldown_steps=2))
 
 
 def randn(*shape, seed=0):
@@ -31,7 +33,7 @@ def randn(*shape, seed=0):
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights far from their initial ones, so that no branch of a network is silent."""
+    """Give a network weights far from their initial ones, so that every branch has an effect."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         scale = 1 / max(p[0].numel(), 1) ** 0.5 if p.ndim > 1 else 0.2
@@ -40,12 +42,24 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
+def random_model(config: ModelConfig) -> Model:
+    """Return a model whose networks have the same random weights in every run."""
+    model = Model(config)
+    for network in model.children():
+        randomize(network)
+    return model
+
+
 @pytest.fixture(scope="session")
 def small():
-    model = Model(SMALL)
-    for part in (model.unet, model.vae, model.text_encoder):
-        randomize(part)
-    return model
+    return random_model(SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_rgb():
+    """Return the small model with SparseCtrl for images."""
+    return random_model(dataclasses.replace(
+        SMALL, sparsectrl=SparseCtrlConfig("rgb", motion_num_attention_heads=2)))
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +84,6 @@ def drawn_words(monkeypatch):
 
 @pytest.fixture(scope="session")
 def quick(embedded):
-    """Few steps, enough to see that the guidance pulls."""
-    return dataclasses.replace(embedded.config.sample, steps=8, guidance_steps=5, guidance_warmup_steps=2,
-                               guidance_cooldown_steps=2)
+    """Return settings of few steps, enough for guidance to have an effect."""
+    return dataclasses.replace(embedded.config.sample, steps=8, guidance_steps=5,
+                               guidance_warmup_steps=2, guidance_cooldown_steps=2)

@@ -1,4 +1,4 @@
-"""What is decided by the machine: above all, when a guided step recomputes."""
+"""Device, precision and memory of the machine, and when a guided step recomputes activations."""
 import dataclasses
 import platform
 import subprocess
@@ -7,77 +7,129 @@ import sys
 import pytest
 import torch
 
-from mcl import InputError, device as machine, extract_motion, sample
+from mcl import device
+from mcl.clone import check_memory, feature_bytes, needs_checkpointing
+from mcl.device import free_memory, offload_to_cpu, resolve_device, resolve_dtype
+from mcl.errors import InputError
+from mcl.motion import extract_motion
 from mcl.networks import unet
-from mcl.device import free_memory, guided_bytes, offload_to_cpu, use_checkpointing
+from mcl.sampler import sample
 
 from tests.conftest import randn
 
 
-def test_activations_are_recomputed_when_they_would_not_fit(small, monkeypatch):
+@pytest.fixture
+def set_free(monkeypatch):
+    """Return a function that sets the free bytes of every device."""
+    return lambda free: monkeypatch.setattr(device, "free_memory", lambda _: free)
+
+
+def test_activations_are_recomputed_if_they_do_not_fit(small, set_free):
     config = small.config.sample
-    needed = guided_bytes(small, config)
+    needed = device.GUIDED_STEP_FEATURES * feature_bytes(small.config, config, small.dtype)
     for free, memory, expected in ((needed, "auto", False), (needed - 1, "auto", True),
                                    (needed, "low", True), (0, "high", False),
                                    (None, "auto", False)):
-        monkeypatch.setattr(machine, "free_memory", lambda device, free=free: free)
-        assert use_checkpointing(memory, small, config) == expected
+        set_free(free)
+        assert needs_checkpointing(small, dataclasses.replace(config, memory=memory)) == expected
+
+
+def test_activations_grow_with_the_context_window_and_the_precision(small):
+    config = small.config.sample
+    size = feature_bytes(small.config, config, torch.float32)
     long = dataclasses.replace(config, num_frames=2 * config.num_frames)
-    assert guided_bytes(small, long) == 2 * needed
-    assert guided_bytes(small, dataclasses.replace(long, context_length=config.num_frames)) == needed
-    with pytest.raises(InputError, match="memory 'some' is not known: auto, low, high"):
-        use_checkpointing("some", small, config)
+    windows = dataclasses.replace(long, context_length=config.num_frames)
+    assert feature_bytes(small.config, long, torch.float32) == 2 * size
+    assert feature_bytes(small.config, windows, torch.float32) == size
+    assert feature_bytes(small.config, config, torch.float16) == size / 2
 
 
-def test_free_memory_of_this_machine_is_told():
+def test_a_clip_that_cannot_fit_raises_memory_error(small, set_free):
+    config, cpu = small.config.sample, torch.device("cpu")
+    step = device.MIN_STEP_FEATURES * feature_bytes(small.config, config, small.dtype)
+    for free in (step, None):
+        set_free(free)
+        check_memory(small.config, config, cpu, small.dtype)
+    set_free(step - 1)
+    with pytest.raises(MemoryError, match="4 frames of 32x32 need more than"):
+        check_memory(small.config, config, cpu, small.dtype)
+
+
+def test_free_memory_of_the_cpu_is_plausible():
     free = free_memory(torch.device("cpu"))
     assert free is None or 2 ** 20 < free < 2 ** 50
 
 
-def test_a_clip_is_the_same_with_and_without_recomputing(small, monkeypatch):
-    config, recomputed = small.config.sample, []
+def test_automatic_device_and_precision(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for is_available, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda value=is_available: value)
+        assert resolve_device("auto").type == expected
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.float16
+    assert resolve_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+    assert resolve_dtype(torch.float16, torch.device("cpu")) == torch.float16
+
+
+def test_an_unknown_device_or_precision_is_rejected():
+    for name, message in (("gpu", "is not known"), ("meta", "is not available"),
+                          ("cuda:99", "is not available")):
+        with pytest.raises(InputError, match=f"device '{name}' {message}"):
+            resolve_device(name)
+    for dtype in ("float64", torch.int8):
+        with pytest.raises(InputError, match="is not known: it must be one of auto, float32"):
+            resolve_dtype(dtype, torch.device("cpu"))
+
+
+def test_a_clip_is_the_same_with_and_without_recomputation(small, monkeypatch):
+    config, calls = small.config.sample, []
     checkpoint = unet.checkpoint
-    monkeypatch.setattr(unet, "checkpoint", lambda *given, **options: (
-        recomputed.append(again) or checkpoint(*given, **options)))
-    clip = randn(1, 4, 4, 8, 8)
-    motion = extract_motion(small, clip, noise=clip.flip(2))
-    ends = []
-    for again in (False, True):
-        ends.append(list(sample(small, "a star", motion, config, latents=clip, gradient_checkpointing=again)))
-    expected, found = (states[-1].latents for states in ends)
-    assert (found - expected).norm() < 1e-4 * expected.norm()
-    assert set(recomputed) == {True} and len(recomputed) > 20 * config.guidance_steps
-    assert ends[0][2].grad_norm == pytest.approx(ends[1][2].grad_norm, rel=1e-4)
+    monkeypatch.setattr(unet, "checkpoint", lambda *arguments, **options: (
+        calls.append(is_recomputed) or checkpoint(*arguments, **options)))
+    latents = randn(1, 4, 4, 8, 8)
+    motion = extract_motion(small, latents, noise=latents.flip(2))
+    runs = []
+    for is_recomputed in (False, True):
+        runs.append(list(sample(small, "a star", motion, config, latents=latents,
+                                gradient_checkpointing=is_recomputed)))
+    expected, recomputed = (steps[-1].latents for steps in runs)
+    assert (recomputed - expected).norm() < 1e-4 * expected.norm()
+    assert set(calls) == {True} and len(calls) > 20 * config.guidance_steps
+    assert runs[0][2].grad_norm == pytest.approx(runs[1][2].grad_norm, rel=1e-4)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries are left alone")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is changed")
 def test_freed_memory_is_kept_for_the_next_tensor():
-    resident = """
+    program = """
 import torch
-from mcl.device import keep_freed_memory
+from mcl.device import disable_malloc_trimming
 
 def pages():
     return int(open("/proc/self/statm").read().split()[1])
 
-keep_freed_memory()
+disable_malloc_trimming()
 before = pages()
 torch.zeros(2 ** 25)
 print(pages() - before)"""
-    done = subprocess.run([sys.executable, "-c", resident], capture_output=True, text=True)
-    assert int(done.stdout) > 32000, done.stderr    # of the 32768 pages of 128 MB
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert int(process.stdout) > 32000, process.stderr      # of the 32768 pages of 128 MB
 
 
-class Parked(torch.nn.Linear):
-    """Remembers where it was sent."""
-    sent: list[str] = []
+class RecordingLinear(torch.nn.Linear):
+    """Records the devices that it is moved to."""
 
-    def to(self, device):
-        self.sent.append(str(device))
+    def __init__(self):
+        super().__init__(1, 1, device="meta")
+        self.devices = []
+
+    def to(self, target):
+        self.devices.append(str(target))
 
 
-def test_what_was_off_the_accelerator_comes_back_whatever_happens():
-    module = Parked(1, 1, device="meta")
+def test_offloaded_modules_return_to_their_device_after_an_error():
+    module = RecordingLinear()
     with pytest.raises(KeyError), offload_to_cpu(module):
-        assert module.sent == ["cpu"]
+        assert module.devices == ["cpu"]
         raise KeyError
-    assert module.sent == ["cpu", "meta"]
+    assert module.devices == ["cpu", "meta"]

@@ -64,9 +64,8 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "aut
         model.file_sha256 = hashlib.sha256(both.encode()).hexdigest()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     with safe_open(path, framework="pt") as file:
-        check_names(path, {name for name in file.keys()
-                           if name.removesuffix(SCALE_SUFFIX) not in shapes or name in shapes},
-                    shapes)
+        check_names(path, {name for name in file.keys() if name in shapes or (
+            name.removesuffix(SCALE_SUFFIX) not in shapes)}, shapes)
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in read_tensors(path, list(shapes), resolved_device):
@@ -106,14 +105,14 @@ def read_tensors(path: Path, names: list[str], device: torch.device
             keys = set(file.keys())
             for name in names[i:i + TENSORS_PER_OPEN]:
                 tensor, has_scale = file.get_tensor(name), name + SCALE_SUFFIX in keys
-                if has_scale != (tensor.dtype == torch.int8):
+                scale = file.get_tensor(name + SCALE_SUFFIX) if has_scale else None
+                shape = None if scale is None else (*scale.shape[:1], *[1] * (tensor.ndim - 1))
+                if has_scale != (tensor.dtype == torch.int8) or (
+                        scale is not None and (scale.shape != shape or len(scale) != len(tensor))):
                     raise InputError(f"{path}: the tensor {name} is {tensor.dtype} "
-                                     f"{'with' if has_scale else 'without'} a scale. "
-                                     "Convert or download the file again")
-                if has_scale:
-                    tensor = dequantize_int8(path, name, tensor,
-                                             file.get_tensor(name + SCALE_SUFFIX))
-                yield name, tensor
+                                     f"{'with a wrong' if has_scale else 'without a'} scale. "
+                                     "Download the file again")
+                yield name, tensor if scale is None else dequantize_int8(tensor, scale)
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,12 +126,8 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return levels.round().clamp(-127, 127).to(torch.int8), scale
 
 
-def dequantize_int8(path: Path, name: str, levels: torch.Tensor, scale: torch.Tensor
-                    ) -> torch.Tensor:
+def dequantize_int8(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the float32 weight of an int8 tensor and its row scales."""
-    if scale.shape != (*levels.shape[:1], *[1] * (levels.ndim - 1)):
-        raise InputError(f"{path}: the scale of {name} is {tuple(scale.shape)}, for a tensor "
-                         f"{tuple(levels.shape)}. Convert or download the file again")
     return levels.float() * scale.float()
 
 
@@ -187,12 +182,13 @@ def read_model_config(path: str | Path) -> ModelConfig:
     try:
         return from_dict(ModelConfig, json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: its config cannot be read ({error}). Convert it again") from error
+        raise InputError(f"{path}: unreadable config ({error}). Convert it again") from error
 
 
 def read_shapes(path: str | Path) -> dict[str, torch.Size]:
     """Return the shapes of a model file's weights by name, as its config defines them."""
-    return {name: t.shape for name, t in build_on_meta(read_model_config(path)).state_dict().items()}
+    model = build_on_meta(read_model_config(path))
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def check_names(path: Path, names: set[str], shapes: Mapping[str, torch.Size]) -> None:

@@ -5,7 +5,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -210,85 +210,14 @@ def validate_args(args: argparse.Namespace) -> SampleConfig:
         MemoryError: If the clip cannot fit into memory.
     """
     warn_prompt_syntax(args)
-    if args.prompt is None:
-        raise InputError("--prompt is missing: say what the new video shows")
-    if (args.ref is None) == (args.motion is None):
-        raise InputError("give the reference with --ref, or its saved motion with --motion")
+    check_usage(args)
     for option, path in input_files(args):
         if option != "--weights":       # read_model_config says more
             check_readable(path)
-    if not 1 <= args.num_samples <= MAX_SAMPLES:
-        raise InputError(f"--num-samples {args.num_samples} is out of range: it must be between 1 "
-                         f"and {MAX_SAMPLES}")
-    if not 0 <= args.seed <= MAX_SEED + 1 - args.num_samples:
-        raise InputError(f"--seed {args.seed} is out of range: it must be between 0 and "
-                         f"{MAX_SEED + 1 - args.num_samples}")
-    if args.stride is not None and args.duration is not None:
-        raise InputError("--stride and --duration exclude each other: give one of them")
     model = model_on_meta(args.weights or DEFAULT_WEIGHTS)
-    own = model.config.sample
-    config = build_config(own, args.preset, **settings_of(args))
-    validate_method(args, config)
-    height, width = model.latent_shape(config)[3:]
-    max_length = model.config.unet.motion_max_seq_length
-    if config.semantic_scale:
-        require_single_window(make_context_windows(config.num_frames, config, max_length))
-    if 0 < config.motion_weight < own.motion_weight / MIN_WEIGHT_RATIO:
-        warnings.warn(f"motion_weight = {config.motion_weight:g} has hardly any effect: this "
-                      f"model's own is {own.motion_weight:g}")
-    device = resolve_device(local_rank_device(args.device))
-    check_memory(model.config, config, device, resolve_dtype(args.dtype, device))
-    model.unet.resolve_layers(AttentionRequest(config.guidance_blocks, config.semantic_blocks))
-    for prompt, word in zip((config.ref_prompt, args.prompt), config.subject):
-        subject_tokens(model, prompt, word)
-    if args.motion is not None:
-        Motion.load(args.motion).check_config(config, (config.num_frames, height, width),
-                                              max_length)
-    validate_images(args, model, config)
-    validate_outputs(args)
-    return config
-
-
-def validate_method(args: argparse.Namespace, config: SampleConfig) -> None:
-    """Raise InputError for options that do not fit the method."""
-    is_inversion = config.method == "inversion"
-    if is_inversion and (args.ref is None or args.save_motion):
-        raise InputError("--method inversion reads the reference in every step: give it with "
-                         "--ref, without --motion and --save-motion")
-    if not is_inversion and (args.inversion_steps or args.inversion_dir):
-        raise InputError("--inversion-steps and --inversion-dir need --method inversion")
-    if args.ref_prompt and not is_inversion and not config.subject:
-        raise InputError("--ref-prompt has no effect without --method inversion or --subject")
-    if config.subject and args.ref is None:
-        raise InputError("--subject needs the reference itself: give it with --ref")
-    if config.subject and not config.ref_prompt:
-        raise InputError("--subject needs --ref-prompt: the first word is looked up there")
-    if args.maps and is_inversion and config.guidance_steps == 0:
-        raise InputError("--maps shows the attention of the guided steps: give --guidance-steps 1 "
-                         "or more")
-    if args.image and (is_inversion or config.semantic_scale):
-        raise InputError("--image needs --method single-step, without semantic guidance")
-    for name in ("compare", "report"):
-        if getattr(args, name) and args.ref is None:
-            raise InputError(f"--{name} needs the reference itself: give it with --ref")
-
-
-def validate_images(args: argparse.Namespace, model: Model, config: SampleConfig) -> None:
-    """Raise InputError for SparseCtrl images that the model or the clip cannot take."""
-    for image, frame in args.image:
-        if not model.config.sparsectrl.kind:
-            raise InputError(f"--image {image}: this model has no SparseCtrl. Convert one with "
-                             "convert_weights.py --sparsectrl")
-        if not -config.num_frames <= frame < config.num_frames:
-            raise InputError(f"--image {image}@{frame} is out of range: the clip has frames 0 to "
-                             f"{config.num_frames - 1}")
-        check_readable(image)
-
-
-def validate_outputs(args: argparse.Namespace) -> None:
-    """Raise InputError for outputs that cannot be written."""
-    if args.fps is not None and not 0.1 <= args.fps <= 100:
-        raise InputError(f"--fps {args.fps} is out of range: it must be between 0.1 and 100")
+    config = build_config(model.config.sample, args.preset, **settings_of(args))
+    check_method(args, config)
+    check_model(args, config, model)
     for path in (args.out, *(clip.out for clip in output_clips(args))):
         check_output_path(path)
     cache_dir = args.inversion_dir
@@ -297,6 +226,79 @@ def validate_outputs(args: argparse.Namespace) -> None:
     elif cache_dir is not None and not (
             cache_dir.is_dir() and os.access(cache_dir, os.W_OK | os.X_OK)):
         raise InputError(f"{cache_dir}: not a folder that can be written to. Choose another")
+    return config
+
+
+def refuse_first(problems: Iterable[tuple[bool, str]]) -> None:
+    """Raise InputError with the message of the first problem that is present."""
+    for is_present, message in problems:
+        if is_present:
+            raise InputError(message)
+
+
+def check_usage(args: argparse.Namespace) -> None:
+    """Raise InputError for options that are missing, out of range, or exclude each other."""
+    max_seed = MAX_SEED + 1 - args.num_samples
+    refuse_first((
+        (args.prompt is None, "--prompt is missing: say what the new video shows"),
+        ((args.ref is None) == (args.motion is None),
+         "give the reference with --ref, or its saved motion with --motion"),
+        (not 1 <= args.num_samples <= MAX_SAMPLES,
+         f"--num-samples {args.num_samples} is out of range: it must be 1 to {MAX_SAMPLES}"),
+        (not 0 <= args.seed <= max_seed,
+         f"--seed {args.seed} is out of range: it must be between 0 and {max_seed}"),
+        (args.stride is not None and args.duration is not None,
+         "--stride and --duration exclude each other: give one of them"),
+        (args.fps is not None and not 0.1 <= args.fps <= 100,
+         f"--fps {args.fps} is out of range: it must be between 0.1 and 100"),
+        *((getattr(args, name) and args.ref is None,
+           f"--{name} needs the reference itself: give it with --ref")
+          for name in ("compare", "report", "subject"))))
+
+
+def check_method(args: argparse.Namespace, config: SampleConfig) -> None:
+    """Raise InputError for options that do not fit the method."""
+    is_inversion = config.method == "inversion"
+    refuse_first((
+        (is_inversion and bool(args.ref is None or args.save_motion),
+         "--method inversion needs --ref, without --motion and --save-motion"),
+        (not is_inversion and bool(args.inversion_steps or args.inversion_dir),
+         "--inversion-steps and --inversion-dir need --method inversion"),
+        (bool(args.ref_prompt) and not is_inversion and not config.subject,
+         "--ref-prompt has no effect without --method inversion or --subject"),
+        (bool(config.subject) and not config.ref_prompt,
+         "--subject needs --ref-prompt: the first word is looked up there"),
+        (args.maps is not None and is_inversion and config.guidance_steps == 0,
+         "--maps shows the attention of guided steps: give --guidance-steps 1 or more"),
+        (bool(args.image) and (is_inversion or config.semantic_scale > 0),
+         "--image needs --method single-step, without semantic guidance")))
+
+
+def check_model(args: argparse.Namespace, config: SampleConfig, model: Model) -> None:
+    """Raise an error for settings and inputs that the model or the machine cannot take."""
+    height, width = model.latent_shape(config)[3:]
+    max_length = model.config.unet.motion_max_seq_length
+    windows = make_context_windows(config.num_frames, config, max_length)
+    if config.semantic_scale:
+        require_single_window(windows)
+    usual_weight = model.config.sample.motion_weight
+    if 0 < config.motion_weight < usual_weight / MIN_WEIGHT_RATIO:
+        warnings.warn(f"motion_weight = {config.motion_weight:g} has hardly any effect: this "
+                      f"model's own is {usual_weight:g}", stacklevel=2)
+    device = resolve_device(local_rank_device(args.device))
+    check_memory(model.config, config, device, resolve_dtype(args.dtype, device))
+    model.unet.resolve_layers(AttentionRequest(config.guidance_blocks, config.semantic_blocks))
+    for prompt, word in zip((config.ref_prompt, args.prompt), config.subject, strict=False):
+        subject_tokens(model, prompt, word)
+    if args.motion is not None:
+        Motion.load(args.motion).check_config(config, (config.num_frames, height, width),
+                                              max_length)
+    for image, frame in args.image:
+        refuse_first((
+            (not model.config.sparsectrl.kind, f"--image {image}: this model has no SparseCtrl. "
+             "Convert one with convert_weights.py --sparsectrl"),
+            (not -config.num_frames <= frame < config.num_frames, f"--image {image}@{frame} is out "
+             f"of range: the clip has frames 0 to {config.num_frames - 1}")))
 
 
 def warn_prompt_syntax(args: argparse.Namespace) -> None:
@@ -305,4 +307,4 @@ def warn_prompt_syntax(args: argparse.Namespace) -> None:
                for match in PROMPT_SYNTAX.finditer(prompt or "")]
     if matches:
         warnings.warn(f"{' '.join(matches)} is read as plain text: prompts have no weights or "
-                      "commands. Use --lora FILE:SCALE to merge a LoRA")
+                      "commands. Use --lora FILE:SCALE to merge a LoRA", stacklevel=2)

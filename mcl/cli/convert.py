@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from ..checkpoints.lora import IGNORE_ALPHA_HELP, Lora, make_lora, parse_scaled
 from ..device import DTYPE_ALIASES, DTYPES
 from ..errors import InputError, escape_control_characters
 from ..files import OutputFile, check_io_conflicts, check_writable
-from .process import OneLineErrorParser, exit_code_of
+from .process import OneLineErrorParser, exit_code_of, run_main
 
 CHUNK = 1 << 24
 NETWORK_HELP = {
@@ -35,6 +36,11 @@ EXAMPLE = """example:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return exit_code_of(lambda: run(build_parser().parse_args(argv)))
+
+
+def command() -> NoReturn:
+    """Run the command as this process."""
+    run_main(main)
 
 
 def run(args: argparse.Namespace) -> int:

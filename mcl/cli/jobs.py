@@ -19,7 +19,7 @@ from torch import distributed
 from ..checkpoints.model_file import DEFAULT_WEIGHTS
 from ..config import SampleConfig, short_repr
 from ..errors import InputError
-from ..files import nonfinite_to_none, sha256_of
+from ..files import check_readable, sha256_of
 from ..video.read import read_image, read_video
 from .arguments import parse_args, validate_args
 from .outputs import OutputClip, check_jobs_io, input_files, scaled_loras
@@ -39,12 +39,11 @@ def parse_jobs(argv: Sequence[str]) -> list[argparse.Namespace]:
     path = common.jobs
     if path is None:
         return [common]
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: not a file. Give a file with one JSON object per line")
+    check_readable(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}). Give a file with one JSON object per "
+        raise InputError(f"{path}: not a file of text lines ({error}). Give one JSON object per "
                          "line") from error
     jobs = []
     for number, line in enumerate(lines, start=1):
@@ -84,7 +83,7 @@ def to_argv(options: Mapping[str, Any]) -> list[str]:
             if element is True:
                 argv.append(option)
             elif isinstance(element, (str, int, float)) and element is not False:
-                argv.append(f"{option}={element}")
+                argv.append(f"{option}={' --' if element == '--' else element}")    # argparse drops --
             elif element is not False and element is not None:
                 raise ValueError(f"{name} = {short_repr(element)} is not valid: it must be text, "
                                  "a number, true, or a list of these")
@@ -135,27 +134,16 @@ def job_fingerprint(clip: OutputClip, config: SampleConfig) -> dict[str, Any]:
                    if path != args.jobs}}
 
 
-def is_up_to_date(clip: OutputClip, fingerprint: Mapping[str, Any]) -> bool:
-    """Return True if a clip's record has this fingerprint and all its files are unchanged."""
+def is_up_to_date(clip: OutputClip, config: SampleConfig) -> bool:
+    """Return True if a clip's record has its fingerprint and all its files are unchanged."""
     try:
         record = json.loads(clip.record_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    paths = clip.output_paths()
-    return (isinstance(record, dict) and record_matches(record, fingerprint)
-            and all(path.exists() for path in paths) and record.get("written") == sha256_by_path(
-                paths))
-
-
-def record_matches(record: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> bool:
-    """Return True if a record contains a fingerprint."""
-    return bool(json_roundtrip(fingerprint).items() <= record.items())
-
-
-def json_roundtrip(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as JSON stores them: tuples become lists, numbers that are not finite None."""
-    parsed: dict[str, Any] = json.loads(json.dumps(nonfinite_to_none(values)))
-    return parsed
+    expected, paths = json.loads(json.dumps(job_fingerprint(clip, config))), clip.output_paths()
+    return (isinstance(record, dict) and expected.items() <= record.items()
+            and all(path.exists() for path in paths)
+            and record.get("written") == sha256_by_path(paths))
 
 
 def sha256_by_path(paths: Sequence[Path]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -64,7 +64,7 @@ def exit_code_of(action: Callable[[], int | None]) -> int:
 
 
 def is_expected(error: BaseException) -> bool:
-    """Return True for errors caused by the user's input or machine, reported without a traceback."""
+    """Return True for errors of the user's input or machine, reported without a traceback."""
     return isinstance(error, EXPECTED_ERRORS) or NO_MEMORY in str(error)
 
 
@@ -109,12 +109,6 @@ class OneLineErrorParser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.register("action", None, StoreOnce)
         self.register("action", "store", StoreOnce)
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parse arguments; a value that is "--" alone is kept, which argparse would drop."""
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([re.sub("^(--[a-z-]+=)--$", r"\1 --", arg)
-                                         for arg in args], namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError."""

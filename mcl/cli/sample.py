@@ -1,13 +1,12 @@
 """The command sample.py: clone one video, or many."""
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,18 +28,22 @@ from ..sampler import SamplerStep
 from ..video.decode import has_audio
 from ..video.read import read_image, read_video
 from ..video.write import write_video
+from . import jobs as job_files
 from .arguments import local_rank_device
-from .jobs import (distributed_workers, is_up_to_date, job_fingerprint, parse_jobs, sha256_by_path,
-                   validate_jobs)
 from .outputs import OutputClip, output_clips, scaled_loras
-from .process import exit_code_of, format_error, is_expected
+from .process import exit_code_of, format_error, is_expected, run_main
 
 PREVIEW_STEPS = 8               # steps of the unguided clip of --maps without --report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return exit_code_of(lambda: run_jobs(parse_jobs(sys.argv[1:] if argv is None else argv)))
+    return exit_code_of(lambda: run_jobs(job_files.parse_jobs(sys.argv[1:] if argv is None else argv)))
+
+
+def command() -> NoReturn:
+    """Run the command as this process."""
+    run_main(main)
 
 
 def run_jobs(jobs: Sequence[argparse.Namespace]) -> int:
@@ -48,9 +51,9 @@ def run_jobs(jobs: Sequence[argparse.Namespace]) -> int:
     if jobs[0].list_words:
         print(" ".join(read_model_config(jobs[0].weights or DEFAULT_WEIGHTS).training_vocabulary))
         return 0
-    with distributed_workers() as workers:
+    with job_files.distributed_workers() as workers:
         try:
-            configs = validate_jobs(jobs)
+            configs = job_files.validate_jobs(jobs)
         except InputError:
             if workers.rank:            # the first process reports it
                 return 2
@@ -61,7 +64,7 @@ def run_jobs(jobs: Sequence[argparse.Namespace]) -> int:
         clips = [(clip, config) for args, config in zip(jobs, configs)
                  for clip in output_clips(args)]
         pending = [(clip, config) for clip, config in clips if clip.args.jobs is None
-                   or not is_up_to_date(clip, job_fingerprint(clip, config))]
+                   or not job_files.is_up_to_date(clip, config)]
         workers.all_gather([])          # all processes have seen what is pending
         failures = workers.all_gather(run_pending(workers.shard(pending)))
         if workers.rank == 0 and jobs[0].jobs is not None:
@@ -122,55 +125,39 @@ class ProgressBars:
             self.bar.set_postfix(loss=f"{step.loss:.2e}")
 
 
-class Stopwatch:
-    """Measures the stages of a job.
-
-    Attributes:
-        seconds: Duration of each stage by name.
-    """
-
-    def __init__(self) -> None:
-        """Create a stopwatch without stages."""
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure the code inside the context."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-
-
 def run_job(clips: Sequence[OutputClip], cache: ModelCache, config: SampleConfig) -> None:
     """Make the clips of one job, which differ in their seeds."""
-    args, bars, watch = clips[0].args, ProgressBars(), Stopwatch()
+    args, bars, times = clips[0].args, ProgressBars(), [time.perf_counter()]
     loras = [open_lora(option, path, scale, args.ignore_alpha)
              for option, path, scale in scaled_loras(args)]
-    with watch.stage("read"):
-        frames = read_frames(args, config)
-        size = (config.height, config.width)
-        images = {frame: read_image(path, size, args.fit) for path, frame in args.image}
-    with watch.stage("load"):
-        model = cache.load(args, loras)
+    frames = read_frames(args, config)
+    size = (config.height, config.width)
+    images = {frame: read_image(path, size, args.fit) for path, frame in args.image}
+    times.append(time.perf_counter())
+    model = cache.load(args, loras)
     warn_vocabulary(model, args.prompt)
     is_checkpointing = needs_checkpointing(model, config)
     settings = dataclasses.asdict(config) | {"memory": "low" if is_checkpointing else "high"}
     if not is_checkpointing:
         disable_malloc_trimming()
-    with watch.stage("extract"):
-        reference = Reference(Motion.load(args.motion)) if frames is None else read_reference(
-            model, frames, config, control=images, cache_dir=args.inversion_dir, progress=bars)
-        suitability = {} if reference.latents is None else warn_if_unsuitable(
-            model, args.ref.name, reference.latents)
+    times.append(time.perf_counter())
+    reference = Reference(Motion.load(args.motion)) if frames is None else read_reference(
+        model, frames, config, control=images, cache_dir=args.inversion_dir, progress=bars)
+    notes: dict[str, Any] = {"gradient_checkpointing": is_checkpointing}
+    if reference.latents is not None:
+        notes |= warn_if_unsuitable(model, args.ref.name, reference.latents)
     if args.save_motion is not None and isinstance(reference.motion, Motion):
         metadata = reference.motion.metadata | {"source": args.ref.name}
         dataclasses.replace(reference.motion, metadata=metadata).save(args.save_motion)
+    times.append(time.perf_counter())
     for clip in clips:
-        with watch.stage("clone"):
-            result = clone(reference, args.prompt, model=model, seed=clip.seed, control=images,
-                           callback=bars.show_loss, progress=bars, **settings)
-        write_outputs(clip, result, reference, model, config, images, {
-            "seconds": watch.seconds, "gradient_checkpointing": is_checkpointing, **suitability})
+        result = clone(reference, args.prompt, model=model, seed=clip.seed, control=images,
+                       callback=bars.show_loss, progress=bars, **settings)
+        ends = [*times[1:], time.perf_counter()]
+        notes["seconds"] = {name: round(end - start, 3) for name, start, end in zip(
+            ("read", "load", "extract", "clone"), times, ends, strict=True)}
+        write_outputs(clip, result, reference, model, config, images, notes)
+        times[3] = time.perf_counter()
 
 
 def read_frames(args: argparse.Namespace, config: SampleConfig) -> Tensor | None:
@@ -212,12 +199,12 @@ def write_outputs(clip: OutputClip, result: Clip, reference: Reference, model: M
             print(format_table(report))
         if clip.maps is not None:
             write_html_report(clip.maps, model, args.prompt, config, reference, latents_by_name,
-                              result.steps, {**job_fingerprint(clip, config), "fps": fps,
+                              result.steps, {**job_files.job_fingerprint(clip, config), "fps": fps,
                                              "report": report}, control)
     write_json(clip.record_path, {
-        **job_fingerprint(clip, config), **notes, "weights_sha256": model.sha256,
+        **job_files.job_fingerprint(clip, config), **notes, "weights_sha256": model.sha256,
         "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "loss": [step.loss for step in result.steps if step.loss is not None], "report": report,
-        "written": sha256_by_path(clip.output_paths())})
+        "written": job_files.sha256_by_path(clip.output_paths())})
     print(clip.out)

@@ -117,7 +117,7 @@ def write_page(folder: Path, clips: Sequence[ClipView], motion: Motion, masks: S
         "masks": [(F.interpolate(mask[None].cpu(), grid)[0] * 100).round().int().flatten(1).tolist()
                   for mask in masks]}
     text = json.dumps(nonfinite_to_none(data), allow_nan=False).replace("<", r"\u003c")
-    with atomic_write(folder, folder=True) as temporary:
+    with atomic_write(folder, is_folder=True) as temporary:
         (temporary / "index.html").write_text(
             TEMPLATE.read_text("utf-8").replace("{{data}}", text), "utf-8")
 

@@ -1,4 +1,7 @@
-"""CLIP's text transformer: token ids to the embeddings that the UNet attends to."""
+"""CLIP's text transformer: token ids to the embeddings that the UNet attends to.
+
+Parameter names are those of transformers' CLIPTextModel.
+"""
 import torch
 from torch import Tensor, nn
 
@@ -8,9 +11,10 @@ from .ops import Linear
 
 
 class SelfAttention(nn.Module):
-    """Of n tokens, each of which sees all or, if `causal`, itself and those before it."""
+    """Self-attention layer; in a causal layer a token sees only itself and earlier tokens."""
 
     def __init__(self, config: CLIPTransformerConfig, causal: bool):
+        """Create a layer with random weights."""
         super().__init__()
         c = config.hidden_size
         self.heads, self.causal = config.num_attention_heads, causal
@@ -18,26 +22,32 @@ class SelfAttention(nn.Module):
         self.v_proj, self.out_proj = Linear(c, c), Linear(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output, like x (b, n, c)."""
         out, _ = attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads,
                            causal=self.causal)
         return self.out_proj(out)
 
 
 class MLP(nn.Module):
-    """With CLIP's quick gelu, x * sigmoid(1.702 x)."""
+    """Feed-forward layer with CLIP's quick GELU, x * sigmoid(1.702 x)."""
 
     def __init__(self, config: CLIPTransformerConfig):
+        """Create a layer with random weights."""
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output, like x (b, n, c)."""
         x = self.fc1(x)
         return self.fc2(x * torch.sigmoid(1.702 * x))
 
 
 class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward layer, each with a residual connection."""
+
     def __init__(self, config: CLIPTransformerConfig, causal: bool):
+        """Create a layer with random weights."""
         super().__init__()
         self.self_attn = SelfAttention(config, causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size)
@@ -45,62 +55,80 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output, like x (b, n, c)."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors: ids -> (..., c)."""
+    """Table of vectors that stays uninitialized on the meta device.
+
+    Initializing a table there would import PyTorch's compiler, which takes two seconds.
+    """
 
     def reset_parameters(self) -> None:
-        # On the meta device torch would import its compiler, in two seconds, to draw nothing.
+        """Draw random vectors."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
 
 class Embeddings(nn.Module):
+    """Sum of token and position embeddings."""
+
     def __init__(self, config: CLIPTextConfig):
+        """Create tables with random vectors."""
         super().__init__()
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (b, n, c) of ids (b, n)."""
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
 
 
 class Encoder(nn.Module):
+    """Stack of transformer layers."""
+
     def __init__(self, config: CLIPTransformerConfig, causal: bool):
+        """Create layers with random weights."""
         super().__init__()
-        self.layers = nn.ModuleList([EncoderLayer(config, causal) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([EncoderLayer(config, causal)
+                                     for _ in range(config.num_hidden_layers)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output, like x (b, n, c)."""
         for layer in self.layers:
             x = layer(x)
         return x
 
 
 class TextTransformer(nn.Module):
+    """CLIP's text transformer, with a final norm."""
+
     def __init__(self, config: CLIPTextConfig):
+        """Create a transformer with random weights."""
         super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, causal=True)
+        self.embeddings, self.encoder = Embeddings(config), Encoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (b, n, c) of ids (b, n)."""
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))
 
 
 class TextEncoder(nn.Module):
-    """ids (b, 77) int64 -> embeddings (b, 77, c): the last layer's, after the final norm.
+    """Text encoder of Stable Diffusion 1.5.
 
-    Causal mask, no padding mask: what stands behind the end token is seen by the UNet too, as in
-    the training of Stable Diffusion 1.5.
+    The attention is causal and has no padding mask. The UNet also sees the embeddings after the end
+    token, as it did in training.
     """
 
     def __init__(self, config: CLIPTextConfig):
+        """Create an encoder with random weights."""
         super().__init__()
         self.config = config
         self.text_model = TextTransformer(config)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (b, 77, c) of token ids (b, 77), after the final norm."""
         return self.text_model(ids)

@@ -1,11 +1,11 @@
-"""The autoencoder between pictures and latents (Stable Diffusion's AutoencoderKL).
+"""The autoencoder between pixels and latents (Stable Diffusion's AutoencoderKL).
 
-It sees every frame by itself. Pixels in [-1, 1] and scaled latents meet the scale factor only in
-`AutoencoderKL.encode` and `AutoencoderKL.decode`.
+Every frame is encoded by itself. Pixels are in [-1, 1]. The scale factor of the latents is used
+only in `AutoencoderKL.encode` and `AutoencoderKL.decode`. Parameter names are those of diffusers.
 """
 import copy
 import warnings
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,64 +22,75 @@ EPS = 1e-6
 
 
 class VAEAttention(nn.Module):
-    """Single-head self-attention over the positions of one frame, with biases."""
+    """Single-head self-attention over the positions of one frame, with a residual connection."""
 
     def __init__(self, channels: int, groups: int):
+        """Create a layer of `channels`."""
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
-        self.to_q = Linear(channels, channels)
-        self.to_k = Linear(channels, channels)
-        self.to_v = Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output, like x (b, c, h, w)."""
         y = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
         y, _ = attention(self.to_q(y), self.to_k(y), self.to_v(y), heads=1)
         return x + rearrange(self.to_out[0](y), "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class MidBlock(nn.Module):
+    """Attention between two residual blocks, at the lowest resolution."""
+
     def __init__(self, channels: int, groups: int):
+        """Create a block of `channels`."""
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups, EPS)
                                       for _ in range(2)])
         self.attentions = nn.ModuleList([VAEAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output, like x (b, c, h, w)."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class VAEBlock(nn.Module):
-    """The residual blocks of one resolution, and the way to the next one."""
+    """Residual blocks of one resolution, and the layer that leads to the next resolution."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int,
-                 down: bool = False, up: bool = False):
+                 downsample: bool = False, upsample: bool = False):
+        """Create `layers` residual blocks from `c_in` to `c_out` channels."""
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups, EPS)
                                       for i in range(layers)])
-        self.downsamplers = nn.ModuleList([Downsample(c_out, pad_all_sides=False)] if down else [])
-        self.upsamplers = nn.ModuleList([Upsample(c_out)] if up else [])
+        self.downsamplers = nn.ModuleList(
+            [Downsample(c_out, pad_all_sides=False)] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output (b, c_out, h', w') for x (b, c_in, h, w)."""
         for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
             x = layer(x)
         return x
 
 
 class Encoder(nn.Module):
+    """Network from pixels to the moments of the latents."""
+
     def __init__(self, config: VAEConfig):
+        """Create an encoder with random weights."""
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList([
             VAEBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups,
-                  down=i + 1 < len(widths))
+                     downsample=i + 1 < len(widths))
             for i, width in enumerate(widths)])
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features (b, 2*c, H/s, W/s) of frames x (b, 3, H, W)."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -87,19 +98,23 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Network from latents to pixels."""
+
     def __init__(self, config: VAEConfig):
+        """Create a decoder with random weights."""
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList([
             VAEBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
-                  up=i + 1 < len(widths))
+                     upsample=i + 1 < len(widths))
             for i, width in enumerate(widths)])
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Return frames (b, 3, H, W) of latents z (b, c, H/s, W/s)."""
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
@@ -107,70 +122,89 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
+    """Variational autoencoder of single frames; s is its downsampling factor."""
+
     def __init__(self, config: VAEConfig):
+        """Create an autoencoder with random weights."""
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
         c = config.latent_channels
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 
-    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (clamped to [-30, 20]) of the unscaled latents.
+    def moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance of the unscaled latents, (b, c, H/s, W/s) each.
 
-        pictures (b, 3, H, W) in [-1, 1] -> two tensors (b, c, H/s, W/s).
+        Args:
+            frames: Frames (b, 3, H, W) in [-1, 1].
+
+        Returns:
+            The mean, and the log-variance clamped to [-30, 20].
         """
-        mean, logvar = self.quant_conv(self.encoder(pictures)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(frames)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, frames: Tensor, noise: Tensor | None = None, slice_size: int = 4) -> Tensor:
-        """Scaled latents (1, c, f, h, w) of frames (f, 3, H, W) in [-1, 1], of any float type and
-        device, which are brought to the network's own.
+    def encode(self, frames: Tensor, noise: Tensor | None = None, chunk_size: int = 4) -> Tensor:
+        """Return the scaled latents (1, c, f, H/s, W/s) of a clip.
 
-        They are the posterior's mean, or, given standard normal noise (f, c, h, w), a sample of
-        it. `slice_size` frames are encoded at a time. Raises InputError where H or W is not a
-        multiple of the downsampling factor: padding in silence would shift the picture;
-        NumericalError where the latents are not finite, in float32 as well.
+        Args:
+            frames: Frames (f, 3, H, W) in [-1, 1], of any floating-point type and device.
+            noise: Standard normal noise (f, c, H/s, W/s) for a sample of the posterior; None for
+                its mean.
+            chunk_size: Number of frames that are encoded at a time.
+
+        Raises:
+            InputError: If H or W is not a multiple of s. Padding would shift the picture.
+            NumericalError: If the latents are not finite, even in float32.
         """
         s = self.config.downsampling
         if frames.shape[-2] % s or frames.shape[-1] % s:
-            raise InputError(f"pictures of {frames.shape[-2]}x{frames.shape[-1]} cannot be encoded:"
-                             f" height and width must be multiples of {s}")
-        given = (frames,) if noise is None else (frames, noise)
-        z = self.in_slices(AutoencoderKL.latents_of, given, slice_size) * self.config.scaling_factor
-        return rearrange(z, "f c h w -> 1 c f h w")
+            raise InputError(f"frames of {frames.shape[-2]}x{frames.shape[-1]} cannot be encoded: "
+                             f"height and width must be multiples of {s}")
+        inputs = (frames,) if noise is None else (frames, noise)
+        z = self._map_chunks(AutoencoderKL._encode_chunk, inputs, chunk_size)
+        return rearrange(z * self.config.scaling_factor, "f c h w -> 1 c f h w")
 
-    def decode(self, latents: Tensor, slice_size: int = 4) -> Tensor:
-        """Frames (b*f, 3, H, W), clamped to [-1, 1], of scaled latents (b, c, f, h, w) of any float
-        type and device. Raises NumericalError as `encode` does."""
+    def decode(self, latents: Tensor, chunk_size: int = 4) -> Tensor:
+        """Return the frames (b*f, 3, H, W) of scaled latents, clamped to [-1, 1].
+
+        Args:
+            latents: Scaled latents (b, c, f, h, w), of any floating-point type and device.
+            chunk_size: Number of frames that are decoded at a time.
+
+        Raises:
+            NumericalError: If the frames are not finite, even in float32.
+        """
         z = rearrange(latents, "b c f h w -> (b f) c h w")
-        return self.in_slices(AutoencoderKL.frames_of, (z,), slice_size).clamp_(-1, 1)
+        return self._map_chunks(AutoencoderKL._decode_chunk, (z,), chunk_size).clamp_(-1, 1)
 
-    def latents_of(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
+    def _encode_chunk(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the unscaled latents (b, c, h, w) of a few frames."""
         mean, logvar = self.moments(frames)
         return mean if noise is None else mean + (logvar / 2).exp() * noise
 
-    def frames_of(self, latents: Tensor) -> Tensor:
+    def _decode_chunk(self, latents: Tensor) -> Tensor:
+        """Return the frames (b, 3, H, W) of a few scaled latents (b, c, h, w)."""
         return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
 
-    def in_slices(self, action: Callable[..., Tensor], given: tuple[Tensor, ...], slice_size: int
-                  ) -> Tensor:
-        """What an action of this network, or of a float32 copy, makes of the given, (f, ...) each.
+    def _map_chunks(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...],
+                    chunk_size: int) -> Tensor:
+        """Return function(self, *inputs), computed for a few frames at a time.
 
-        Many community VAEs overflow in float16. They are tried in it first, as most do not; the
-        copy is made of one that does, and takes one frame at a time, which needs less memory.
+        Many community VAEs overflow in float16, but most do not. If one does, the function is
+        computed again by a float32 copy of the network, one frame at a time to save memory.
         """
         dtype = self.quant_conv.weight.dtype
-        done = []
-        for parts in zip(*(tensor.split(slice_size) for tensor in given)):
-            done.append(action(self, *(part.to(self.quant_conv.weight) for part in parts)))
-            if torch.isfinite(done[-1]).all():
+        outputs = []
+        for chunks in zip(*(tensor.split(chunk_size) for tensor in inputs), strict=True):
+            outputs.append(function(self, *(x.to(self.quant_conv.weight) for x in chunks)))
+            if torch.isfinite(outputs[-1]).all():
                 continue
             if dtype in (torch.float32, torch.float64):
-                raise NumericalError("the VAE's result is not finite, not even in float32: its "
-                                     "weights, or what it was given, are damaged")
-            warnings.warn(f"the VAE overflows in {str(dtype).removeprefix('torch.')}: this is done "
-                          "again in float32", stacklevel=3)
-            return copy.deepcopy(self).float().in_slices(action, given, slice_size=1)
-        return torch.cat(done)
+                raise NumericalError("the result of the VAE is not finite, even in float32: its "
+                                     "weights or its input are damaged")
+            warnings.warn(f"the VAE overflows in {str(dtype).removeprefix('torch.')}: its work is "
+                          "repeated in float32", stacklevel=3)
+            return copy.deepcopy(self).float()._map_chunks(function, inputs, chunk_size=1)
+        return torch.cat(outputs)

@@ -1,242 +1,253 @@
-"""Files of any kind to pictures and the times at which they are shown.
+"""Decode videos, animations and image folders to frames with the times at which they are shown.
 
-imageio's own interface does not tell when a frame is shown, so that its two back ends, PyAV for
-videos and Pillow for pictures, are used themselves.
+imageio writes this project's images, but its two back ends are used directly to read. PyAV decodes
+videos, because imageio does not return edit lists, rotation and color properties. Pillow decodes
+images, because imageio refuses damaged EXIF data, turns gray images along the wrong axis and clips
+16-bit gray to white.
 """
 import os
 import re
 import struct
 import warnings
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video import VideoStream
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
-from PIL import ExifTags, Image, ImageSequence
+from PIL import ExifTags, Image, ImageOps, ImageSequence
 
-from .hdr import TRANSFERS, tonemap_hdr_to_sdr
 from ..errors import InputError
+from ..files import check_readable
+from .hdr import TRANSFERS, tonemap_hdr_to_sdr
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# First bytes of the files that Pillow decodes. FFmpeg decodes all others, whatever their name.
+IMAGE_MAGIC = re.compile(rb"GIF8|RIFF.{4}WEBP|\x89PNG|\xff\xd8\xff|BM.{4}\0\0\0\0", re.DOTALL)
+UNTIMED_FPS = 8                     # for frames without a time: a folder, a gif without delays
 
-UNTIMED_FPS = 8  # for frames that carry no time: a folder, a gif without delays
-
-# On screen from, and to, in seconds from the start of the clip; decodes it to (h, w, 4) uint8.
-Picture = tuple[float, float, Callable[[], np.ndarray]]
-
-# How pictures begin, which are Pillow's; FFmpeg knows the rest, whatever the name.
-PICTURES = re.compile(rb"GIF8|RIFF.{4}WEBP|\x89PNG|\xff\xd8\xff|BM.{4}\0\0\0\0", re.DOTALL)
-# Read is what holds video itself, and no list of other files that FFmpeg would follow.
-ALLOWED = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,"
-                               "ogg,mxf",
-           "protocol_whitelist": "file"}
-
-# FFmpeg's own decoders leave the transparency of these out.
-WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-
-# Before PyAV 19 it has to be asked for what 19 always does: metadata that is no UTF-8 does not
-# hinder a file from opening.
-ANY_METADATA: dict[str, Any] = (
+# Only formats that contain the video itself: FFmpeg would follow playlists to other files.
+FFMPEG_OPTIONS = {"protocol_whitelist": "file", "format_whitelist":
+                  "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf"}
+# Metadata that is not UTF-8 must not stop a file from opening. PyAV 19 has no such option: it
+# always replaces the wrong bytes.
+METADATA_OPTIONS: dict[str, Any] = (
     {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {})
+# FFmpeg's own decoders of these codecs ignore the alpha channel.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
-# Where Pillow puts what tells the orientation, and the orientations that swap width and height.
-EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
-LYING = (5, 6, 7, 8)
-
-# All but the first come from Pillow's parsers of broken files.
+TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)      # EXIF orientations that swap width and height
+# Pillow's parsers of damaged files raise all of these.
 PILLOW_ERRORS = (OSError, IndexError, SyntaxError, ValueError, struct.error,
                  Image.DecompressionBombError)
 
 
-def iter_frames(path: Path) -> Iterator[Picture]:
-    """Those of a clip, in the order of their times. Raises InputError where it cannot be read."""
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path}: no such file or folder, or no permission to read it")
+class TimedFrame(NamedTuple):
+    """A frame, shown from `start` to `end` (seconds from the start of the clip).
+
+    `decode()` returns its pixels as (h, w, 4) uint8 RGBA.
+    """
+
+    start: float
+    end: float
+    decode: Callable[[], np.ndarray]
+
+
+def iter_frames(path: Path) -> Iterator[TimedFrame]:
+    """Return an iterator over the frames of a video, animation or image folder, in time order.
+
+    Raises:
+        InputError: If the clip cannot be read; also later, while iterating.
+    """
+    check_readable(path)
     if path.is_dir():
-        return _folder_pictures(path)
-    return _animation_pictures(path) if _begins_as_picture(path) else _video_pictures(path)
+        return _folder_frames(path)
+    return _animation_frames(path) if _is_image_file(path) else _video_frames(path)
 
 
-def has_audio(path: str | os.PathLike) -> bool:
-    """Whether a clip that `read_video` can read has sound, which is not read."""
-    path = Path(path)
-    if path.is_dir() or _begins_as_picture(path):
+def has_audio(path: Path) -> bool:
+    """Return whether a clip has an audio track, which `read_video` ignores."""
+    check_readable(path)
+    if path.is_dir() or _is_image_file(path):
         return False
-    with _container(path) as container:
+    with _open_container(path) as container:
         return bool(container.streams.audio)
 
 
-def _begins_as_picture(path: Path) -> bool:
-    if not (path.is_file() and os.access(path, os.R_OK)):       # a pipe would be waited for
+def image_rgba(path: Path) -> np.ndarray:
+    """Return one image as (h, w, 4) uint8, turned by its EXIF orientation.
+
+    Raises:
+        InputError: If the image cannot be decoded.
+    """
+    with _open_image(path) as image:
+        if image.mode == "I;16":        # converting to RGBA alone would clip 16-bit gray to white
+            return _upright_rgba(image.convert("I").point(lambda level: level / 257).convert("L"))
+        return _upright_rgba(image)
+
+
+def _is_image_file(path: Path) -> bool:
+    """Return whether a file begins like an image that Pillow decodes."""
+    if not (path.is_file() and os.access(path, os.R_OK)):       # opening a pipe would block
         return False
     with open(path, "rb") as file:
-        return PICTURES.match(file.read(16)) is not None
+        return IMAGE_MAGIC.match(file.read(16)) is not None
 
 
-def _video_pictures(path: Path) -> Iterator[Picture]:
-    count, first, begin, end = 0, 0.0, -1.0, 0.0
+def _video_frames(path: Path) -> Iterator[TimedFrame]:
+    """Yield the frames of a video's first video stream."""
+    count, origin, start, end = 0, 0.0, -1.0, 0.0
     try:
-        with _container(path) as container:
+        with _open_container(path) as container:
             stream = next(iter(container.streams.video), None)
             if stream is None or stream.codec_context is None:
-                raise InputError(f"{path}: holds no video that is known; give a clip that plays")
-            # Theora decoded frame beside frame comes out spoiled now and then.
+                raise InputError(f"{path}: holds no video in a known codec. Encode it again")
+            # FFmpeg's Theora decoder sometimes returns damaged frames with several threads.
             stream.thread_type = "NONE" if stream.codec_context.name == "theora" else "AUTO"
-            promised = stream.codec_context.color_trc       # which decoding may take away
+            declared_transfer = stream.codec_context.color_trc      # decoding may reset it
             step = float(1 / (stream.average_rate or stream.guessed_rate or UNTIMED_FPS))
-            # AVI stores no presentation times; what FFmpeg makes up for it is out of order.
-            timed = container.format.name != "avi"
-            for count, frame in enumerate(_frames(path, container, stream), start=1):
-                stamp = frame.time if timed and frame.pts is not None else first + end
-                first = stamp if count == 1 else first
-                # Joined recordings start their clock again: go on where the last frame ended.
-                begin = stamp - first if stamp - first > begin else end
-                end = begin + step
-                yield begin, end, partial(_video_rgba, frame, promised)
+            # AVI stores no presentation times, and FFmpeg's substitutes are out of order.
+            has_times = container.format.name != "avi"
+            for count, frame in enumerate(_decode_stream(path, container, stream), start=1):
+                time = frame.time if has_times and frame.pts is not None else origin + end
+                origin = time if count == 1 else origin
+                # Joined recordings restart their clock: continue at the end of the last frame.
+                start = time - origin if time - origin > start else end
+                end = start + step
+                yield TimedFrame(start, end, partial(_video_rgba, frame, declared_transfer))
     except av.FFmpegError as error:
-        place, advice = (f"at about frame {count}, {end:.2f} s", "encode it again, or read only a "
-                         "part before that with a shorter duration") if count else (
-                         "from its start", "give a video that plays, or a folder of images")
-        raise InputError(f"{path}: cannot be decoded {place} ({error.strerror}): it is damaged, "
-                         f"cut short or not a video; {advice}") from error
+        place = f"at about frame {count}, {end:.2f} s" if count else "from its start"
+        raise InputError(f"{path}: cannot be decoded {place} ({error.strerror}). Give a video that "
+                         "plays, or a shorter duration") from error
 
 
 @contextmanager
-def _container(path: Path) -> Iterator[InputContainer]:
-    """An open video file, whose name FFmpeg does not see: it would guess by it what the file is."""
-    if not path.is_file():
-        raise InputError(f"{path}: is a device or a pipe; give a file, or a folder of images")
+def _open_container(path: Path) -> Iterator[InputContainer]:
+    """Open a video without its name, from which FFmpeg would guess the format."""
     with open(path, "rb") as file:
         unnamed = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
-        with av.open(unnamed, options=ALLOWED, **ANY_METADATA) as container:
+        with av.open(unnamed, options=FFMPEG_OPTIONS, **METADATA_OPTIONS) as container:
             yield container
 
 
-def _frames(path: Path, container: InputContainer, stream: VideoStream
-            ) -> Iterator[av.VideoFrame]:
-    """Those of a stream; at their end InputError, if the file ends within one, and a warning, if
-    it says that there are more."""
-    cut_short, count, hidden, end = False, 0, 0, 0.0
+def _decode_stream(path: Path, container: InputContainer, stream: VideoStream
+                   ) -> Iterator[av.VideoFrame]:
+    """Yield the frames of a stream, then check that it ends where its file declares.
+
+    Raises InputError if the file ends inside a frame, and warns if frames are missing.
+    """
+    is_cut, count, num_hidden, end = False, 0, 0, 0.0
     decoder: Any = stream.codec_context
-    if stream.metadata.get("alpha_mode") == "1" and (
-            WITH_ALPHA.get(decoder.name) in av.codecs_available):
-        decoder = av.CodecContext.create(WITH_ALPHA[decoder.name], "r")
+    alpha_decoder = ALPHA_DECODERS.get(decoder.name)
+    if stream.metadata.get("alpha_mode") == "1" and alpha_decoder in av.codecs_available:
+        decoder = av.CodecContext.create(alpha_decoder, "r")
     for packet in container.demux(stream):
-        cut_short = cut_short or packet.is_corrupt
-        hidden += packet.is_discard         # by an edit list
+        is_cut |= packet.is_corrupt
+        num_hidden += packet.is_discard             # by an edit list
         for frame in decoder.decode(packet):
             if frame.time is not None and frame.time_base is not None:
                 end = max(end, frame.time + float(frame.duration * frame.time_base))
             count += 1
             yield frame
-    if cut_short:
-        raise InputError(f"{path}: is cut short; give the whole file, or read only a part before "
-                         "its end with a shorter duration")
-    lasts = _promised(container, stream)
-    if 0 < count < stream.frames - hidden:
-        warnings.warn(f"{path}: promises {stream.frames} frames, but {count} could be decoded; the "
-                      "file may be cut short")
-    elif not stream.frames and end and lasts - end > 1.5 / (stream.average_rate or UNTIMED_FPS):
-        warnings.warn(f"{path}: promises {lasts:.2f} s, but ends at {end:.2f} s; the file may be "
-                      "cut short")
+    if is_cut:
+        raise InputError(f"{path}: is cut short. Give the whole file, or a shorter duration")
+    duration = _declared_duration(container, stream)
+    if 0 < count < stream.frames - num_hidden:
+        warnings.warn(f"{path}: may be cut short: {count} of {stream.frames} frames", stacklevel=2)
+    elif not stream.frames and end and duration - end > 1.5 / (stream.average_rate or UNTIMED_FPS):
+        warnings.warn(f"{path}: may be cut short: {end:.2f} of {duration:.2f} s", stacklevel=2)
 
 
-def _promised(container: InputContainer, stream: VideoStream) -> float:
-    """The end of a stream in seconds, as its file says; 0 where it does not."""
-    if "DURATION" in stream.metadata:       # Matroska's, 00:00:02.000000000
-        parts = stream.metadata["DURATION"].split(":")
-        if len(parts) == 3 and all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
-            hours, minutes, seconds = map(float, parts)
-            return 3600 * hours + 60 * minutes + seconds
-    alone = len(container.streams) == 1     # another may be longer
-    return (container.duration or 0) / av.time_base if alone else 0.0
+def _declared_duration(container: InputContainer, stream: VideoStream) -> float:
+    """Return the end of a stream in seconds as its file declares it, or 0 if it does not."""
+    matroska = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if matroska:
+        hours, minutes, seconds = map(float, matroska.groups())
+        return 3600 * hours + 60 * minutes + seconds
+    is_only_stream = len(container.streams) == 1    # the longest stream sets the file's duration
+    return (container.duration or 0) / av.time_base if is_only_stream else 0.0
 
 
-def _video_rgba(frame: av.VideoFrame, promised: int) -> np.ndarray:
-    """The transfer function is the frame's own, or, if it has none, what its container promised."""
-    transfer = promised if frame.color_trc == ColorTrc.UNSPECIFIED else frame.color_trc
+def _video_rgba(frame: av.VideoFrame, declared_transfer: int) -> np.ndarray:
+    """Return a video frame as (h, w, 4) uint8 sRGB, rotated upright.
+
+    The frame's own transfer function is used, or that of its container if the frame has none.
+    """
+    transfer = frame.color_trc if frame.color_trc != ColorTrc.UNSPECIFIED else declared_transfer
     if transfer in TRANSFERS:
-        known = frame.colorspace in (Colorspace.BT2020, Colorspace.ITU709)
+        has_matrix = frame.colorspace in (Colorspace.BT2020, Colorspace.ITU709)
         deep = frame.to_ndarray(format="rgba64le",
-                                src_colorspace=None if known else Colorspace.BT2020)
-        wide = frame.color_primaries != ColorPrimaries.BT709
-        rgb = tonemap_hdr_to_sdr(deep[..., :3], transfer, wide)
-        rgba = np.dstack([rgb, (deep[..., 3] // 256).astype(np.uint8)])
+                                src_colorspace=None if has_matrix else Colorspace.BT2020)
+        rgba: np.ndarray = (deep // 256).astype(np.uint8)
+        is_bt2020 = frame.color_primaries != ColorPrimaries.BT709
+        rgba[..., :3] = tonemap_hdr_to_sdr(deep[..., :3], transfer, is_bt2020)
     else:
         rgba = frame.to_ndarray(format="rgba")
     return np.rot90(rgba, round(frame.rotation / 90))
 
 
-def _animation_pictures(path: Path) -> Iterator[Picture]:
+def _animation_frames(path: Path) -> Iterator[TimedFrame]:
+    """Yield the frames of a gif, webp or animated png file."""
     end = 0.0
-    with _opened(path) as image:
+    with _open_image(path) as image:
         if image.format not in ("GIF", "WEBP") and not (
                 image.format == "PNG" and getattr(image, "is_animated", False)):
-            raise InputError(f"{path}: is a picture, not a clip; give a folder of them, or a video")
+            raise InputError(f"{path}: is a single image. Give a folder of images, or a video")
         for frame in ImageSequence.Iterator(image):
-            rgba = _upright(frame)      # also decodes, before which webp has no delay
-            begin = end
-            end = begin + (frame.info.get("duration") or 1000 / UNTIMED_FPS) / 1000
-            yield begin, end, partial(np.asarray, rgba)
+            rgba, start = _upright_rgba(frame), end     # a webp has no duration before decoding
+            end += (frame.info.get("duration") or 1000 / UNTIMED_FPS) / 1000
+            yield TimedFrame(start, end, partial(np.asarray, rgba))
 
 
-def _folder_pictures(folder: Path) -> Iterator[Picture]:
-    held = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-    names = ([name for name in held if name.lower().endswith(IMAGES)] or
-             [name for name in held if _begins_as_picture(folder / name)])
+def _folder_frames(folder: Path) -> Iterator[TimedFrame]:
+    """Yield the images of a folder in natural order (2 before 10)."""
+    entries = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+    names = ([name for name in entries if name.lower().endswith(IMAGE_SUFFIXES)] or
+             [name for name in entries if _is_image_file(folder / name)])
     if not names:
-        raise InputError(f"{folder}: holds no image; give a folder of {', '.join(IMAGES)} files")
+        raise InputError(f"{folder}: holds no image. Give a folder of {', '.join(IMAGE_SUFFIXES)}")
     names.sort(key=lambda name: [int(part) if part.isdecimal() else part
                                  for part in re.split(r"(\d+)", name)])
     sizes = set()
     for index, name in enumerate(names):
-        with _opened(folder / name) as image:
-            sizes.add(image.size[::-1] if _orientation(image) in LYING else image.size)
+        with _open_image(folder / name) as image:
+            sizes.add(_upright_size(image))
         if len(sizes) > 1:
-            raise InputError(f"{folder}: {name} differs in size from {names[0]}; "
-                             "the images of a folder must all have one size")
-        yield index / UNTIMED_FPS, (index + 1) / UNTIMED_FPS, partial(image_rgba, folder / name)
+            raise InputError(f"{folder}: {name} and {names[0]} differ in size. Give one size")
+        yield TimedFrame(index / UNTIMED_FPS, (index + 1) / UNTIMED_FPS,
+                         partial(image_rgba, folder / name))
 
 
-def image_rgba(path: Path) -> np.ndarray:
-    with _opened(path) as image:
-        if image.mode == "I;16":  # convert alone would clip 16-bit grey to white
-            image = image.convert("I").point(lambda level: level / 257).convert("L")
-        return _upright(image)
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the two sides of an image after its EXIF rotation, without decoding its pixels."""
+    with suppress(*PILLOW_ERRORS):                  # damaged EXIF data
+        # PngImageFile's own getexif decodes the pixels to search for EXIF data behind them.
+        if Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TRANSPOSED_ORIENTATIONS:
+            return image.height, image.width
+    return image.size
 
 
-def _upright(image: Image.Image) -> np.ndarray:
-    """(h, w, 4) uint8, turned as the camera was held."""
-    rgba = np.asarray(image.convert("RGBA"))
-    orientation = _orientation(image)
-    rgba = rgba.swapaxes(0, 1) if orientation in LYING else rgba
-    rgba = rgba[:, ::-1] if orientation in (2, 3, 6, 7) else rgba
-    return rgba[::-1] if orientation in (3, 4, 7, 8) else rgba
-
-
-def _orientation(image: Image.Image) -> Any:
-    """EXIF's, 1 to 8; 1 where there is none, or none that can be read."""
-    if EXIF.isdisjoint(image.info):     # else Pillow would decode a png to look for it
-        return 1
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except PILLOW_ERRORS:
-        return 1
+def _upright_rgba(image: Image.Image) -> np.ndarray:
+    """Return an image as (h, w, 4) uint8, turned by its EXIF orientation."""
+    rgba = image.convert("RGBA")
+    with suppress(*PILLOW_ERRORS):                  # damaged EXIF data
+        ImageOps.exif_transpose(rgba, in_place=True)
+    return np.asarray(rgba)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image. The errors of Pillow's decoders become InputError."""
     try:
         with Image.open(path) as image:
             yield image
-    except InputError:
-        raise
     except PILLOW_ERRORS as error:
-        raise InputError(f"{path}: cannot be decoded ({error}); it is damaged, cut short or not "
-                         "what its name says; give one that opens elsewhere") from error
+        if isinstance(error, InputError):           # which is a ValueError
+            raise
+        raise InputError(f"{path}: cannot be decoded ({error}). Give an intact image") from error

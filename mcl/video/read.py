@@ -81,9 +81,9 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
     if len(set(indices)) < num_frames:
         warnings.warn(f"{path}: there are only {len(set(indices))} different frames for "
                       f"{num_frames}; some are repeated", stacklevel=2)
-    frames = {index: _resize(_composite_on_black(rgba()), size, fit)
-              for index, (_, _, rgba) in zip(range(indices[-1] + 1), iter_frames(path))
-              if index in indices}
+    timed_frames = zip(range(indices[-1] + 1), iter_frames(path), strict=False)
+    frames = {index: _resize(_composite_on_black(frame.decode()), size, fit)
+              for index, frame in timed_frames if index in indices}
     return torch.cat([frames[index] for index in indices])
 
 
@@ -125,10 +125,11 @@ def _frame_times(path: Path, stop: float) -> tuple[list[float], float]:
     """Return the start times of the frames before `stop`, and `stop` or the end of the video."""
     start_times: list[float] = []
     end = 0.0
-    for start, end, _ in iter_frames(path):
-        if start >= stop:
+    for frame in iter_frames(path):
+        if frame.start >= stop:
             return start_times, stop
-        start_times.append(start)
+        start_times.append(frame.start)
+        end = frame.end
     if not start_times:
         raise InputError(f"{path}: no frame can be decoded. Give a video that plays")
     return start_times, min(stop, end)

@@ -1,5 +1,4 @@
 """The tokenizer against transformers' CLIPTokenizer and against OpenAI's rule (regex, ftfy)."""
-
 import gzip
 import hashlib
 import html
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from mcl.networks import tokenizer as module
-from mcl.networks.tokenizer import Tokenizer, clean
+from mcl.networks.tokenizer import Tokenizer, normalize_text
 
 START, END = 49406, 49407
 SPACES = [" ", "  ", "\t", "\n", "\r\n", "\f", "\u00a0", "\u1680", "\u2003", "\u2028", "\u202f",
@@ -65,7 +64,7 @@ def openai_pattern():
 
 
 @pytest.fixture(scope="module")
-def openai_clean():
+def openai_normalize():
     ftfy, regex = pytest.importorskip("ftfy"), pytest.importorskip("regex")
 
     def rule(text):
@@ -75,7 +74,7 @@ def openai_clean():
 
 
 def prompts(fragments, count, seed):
-    """Texts of 0 to 12 fragments, with and without white space between."""
+    """Yield texts of 0 to 12 fragments, with and without white space between them."""
     rng = random.Random(seed)
     for _ in range(count):
         gaps = ["", " ", rng.choice(SPACES)]
@@ -86,7 +85,7 @@ def pieces(tokenizer, text):
     return [piece for piece, _ in tokenizer.split(text)]
 
 
-def test_the_merges_file_is_openais():
+def test_merges_file_is_openais():
     digest = hashlib.sha256(module.MERGES.read_bytes()).hexdigest()
     assert digest == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
@@ -94,26 +93,26 @@ def test_the_merges_file_is_openais():
 @pytest.mark.parametrize("text, ids", [
     ("", []), (" \n", []), ("a photo of a cat", [320, 1125, 539, 320, 2368]),
     ("!", [256]), ("in", [530]), ("<|startoftext|> a <|EndOfText|>", [START, 320, END])])
-def test_known_ids(tokenizer, text, ids):
+def test_known_texts_have_known_ids(tokenizer, text, ids):
     assert tokenizer.encode(text) == ids
     assert tokenizer(text).tolist() == [[START, *ids, *[END] * (76 - len(ids))]]
 
 
 def test_ids_equal_transformers(tokenizer, transformers_tokenizer):
-    # Unicode 3.2: every package at hand knows these characters.
-    old = [char for char in map(chr, range(sys.maxunicode + 1))
-           if unicodedata.ucd_3_2_0.category(char) not in ("Cn", "Cs", "Cc", "Co")
-           and clean(char) == unicodedata.normalize("NFC", char).lower().strip()
-           and char not in "\u017f\u0345\u03a3"]
-    mixed = FRAGMENTS * 20 + random.Random(0).sample(old, 1000)
+    # Unicode 3.2: every package knows these characters.
+    characters = [char for char in map(chr, range(sys.maxunicode + 1))
+                  if unicodedata.ucd_3_2_0.category(char) not in ("Cn", "Cs", "Cc", "Co")
+                  and normalize_text(char) == unicodedata.normalize("NFC", char).lower().strip()
+                  and char not in "\u017f\u0345\u03a3"]
+    mixed = FRAGMENTS * 20 + random.Random(0).sample(characters, 1000)
     texts = [*prompts(FRAGMENTS, 2000, seed=1), *prompts(mixed, 2000, seed=2)]
     expected = transformers_tokenizer(texts, padding="max_length", max_length=77, truncation=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokens = tokenizer(texts)
-    assert len(old) > 40000
-    assert [text for text, ours, theirs in zip(texts, tokens.tolist(), expected["input_ids"])
-            if ours != theirs] == []
+    assert len(characters) > 40000
+    assert [text for text, ids, expected_ids in zip(texts, tokens.tolist(), expected["input_ids"])
+            if ids != expected_ids] == []
 
 
 @pytest.mark.parametrize("text", [
@@ -121,63 +120,63 @@ def test_ids_equal_transformers(tokenizer, transformers_tokenizer):
     "a\x0bb", "\u039f\u0394\u039f\u03a3", "<|ENDOFTEXT|>", "!<|endoftext|>",
     "'\u017f", "x\u0345"])
 def test_differences_from_transformers_are_openais_rule(
-        tokenizer, transformers_tokenizer, openai_clean, openai_pattern, text):
+        tokenizer, transformers_tokenizer, openai_normalize, openai_pattern, text):
     assert tokenizer.encode(text) != transformers_tokenizer(text)["input_ids"][1:-1]
-    assert pieces(tokenizer, text) == openai_pattern.findall(openai_clean(text))
+    assert pieces(tokenizer, text) == openai_pattern.findall(openai_normalize(text))
 
 
-def test_the_pattern_is_openais_on_every_character(openai_pattern):
-    # What this Python does not know, `regex` may.
+def test_pattern_equals_openais_on_every_character(openai_pattern):
+    # `regex` may know characters that this Python does not know.
     known = [char for char in map(chr, range(sys.maxunicode + 1))
              if unicodedata.category(char) != "Cn"]
-    for joint in ("", " ", "a", "1", "!"):
-        text = joint.join(known)
-        assert module._pieces(text) == openai_pattern.findall(text)
+    for separator in ("", " ", "a", "1", "!"):
+        text = separator.join(known)
+        assert module._pretokenize(text) == openai_pattern.findall(text)
 
 
-def test_the_pattern_is_openais_on_raw_text(openai_pattern):
-    sharp = [*"aSsTtReVmLlDd1\u00bd'''<|>! \t\x1c\x85\u0345\u017f\u0301\u0130", "<|startoftext|>",
-             "<|EndOfText|>", "<|\u017ftartoftext|>"]
-    texts = [*prompts(sharp, 3000, seed=3), *prompts(FRAGMENTS + FTFY_FRAGMENTS, 1000, seed=4)]
-    assert [t for t in texts if module._pieces(t) != openai_pattern.findall(t)] == []
+def test_pattern_equals_openais_on_raw_text(openai_pattern):
+    fragments = [*"aSsTtReVmLlDd1\u00bd'''<|>! \t\x1c\x85\u0345\u017f\u0301\u0130",
+                 "<|startoftext|>", "<|EndOfText|>", "<|\u017ftartoftext|>"]
+    texts = [*prompts(fragments, 3000, seed=3), *prompts(FRAGMENTS + FTFY_FRAGMENTS, 1000, seed=4)]
+    assert [t for t in texts if module._pretokenize(t) != openai_pattern.findall(t)] == []
 
 
-def test_cleaned_pieces_are_openais(tokenizer, openai_clean, openai_pattern):
+def test_pieces_of_normalized_text_equal_openais(tokenizer, openai_normalize, openai_pattern):
     texts = list(prompts(FTFY_FRAGMENTS, 2000, seed=5))
-    # With a `<` ftfy leaves entities to a later step; that is a documented difference.
+    # In a text with `<`, ftfy leaves entities to a later step: a documented difference.
     texts = [text for text in texts if "<" not in text or "&" not in text]
     assert len(texts) > 1000
     assert [text for text in texts
-            if pieces(tokenizer, text) != openai_pattern.findall(openai_clean(text))] == []
+            if pieces(tokenizer, text) != openai_pattern.findall(openai_normalize(text))] == []
 
 
-def test_every_character_is_cleaned_as_by_ftfy(openai_clean):
+def test_every_character_is_normalized_as_by_ftfy(openai_normalize):
     different = {char for char in map(chr, range(0x10000))
                  if unicodedata.category(char) != "Cn"
-                 and clean(f"x{char}y") != openai_clean(f"x{char}y")}
-    # The C1 controls that Windows-1252 uses for signs, and U+FB05.
+                 and normalize_text(f"x{char}y") != openai_normalize(f"x{char}y")}
+    # C1 controls that Windows-1252 uses for signs, and U+FB05.
     unused = {0x81, 0x8D, 0x8F, 0x90, 0x9D}
     assert different == {"\ufb05", *map(chr, {*range(0x80, 0xA0)} - unused)}
 
 
-@pytest.mark.parametrize("text, ours, openais", [
+@pytest.mark.parametrize("text, normalized, openais", [
     ("caf\u00c3\u00a9", "caf\u00e3\u00a9", "caf\u00e9"),
     ("\x1b[31mred", "[31mred", "red"),
     ("\ufb05", "st", "\u017ft"),
     ("P&EACUTE;", "p&eacute;", "p\u00e9"),
     ("&amp;amp;amp;", "&amp;", "&"),
     ("&ldquo; <", '" <', "\u201c <")])
-def test_documented_differences_from_openai(openai_clean, text, ours, openais):
-    assert clean(text) == ours
-    assert openai_clean(text) == openais
+def test_documented_differences_from_openai(openai_normalize, text, normalized, openais):
+    assert normalize_text(text) == normalized
+    assert openai_normalize(text) == openais
 
 
 def test_surrogates_are_paired_or_replaced():
-    assert clean("\ud83d\udc08 \ud83d \udc08") == "\U0001f408 \ufffd \ufffd"
+    assert normalize_text("\ud83d\udc08 \ud83d \udc08") == "\U0001f408 \ufffd \ufffd"
 
 
 @pytest.mark.parametrize("count", [0, 1, 74, 75])
-def test_a_prompt_that_fits_is_whole(tokenizer, count):
+def test_prompt_of_75_tokens_or_fewer_is_complete(tokenizer, count):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokens = tokenizer(" cat" * count)
@@ -185,7 +184,7 @@ def test_a_prompt_that_fits_is_whole(tokenizer, count):
 
 
 @pytest.mark.parametrize("words", [["dog"], ["Dog,", "RED &amp;"], ["dog"] * 225])
-def test_a_long_prompt_keeps_its_end_and_warns_of_the_rest(tokenizer, words):
+def test_long_prompt_is_cut_and_the_dropped_words_are_in_a_warning(tokenizer, words):
     with pytest.warns(UserWarning) as caught:
         tokens = tokenizer("cat\n" * 75 + "\n".join(words))
     dropped = " ".join(words).lower().replace(",", " ,").replace("&amp;", "&")
@@ -195,31 +194,31 @@ def test_a_long_prompt_keeps_its_end_and_warns_of_the_rest(tokenizer, words):
     assert f"{75 + len(dropped.split())} tokens" in str(caught[0].message)
 
 
-def test_a_word_cut_in_the_middle_is_reported(tokenizer):
+def test_word_that_is_cut_in_the_middle_is_in_the_warning(tokenizer):
     assert len(tokenizer.encode("zxqv")) > 1
     with pytest.warns(UserWarning, match="dropped: zxqv$"):
         tokens = tokenizer("cat " * 74 + "zxqv")
     assert tokens[0, 75] == tokenizer.encode("zxqv")[0] and tokens[0, 76] == END
 
 
-def test_batches(tokenizer):
+def test_several_prompts_make_a_batch(tokenizer):
     tokens = tokenizer(["a cat", ""])
     assert tokens.dtype == torch.int64 and tokens.shape == (2, 77)
     assert torch.equal(tokens, torch.cat([tokenizer("a cat"), tokenizer("")]))
     assert tokenizer([]).shape == (0, 77)
 
 
-def test_split_finds_the_positions_of_a_word(tokenizer):
+def test_split_gives_the_positions_of_a_word(tokenizer):
     split = tokenizer.split("It\u2019s a ZXQV, caf\u00e9!!")
     assert [piece for piece, _ in split] == ["it", "'s", "a", "zxqv", ",", "caf\u00e9", "!!"]
-    before = 1 + sum(len(ids) for _, ids in split[:3])
+    start = 1 + sum(len(ids) for _, ids in split[:3])
     row = tokenizer("It\u2019s a ZXQV, caf\u00e9!!")[0]
-    assert tokenizer.decode(row[before:before + len(split[3][1])]) == "zxqv"
+    assert tokenizer.decode(row[start:start + len(split[3][1])]) == "zxqv"
     split[3][1].clear()
     assert tokenizer.encode("zxqv") != []
 
 
-def test_decode_gives_the_pieces_back(tokenizer):
+def test_decode_returns_the_pieces(tokenizer):
     for text in prompts(FRAGMENTS[:-2], 300, seed=6):
         words = pieces(tokenizer, text)
         assert tokenizer.decode(tokenizer.encode(text)) == " ".join(words)
@@ -227,10 +226,10 @@ def test_decode_gives_the_pieces_back(tokenizer):
     assert tokenizer.decode([tokenizer.encode("\U0001f408")[0]]).endswith("\ufffd")
 
 
-@pytest.mark.parametrize("wrong", [-1, 49408])
-def test_decode_refuses_an_id_out_of_range(tokenizer, wrong):
-    with pytest.raises(ValueError, match=f"{wrong} is outside 0 to 49407"):
-        tokenizer.decode([320, wrong])
+@pytest.mark.parametrize("invalid", [-1, 49408])
+def test_decode_rejects_an_id_out_of_range(tokenizer, invalid):
+    with pytest.raises(ValueError, match=f"{invalid} is out of range: it must be 0 to 49407"):
+        tokenizer.decode([320, invalid])
 
 
 def damaged_files():
@@ -249,7 +248,7 @@ def damaged_files():
 
 
 @pytest.mark.parametrize("name, data", list(damaged_files()), ids=lambda value: str(value)[:13])
-def test_a_damaged_merges_file_is_named(monkeypatch, tmp_path, name, data):
+def test_damaged_merges_file_is_named(monkeypatch, tmp_path, name, data):
     path = tmp_path / "merges.gz"
     path.write_bytes(data)
     monkeypatch.setattr(module, "MERGES", path)
@@ -257,7 +256,7 @@ def test_a_damaged_merges_file_is_named(monkeypatch, tmp_path, name, data):
         Tokenizer()
 
 
-def test_a_missing_merges_file_is_named(monkeypatch, tmp_path):
+def test_missing_merges_file_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "MERGES", tmp_path / "none.gz")
     with pytest.raises(ValueError, match="none.gz is not CLIP's merges file"):
         Tokenizer()

@@ -1,0 +1,232 @@
+"""Containers: nothing in a pickle runs, and what is no checkpoint is told what it is."""
+import io
+import os
+import pickle
+import zipfile
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mcl import InputError
+from mcl.checkpoints.pickles import TensorUnpickler
+from mcl.checkpoints.containers import find_weights, open_checkpoint
+
+from tests.foreign import convert
+
+
+class Hostile:
+    """What runs when it is unpickled: calls, and attributes that are set."""
+
+    def __init__(self, function, *argv):
+        self.call = function, argv
+
+    def __reduce__(self):
+        return self.call
+
+
+def attacks(mark):
+    return [Hostile(os.system, f"touch {mark}"),
+            Hostile(exec, f"open({str(mark)!r}, 'w')"),
+            Hostile(eval, f"open({str(mark)!r}, 'w')"),
+            Hostile(getattr, Hostile(__import__, "os"), "system"),
+            Hostile(os.mkdir, str(mark))]
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_hostile_pickle_runs_nothing(new, tmp_path):
+    mark = tmp_path / "ran"
+    file = tmp_path / "hostile.ckpt"
+    for attack in attacks(mark):
+        torch.save({"state_dict": {"w": torch.arange(3.0), "x": attack}, "y": [attack]}, file,
+                   _use_new_zipfile_serialization=new)
+        found = open_checkpoint(file)
+        assert torch.equal(found.tensors["w"].read(), torch.arange(3.0))
+        assert list(found.tensors) == ["w"] and found.others == ("y", "x")
+        convert("--check", file)
+        assert not mark.exists()
+    torch.load(file, weights_only=False)            # and this is what it would have done
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("code", [
+    b"cos\nsystem\n(S'touch {}'\ntR.", b"(S'touch {}'\nios\nsystem\n.",
+    b"(cos\nsystem\nS'touch {}'\no.", b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.",
+    b"\x80\x04\x8c\x0bcollections\x8c\x0bOrderedDict\x93)R}\x8c\x0c__setstate__cos\nsystem\nsb."])
+def test_no_instruction_of_pickles_reaches_a_function(code, tmp_path, monkeypatch):
+    mark = tmp_path / "ran"
+    monkeypatch.setattr(os, "system", lambda *_: mark.touch())
+    file = tmp_path / "x.ckpt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data.pkl", code.replace(b"{}", str(mark).encode()))
+    open_checkpoint(file)
+    assert not mark.exists()
+
+
+class OddList(list):
+    pass
+
+
+class OddDict(dict):
+    pass
+
+
+def test_foreign_objects_of_every_shape_are_passed_over(tmp_path):
+    odd_list, odd_dict = OddList([1, torch.zeros(2), 3]), OddDict(a=1, b=torch.zeros(3))
+    odd_list.more = odd_dict
+    content = {"list": odd_list, "dict": odd_dict, "score": numpy.float64(0.5),
+               "array": numpy.zeros(3), "set": {1, 2}, "w": torch.ones(2), "one": OddList([1]),
+               "dtype": torch.float16, "size": torch.Size([1]), "path": tmp_path}
+    for new in (True, False):
+        torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+        found = open_checkpoint(tmp_path / "x.pt")
+        assert list(found.tensors) == ["w"] and len(found.others) == len(content) - 1
+
+
+def test_an_archive_that_wants_a_password_is_refused(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    for start, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = data.find(start)
+        while place >= 0:
+            data[place + flags] |= 1
+            place = data.find(start, place + 1)
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(InputError, match="x.pt: truncated or damaged .*password"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("names, chosen", [
+    (["model.bin", "model.safetensors"], "model.safetensors"),
+    (["model.safetensors", "model.fp16.safetensors"], "model.safetensors"),
+    (["pytorch_model.bin", "model.fp16.safetensors"], "model.fp16.safetensors"),
+    (["pytorch_model.fp16.bin", "x.bin"], "pytorch_model.fp16.bin"),
+    (["model.fp16.safetensors.index.json"], "shard"),
+    (["model.safetensors.index.fp16.json"], "shard"),
+    (["pytorch_model.bin.index.json", "other.safetensors"], "shard")])
+def test_which_weights_of_a_folder_are_read(names, chosen, tmp_path):
+    for name in names:
+        (tmp_path / name).write_text('{"weight_map": {"w": "shard"}}')
+    (tmp_path / "shard").touch()
+    assert find_weights(tmp_path) == [tmp_path / chosen]
+
+
+def test_only_tensors_are_made():
+    found = TensorUnpickler(io.BytesIO(), None)
+    for module, name in (("builtins", "getattr"), ("torch", "load"), ("torch._utils", "__dict__"),
+                         ("collections", "OrderedDict.fromkeys"), ("mcl.files", "shutil.rmtree")):
+        stand_in = found.find_class(module, name)
+        assert stand_in.__name__ == "StandIn" and stand_in()(1, a=2) is not None
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_tensors_of_every_layout_are_read_as_they_were(new, tmp_path):
+    whole = torch.randn(6, 5)
+    tensors = {"slice": whole[2:4, 1:3], "transposed": whole.T, "empty": torch.zeros(0, 3),
+               "scalar": torch.tensor(2.5), "whole": whole, "long": torch.arange(4),
+               "half": whole.half(), "bf16": whole.bfloat16(), "bool": whole > 0,
+               "parameter": torch.nn.Parameter(whole)}
+    torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+    found = open_checkpoint(tmp_path / "x.pt").tensors
+    assert found.keys() == tensors.keys()
+    for name, t in tensors.items():
+        assert found[name].shape == t.shape and found[name].dtype == t.dtype
+        assert torch.equal(found[name].read(), t.detach())
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
+    torch.save({"w": torch.zeros(4)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "y.pt", "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data.replace(b"K\x04\x85", b"K\x09\x85"))
+    with pytest.raises(InputError, match="y.pt: truncated or damaged .* cannot hold"):
+        open_checkpoint(tmp_path / "y.pt")
+
+
+def test_precisions_of_safetensors(tmp_path):
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+             torch.int64, torch.uint8, torch.bool]
+    save_file({str(kind): torch.ones(2, dtype=kind) for kind in kinds}, tmp_path / "x.safetensors")
+    found = open_checkpoint(tmp_path / "x.safetensors").tensors
+    assert all(found[str(kind)].dtype == kind == found[str(kind)].read().dtype for kind in kinds)
+
+
+def files(folder):
+    """Files that are no weights: {name: bytes}."""
+    save_file({"w": torch.zeros(100)}, folder / "good.safetensors")
+    torch.save({"w": torch.zeros(100)}, folder / "good.ckpt")
+    torch.save({"w": torch.zeros(100)}, folder / "old.ckpt", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
+        archive.writestr("a.png", b"a picture")
+    good, new, old = ((folder / name).read_bytes()
+                      for name in ("good.safetensors", "good.ckpt", "old.ckpt"))
+    return {
+        "empty.ckpt": b"", "page.safetensors": b"\n<!DOCTYPE html><title>404</title>",
+        "pointer.ckpt": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n",
+        "readme.ckpt": ("x" + "è" * 3000).encode(), "image.ckpt": b"\x89PNG\r\n\0\0" * 9,
+        "header.safetensors": good[:20], "cut.safetensors": good[:-9], "cut.ckpt": new[:-90],
+        "cut_old.ckpt": old[:-9], "cut_pickle.ckpt": old[:60],
+        "photos.ckpt": (folder / "photos.zip").read_bytes(), "list.ckpt": None}
+
+
+@pytest.mark.parametrize("name, message", [
+    ("empty.ckpt", "an empty file"), ("page.safetensors", "an HTML page"),
+    ("pointer.ckpt", "a git-lfs pointer"), ("readme.ckpt", "a text file"),
+    ("image.ckpt", "neither safetensors nor a PyTorch checkpoint"),
+    ("header.safetensors", "truncated or damaged"), ("cut.safetensors", "truncated or damaged"),
+    ("cut.ckpt", "truncated or damaged"), ("cut_old.ckpt", "truncated or damaged"),
+    ("cut_pickle.ckpt", "truncated or damaged"),
+    ("photos.ckpt", "a zip archive, but not a PyTorch checkpoint"),
+    ("list.ckpt", "a checkpoint without tensors"), ("none.ckpt", "no such file")])
+def test_what_is_no_checkpoint_is_told_what_it_is(name, message, tmp_path, capsys):
+    torch.save([torch.zeros(2)], tmp_path / "list.ckpt")
+    content = files(tmp_path).get(name)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert convert("--base", tmp_path / name, "--out", tmp_path / "out.safetensors") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / name}: {message}") and error.count("\n") == 1
+
+
+def test_a_tensor_whose_bytes_are_damaged_is_refused_when_read(tmp_path):
+    torch.save({"w": torch.arange(100.0)}, tmp_path / "x.ckpt")
+    data = bytearray((tmp_path / "x.ckpt").read_bytes())
+    place = data.find(torch.tensor([41.0, 42.0]).numpy().tobytes())
+    data[place] ^= 255
+    (tmp_path / "x.ckpt").write_bytes(data)
+    tensor = open_checkpoint(tmp_path / "x.ckpt").tensors["w"]
+    with pytest.raises(InputError, match="x.ckpt: truncated or damaged .*CRC"):
+        tensor.read()
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / "config.json").write_text("{}")
+    for text, message in (
+            ('{"weight_map": {"w": "../../model-00001-of-00001.safetensors"}}',
+             f"{tmp_path}/model-00001-of-00001.safetensors: this shard, which"),
+            ("{}", "has no weight_map"), ("[]", "a JSON object"), ("{", "not JSON")):
+        index.write_text(text)
+        with pytest.raises(InputError, match=message):
+            open_checkpoint(tmp_path)
+    index.unlink()
+    with pytest.raises(InputError, match="a folder without weights"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for i in "ab":
+        save_file({"w": torch.zeros(1)}, tmp_path / f"{i}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}')
+    with pytest.raises(InputError, match="w is in another shard too"):
+        open_checkpoint(tmp_path)
+
+
+def test_plain_pickles_are_no_checkpoints(tmp_path):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(InputError, match="neither safetensors nor"):
+        open_checkpoint(tmp_path / "x.pkl")

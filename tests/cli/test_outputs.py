@@ -1,0 +1,90 @@
+"""The command destroys no file: inputs, files that it did not write, devices."""
+import itertools
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from mcl.cli.sample import main
+from mcl.files import FOLDER_MARKER, is_mcl_record
+
+REFERENCE = Path(__file__).parents[2] / "examples" / "figure_eight.mp4"
+QUICK = ["--steps", "2", "--guidance-steps", "1", "--size", "64x64"]
+
+
+def run(*argv):
+    return main([str(argument) for argument in (*argv, "--prompt", "a star", *QUICK)])
+
+
+def snapshot(folder):
+    """Return all names below a folder with their type and content."""
+    return {str(path.relative_to(folder)): (stat.S_IFMT(path.lstat().st_mode),
+                                            path.read_bytes() if path.is_file() else None)
+            for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def user_files(tmp_path, monkeypatch):
+    """A clip under several names, and files and folders that this program did not write."""
+    shutil.copy(REFERENCE, tmp_path / "clip.mp4")
+    os.link(tmp_path / "clip.mp4", tmp_path / "hard.mp4")
+    (tmp_path / "soft.mp4").symlink_to("clip.mp4")
+    (tmp_path / "x").mkdir()
+    iio.imwrite(tmp_path / "x" / "clip.gif", np.zeros((4, 16, 16, 3), np.uint8))
+    for name in ("frames", "a-0.mp4.json", "maps"):
+        (tmp_path / name).mkdir()
+        iio.imwrite(tmp_path / name / "00000.png", np.zeros((16, 16, 3), np.uint8))
+    (tmp_path / "package.json").write_text("{}")
+    (tmp_path / "taken.mp4.json").write_text('{"name": "mine"}')
+    (tmp_path / "b-compare.mp4").write_bytes(b"mine")
+    (tmp_path / "c-1.mp4").write_bytes(b"mine")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("argv", [
+    *(["--ref", ref, "--out", out] for ref, out in itertools.product(
+        ("clip.mp4", "hard.mp4", "soft.mp4", "x/../clip.mp4"), ("clip.mp4", "./hard.mp4"))),
+    ["--ref", "x/clip.gif", "--out", "x/clip.gif"], ["--ref", "frames", "--out", "frames"],
+    ["--ref", "b-compare.mp4", "--out", "b.mp4", "--compare"],
+    ["--ref", "clip.mp4", "--out", "n.mp4", "--save-motion", "hard.mp4"],
+    ["--ref", "clip.mp4", "--out", "frames"], ["--ref", "clip.mp4", "--out", "pipe.mp4"],
+    ["--ref", "clip.mp4", "--out", "n.mp4", "--maps", "maps"],
+    ["--ref", "clip.mp4", "--out", "n.mp4", "--maps", "n.mp4"],
+    ["--ref", "clip.mp4", "--out", "taken.mp4"], ["--ref", "clip.mp4", "--out", "a-0.mp4"],
+    ["--ref", "clip.mp4", "--out", "b.mp4", "--compare"],
+    ["--ref", "clip.mp4", "--out", "c.mp4", "--num-samples", "2"],
+    *(["--ref", "clip.mp4", "--out", out] for out in (
+        "", ".", "-", ".mp4", "x", "n" * 251 + ".mp4", "n\0.mp4", "none/a.mp4"))])
+def test_a_run_that_would_destroy_a_file_is_rejected_before_any_work(user_files, capsys, argv):
+    before = snapshot(user_files)
+    assert run(*argv) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: ") and snapshot(user_files) == before
+
+
+def test_jobs_that_would_write_the_same_file_are_rejected(user_files, capsys):
+    for first, second in (("n.gif", "x/../n.gif"), ("n.mp4", "n.mp4"), ("m.mp4", "clip.mp4")):
+        Path("jobs").write_text("\n".join(json.dumps({"out": out}) for out in (first, second)))
+        before = snapshot(user_files)
+        assert run("--jobs", "jobs", "--ref", "clip.mp4") == 2 and snapshot(user_files) == before
+        assert "of jobs, line 2 another name" in capsys.readouterr().err
+    Path("jobs").write_text("\n".join(json.dumps({"out": out, "save_motion": "m"})
+                                      for out in ("n.mp4", "o.mp4")))
+    assert run("--jobs", "jobs", "--ref", "clip.mp4") == 2
+    assert "m: is also written by --save-motion of jobs, line 1." in capsys.readouterr().err
+
+
+def test_files_that_this_program_wrote_are_replaced(user_files):
+    for _ in range(2):
+        assert run("--ref", "clip.mp4", "--out", "new", "--compare", "--maps", "report") == 0
+        assert run("--ref", "clip.mp4", "--out", "package.mp4", "--num-samples", 2) == 0
+    assert Path("package.json").read_text() == "{}" and is_mcl_record(Path("package-1.mp4.json"))
+    assert {FOLDER_MARKER, "00015.png"} < {path.name for path in Path("new").iterdir()}
+    assert not list(user_files.rglob(".*.new.*"))

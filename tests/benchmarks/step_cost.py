@@ -2,12 +2,12 @@
 
     python tests/benchmarks/step_cost.py --model sd15 --frames 16 8 24 --sizes 256 384 512
 
-Prints a Markdown table of arithmetic, time and memory for a forward pass of the UNet, a step without
-guidance and a step with it. The weights are random, because the cost does not depend on them. The
-first length is combined with every size, and the first size with every length. The arithmetic is
-counted at every size on tensors without data. Steps that would take too long, or do not fit into
-memory, are extrapolated from the largest that were measured: time by arithmetic, memory by the
-number of latent elements.
+Prints a Markdown table of arithmetic, time and memory for a forward pass of the UNet, a step
+without guidance and a step with it. The weights are random, because the cost does not depend on
+them. The first length is combined with every size, and the first size with every length. The
+arithmetic is counted at every size on tensors without data. Steps that would take too long, or do
+not fit into memory, are extrapolated from the largest that were measured: time by arithmetic,
+memory by the number of latent elements.
 """
 import argparse
 import ctypes
@@ -130,7 +130,7 @@ def count_step_flops(config: ModelConfig, settings: SampleConfig, gradient_check
 
 def time_call(action: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that an action takes on a device."""
-    synchronize = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
+    synchronize = getattr(torch, device.type).synchronize
     synchronize()
     start = time.perf_counter()
     action()

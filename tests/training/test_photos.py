@@ -16,10 +16,25 @@ from weights.training.clip_metrics import measure, track
 from weights.training.clips import VOCABULARY, caption, shade
 from weights.training.data import LatentClips, random_frames
 from weights.training.held_out import CAMERAS, PATHS, emoji_cases, held_out_cases
-from weights.training.photos import (BACKGROUND_SIZE, camera_shake, find_photos,
-                                     procedural_background, random_photo_scene, read_photo)
-from weights.training.scenes import (BACKGROUNDS, COLORS, EMOJI, FONT, TEXTURES, Scene, emoji_sprite,
-                                     projected_center, render)
+from weights.training.photos import (
+    BACKGROUND_SIZE,
+    camera_shake,
+    find_photos,
+    procedural_background,
+    random_photo_scene,
+    read_photo,
+)
+from weights.training.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    EMOJI,
+    FONT,
+    TEXTURES,
+    Scene,
+    emoji_sprite,
+    projected_center,
+    render,
+)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ def random_frames(seed: int, count: int, photos: Sequence[Path]) -> tuple[Tensor
     rng = np.random.default_rng([7, seed])
     scenes = [random_photo_scene(rng, NUM_FRAMES, photos)
               for _ in range(math.ceil(count / FRAMES_PER_SCENE))]
-    frames = [render(select_frames(s, rng.permutation(NUM_FRAMES)[:FRAMES_PER_SCENE].tolist()), SIZE)
-              for s in scenes]
+    frames = [render(select_frames(s, indices[:FRAMES_PER_SCENE].tolist()), SIZE)
+              for s in scenes for indices in (rng.permutation(NUM_FRAMES),)]
     captions = [caption(s, rng) for _ in range(FRAMES_PER_SCENE) for s in scenes]
     return rearrange(frames, "n f c h w -> (f n) c h w")[:count], captions[:count]
 

@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
                    nargs="*", default=[], metavar="NAME=JSON",
                    help="settings in place of the model's own, such as steps=50")
     p.add_argument("--out", type=Path, help="file of the records; an existing one is continued")
-    p.add_argument("--save", type=Path, help="existing folder for the clips beside their references")
+    p.add_argument("--save", type=Path, help="existing folder for clips beside their references")
     return exit_code_of(lambda: run(p.parse_args(argv)))
 
 

@@ -251,8 +251,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Run all stages."""
-    params = Hyperparameters(**{f.name: getattr(args, f.name)
-                                for f in dataclasses.fields(Hyperparameters)})
+    names = [f.name for f in dataclasses.fields(Hyperparameters)]
+    params = Hyperparameters(**{name: getattr(args, name) for name in names})
     device, out = str(resolve_device(args.device)), args.out
     if not out.is_dir():
         check_writable(out, is_folder=True)

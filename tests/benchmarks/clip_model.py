@@ -160,5 +160,4 @@ def infer_clip_configs(path: Path, tensors: Mapping[str, Tensor]
     positions = len(tensors["vision_model.embeddings.position_embedding.weight"])
     vision = CLIPVisionConfig(patch_size=patch_size, patches_per_side=math.isqrt(positions - 1),
                               **sizes["vision_model"])
-    return (CLIPTextConfig(**sizes["text_model"]), vision,
-            len(tensors["text_projection.weight"]))
+    return (CLIPTextConfig(**sizes["text_model"]), vision, len(tensors["text_projection.weight"]))

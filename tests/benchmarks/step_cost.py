@@ -192,7 +192,7 @@ def format_row(cost: StepCost) -> str:
 
 
 def print_machine(model: Model) -> None:
-    """Print the machine, its rate of matrix products, and the model."""
+    """Print the machine, its speed in matrix products, and the model."""
     device, n = model.device, 2048
     name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"{device.type}, {torch.get_num_threads()} threads")

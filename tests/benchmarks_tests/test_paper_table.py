@@ -217,7 +217,8 @@ def test_other_weights_are_not_taken_for_clip(make_record, capsys):
 
 
 def test_davis_jobs_have_thirty_references():
-    jobs = [json.loads(line) for line in (ROOT / "examples" / "davis.jsonl").read_text().splitlines()]
+    lines = (ROOT / "examples" / "davis.jsonl").read_text().splitlines()
+    jobs = [json.loads(line) for line in lines]
     names = [Path(job["ref"]).name for job in jobs]
     assert len(names) == 30 and names == sorted(set(names))
     assert {str(Path(job["ref"]).parent) for job in jobs} == {"DAVIS/JPEGImages/480p"}

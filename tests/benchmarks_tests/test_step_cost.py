@@ -45,7 +45,8 @@ def test_table_has_each_kind_of_step_in_both_memory_modes(capsys):
 def test_large_sizes_are_extrapolated_by_their_arithmetic(capsys):
     rows = costs(capsys, "--frames", "8", "16", "--sizes", "64", "128", "--max-seconds", "0")
     assert [(row[0], row[1], row[7]) for row in rows[::3]] == [
-        ("8", "64x64", "measured"), ("16", "64x64", "extrapolated"), ("8", "128x128", "extrapolated")]
+        ("8", "64x64", "measured"), ("16", "64x64", "extrapolated"),
+        ("8", "128x128", "extrapolated")]
     flops, seconds, memory = ([float(row[i]) for row in (rows[2], rows[5])] for i in (3, 4, 6))
     assert 1.9 < flops[1] / flops[0] < 2.1
     assert seconds[1] / seconds[0] == pytest.approx(flops[1] / flops[0], rel=0.02)
@@ -53,7 +54,8 @@ def test_large_sizes_are_extrapolated_by_their_arithmetic(capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--dtype", "float8"], "invalid choice: 'float8'"), (["--frames", "40"], "--frames at most 16"),
+    (["--dtype", "float8"], "invalid choice: 'float8'"),
+    (["--frames", "40"], "--frames at most 16"),
     (["--repeat", "0"], "--repeat must be 1 or more"), (["--sizes", "63"], "multiples of 8")])
 def test_wrong_options_are_reported_in_one_line(options, message, capsys):
     assert main(options) == 2

@@ -19,8 +19,9 @@ from weights.training.train import TINY
 def perfect(case):
     """Return the frames of a perfect clone: the prompt, rendered with the reference's motion."""
     background = BACKGROUNDS[case.background]
-    return render(dataclasses.replace(case.scene, shape=case.shape, background=background,
-                                      color=COLORS[case.color], second_color=shade(background)), 128)
+    return render(dataclasses.replace(
+        case.scene, shape=case.shape, color=COLORS[case.color], background=background,
+        second_color=shade(background)), 128)
 
 
 @pytest.mark.parametrize("case", held_out_cases(PATHS, 6, 16, 40), ids=lambda case: case.motion)
@@ -168,9 +169,9 @@ def test_cases_are_cloned_by_the_public_function(embedded, settings):
     expected = mcl.clone(reference, case.prompt, model=embedded, seed=2040,
                          ref_prompt=case.ref_prompt, **subject, **settings).frames
     assert torch.equal(clone_case(embedded, case, reference, settings, True, 2), expected)
-    unguided = mcl.sample(embedded, case.prompt, None, dataclasses.replace(
-        embedded.config.sample, steps=2, guidance_steps=1), generator=torch.Generator().manual_seed(40))
-    *_, state = unguided
+    config = dataclasses.replace(embedded.config.sample, steps=2, guidance_steps=1)
+    *_, state = mcl.sample(embedded, case.prompt, None, config,
+                           generator=torch.Generator().manual_seed(40))
     assert torch.equal(clone_case(embedded, case, reference, settings, False),
                        embedded.vae.decode(state.latents))
 

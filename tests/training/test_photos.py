@@ -105,7 +105,8 @@ def test_subject_over_a_photo_is_where_its_path_says(folder, has_camera_shake):
 def test_tilted_background_is_smaller_where_it_is_farther():
     n = BACKGROUND_SIZE         # each point's color is its position
     line = torch.linspace(-1, 1, n)
-    photo = torch.stack([line.expand(n, n), line[:, None].expand(n, n), torch.zeros(n, n)]) / 2 + 0.5
+    photo = torch.stack([line.expand(n, n), line[:, None].expand(n, n),
+                         torch.zeros(n, n)]) / 2 + 0.5
     one, still, black = torch.ones(1), torch.zeros(1), (0., 0., 0.)
     scene = Scene("", black, "plain", black, black, 1.0, 0.0, torch.zeros(1, 2), one, still,
                   torch.tensor([[.1, -.2]]), 1.25 * one, still, photo, tilt=(0., .3))
@@ -180,7 +181,8 @@ def test_camera_shake_moves_the_background_by_its_curves(folder):
     pan, zoom, roll = camera_shake(np.random.default_rng(3), 6)
     one, still = torch.ones(1), torch.zeros(6)
     assert 0.02 <= pan.abs().max() <= 0.12 and pan.std() > 0
-    y, x = torch.meshgrid(*2 * [(torch.arange(BACKGROUND_SIZE) + 0.5) / BACKGROUND_SIZE * 4 - 2], indexing="ij")
+    line = (torch.arange(BACKGROUND_SIZE) + 0.5) / BACKGROUND_SIZE * 4 - 2
+    y, x = torch.meshgrid(line, line, indexing="ij")
     photo = torch.stack([x / 4 + .5, y / 4 + .5, 0 * x])    # position as color
 
     def world_points(pan, zoom, roll):
@@ -244,8 +246,8 @@ def test_training_continues_with_an_existing_model(
 def test_new_model_is_trained_from_nothing(folder, tmp_path, monkeypatch, drawn_words):
     monkeypatch.setattr("weights.training.data.CLIPS_PER_SHARD", 4)
     command = ["--out", tmp_path / "run", "--photos", folder, "--weights", tmp_path / "new",
-               "--vae-steps", "2", "--vae-batch-size", "8", "--num-clips", "4", "--image-steps", "2",
-               "--image-batch-size", "2", "--motion-steps", "0", "--decoder-steps", "0"]
+               "--vae-steps", "2", "--vae-batch-size", "8", "--num-clips", "4",
+               "--image-steps", "2", "--image-batch-size", "2", "--motion-steps", "0", "--decoder-steps", "0"]
     assert train.main([*map(str, command)]) == 0
     encoded, clips = (LatentClips(tmp_path / "run" / "latents") for _ in range(2))
     vae = train.train_vae(tmp_path / "run", [], train.Hyperparameters(vae_steps=2), "cpu")
@@ -258,8 +260,8 @@ def test_new_model_is_trained_from_nothing(folder, tmp_path, monkeypatch, drawn_
     weights = torch.load(tmp_path / "run" / "image.pt", weights_only=True)["module"]
     assert all(weights[f"unet.{name}"].equal(weight) for name, weight in
                model.unet.state_dict().items() if "motion_modules" in name)
-    model.unet.load_state_dict({name.removeprefix("unet."): weight for name, weight in weights.items()
-                                if name.startswith("unet.")})
+    model.unet.load_state_dict({name.removeprefix("unet."): weight
+                                for name, weight in weights.items() if name.startswith("unet.")})
     assert model.unet.conv_out.weight.any()
     latents, text = torch.randn(1, 4, 2, 16, 16), model.encode_text(["a red star"])
     both, _ = model.unet(latents, torch.tensor([500]), text)

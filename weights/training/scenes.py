@@ -19,13 +19,11 @@ from torch import Tensor
 from mcl.errors import InputError
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
-COLORS = {
-    "red": (.90, .15, .15), "green": (.15, .75, .25), "blue": (.20, .35, .95),
-    "yellow": (.95, .85, .15), "purple": (.60, .20, .80), "orange": (1.0, .55, .10),
-    "white": (.97, .97, .97), "cyan": (.20, .85, .90)}
-BACKGROUNDS = {
-    "black": (.05, .05, .05), "gray": (.50, .50, .50), "navy": (.08, .10, .35),
-    "brown": (.40, .25, .12), "pink": (.98, .75, .80), "teal": (.10, .40, .40)}
+COLORS = {"red": (.90, .15, .15), "green": (.15, .75, .25), "blue": (.20, .35, .95),
+          "yellow": (.95, .85, .15), "purple": (.60, .20, .80), "orange": (1.0, .55, .10),
+          "white": (.97, .97, .97), "cyan": (.20, .85, .90)}
+BACKGROUNDS = {"black": (.05, .05, .05), "gray": (.50, .50, .50), "navy": (.08, .10, .35),
+               "brown": (.40, .25, .12), "pink": (.98, .75, .80), "teal": (.10, .40, .40)}
 TEXTURES = ("plain", "checkered", "striped", "dotted")
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_INSTALL = "apt-get install fonts-noto-color-emoji"

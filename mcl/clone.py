@@ -16,7 +16,7 @@ from .checkpoints.model_file import load_model
 from .config import ModelConfig, SampleConfig, short_repr
 from .context_windows import make_context_windows
 from .errors import InputError
-from .guidance import Guidance
+from .guidance import Guidance, resolve_guidance
 from .inversion import InvertedReference, inversion_guidance, inversion_timesteps, invert_reference
 from .model import Model
 from .motion import Motion, extract_motion, reference_noise
@@ -97,7 +97,9 @@ def clone(reference: str | os.PathLike | Tensor | Motion | Reference, prompt: st
     progress = progress or no_progress
     model = model if isinstance(model, Model) else load_model(model)
     config = build_config(model.config.sample, preset, **settings)
+    guidance = resolve_guidance(guidance, None, model, config)
     images = read_control_images(control or {}, config)
+    condition = control_condition(model, images, config)
     generator = make_generator(seed)
     noise = initial_noise(model, config, generator)
 
@@ -108,7 +110,7 @@ def clone(reference: str | os.PathLike | Tensor | Motion | Reference, prompt: st
 
     # 2. Guided sampling (eqs. 1 and 3).
     states = sample(model, prompt, motion, config, guidance=[*guides, *guidance], latents=noise,
-                    generator=generator, control=control_condition(model, images, config),
+                    generator=generator, control=condition,
                     gradient_checkpointing=needs_checkpointing(model, config))
     steps, latents = [], noise
     with device.offload_to_cpu(model.vae, model.text_encoder):
@@ -188,6 +190,8 @@ def subject_masks(model: Model, prompt: str, reference: Reference, config: Sampl
 
 def read_control_images(control: Mapping[int, Any], config: SampleConfig) -> dict[int, Tensor]:
     """Return control images (1, 3, H, W) in [-1, 1] by frame index, at the clip's size."""
+    if control and (config.method == "inversion" or config.semantic_scale):
+        raise InputError("control images need method single-step, without semantic guidance")
     size = (config.height, config.width)
     return {index: resize_frames(image if image.ndim == 4 else image[None], 1, size)
             if isinstance(image, Tensor) else read_image(image, size)

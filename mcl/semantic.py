@@ -6,6 +6,7 @@ prompt, inside its own foreground; likewise for the background.
 """
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -38,21 +39,18 @@ def subject_tokens(model: Model, prompt: str, word: str) -> list[int]:
     Raises:
         InputError: If the word is not in the prompt, or is beyond the 75 tokens that are read.
     """
-    length = model.config.text_encoder.max_position_embeddings
+    end = model.config.text_encoder.max_position_embeddings - 1
     pieces, sought = model.tokenizer.split(prompt), model.tokenizer.split(word)
-    positions: list[int] = []
-    start = 1
-    for i, (_, ids) in enumerate(pieces):
-        if sought and pieces[i:i + len(sought)] == sought:
-            positions += range(start, start + sum(len(ids) for _, ids in sought))
-        start += len(ids)
+    starts = list(accumulate((len(ids) for _, ids in pieces), initial=1))
+    length = sum(len(ids) for _, ids in sought)
+    positions = [position for i in range(len(pieces)) if pieces[i:i + len(sought)] == sought
+                 for position in range(starts[i], starts[i] + length)]
     if not positions:
         words = ", ".join(text for text, _ in pieces if text.isalnum())
         raise InputError(f"the word {word!r} is not in the prompt {prompt!r}: use one of {words}")
-    if min(positions) >= length - 1:
-        raise InputError(f"the word {word!r} is beyond the {length - 2} tokens that are read of "
-                         "the prompt: move it forward")
-    return [p for p in positions if p < length - 1]
+    if positions[0] >= end:
+        raise InputError(f"the word {word!r} is not among the first {end - 1} tokens: move it there")
+    return [position for position in positions if position < end]
 
 
 def subject_mask(attention: AttentionMaps, tokens: Sequence[int], threshold: float) -> Tensor:
@@ -79,11 +77,10 @@ def gaussian_masks(mask: Tensor) -> Masks:
     _, h, w = mask.shape
     inside = mask.float()
     y, x = (torch.arange(n, device=mask.device, dtype=torch.float32) for n in (h, w))
-    area = reduce(inside, "f h w -> f", "sum").clamp(min=1)
-    center_y = (reduce(inside, "f h w -> f h", "sum") * y).sum(dim=1) / area
-    center_x = (reduce(inside, "f h w -> f w", "sum") * x).sum(dim=1) / area
-    squared_distance = (rearrange(y - rearrange(center_y, "f -> f 1"), "f h -> f h 1") ** 2
-                        + rearrange(x - rearrange(center_x, "f -> f 1"), "f w -> f 1 w") ** 2)
+    area = inside.sum(dim=(1, 2)).clamp(min=1)[:, None]
+    center_y, center_x = ((inside.sum(dim=dim) * axis).sum(dim=1, keepdim=True) / area
+                          for dim, axis in ((2, y), (1, x)))
+    squared_distance = ((y - center_y) ** 2)[:, :, None] + ((x - center_x) ** 2)[:, None]
     gaussian = torch.exp(-squared_distance / (2 * GAUSSIAN_SIGMA ** 2 * h * w))
     return Masks(gaussian * inside, (1 - gaussian) * (1 - inside))
 
@@ -175,7 +172,7 @@ class SubjectMasks:
 def make_subject_masks(model: Model, prompt: str, word: str, ref_prompt: str, ref_word: str,
                        attention: Callable[[int, AttentionRequest], AttentionMaps],
                        config: SampleConfig) -> SubjectMasks:
-    """Return the masks of a subject, by its words in both prompts.
+    """Return the masks of a subject, named in both prompts.
 
     Args:
         model: The model.

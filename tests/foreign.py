@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import convert_weights
 from mcl import ModelConfig
 from mcl.checkpoints.model_file import build_on_meta
-from mcl.config import SampleConfig, SparseCtrlConfig, CLIPTextConfig, UNetConfig, VAEConfig
+from mcl.cli import convert as command
+from mcl.config import CLIPTextConfig, SampleConfig, SparseCtrlConfig, UNetConfig, VAEConfig
 from mcl.networks.sparsectrl import SparseCtrl
 
 DATA = Path(__file__).parent / "data"
 MINI = ModelConfig(
     name="mini",
-    unet=UNetConfig(block_out_channels=(32, 64, 96, 96), cross_attention_dim=12, motion_mid_block=True),
+    unet=UNetConfig(block_out_channels=(32, 64, 96, 96), cross_attention_dim=12,
+                    motion_mid_block=True),
     vae=VAEConfig(block_out_channels=(32, 64, 96, 96)),
     text_encoder=CLIPTextConfig(hidden_size=12, intermediate_size=24),
     sample=SampleConfig())
@@ -178,4 +179,5 @@ def save(path, state, metadata=None):
 
 
 def convert(*argv):
-    return convert_weights.main([str(a) for a in argv])
+    """Run convert_weights.py in this process and return its exit code."""
+    return command.main([str(arg) for arg in argv])

@@ -5,8 +5,15 @@ import math
 import pytest
 
 from mcl import InputError, ModelConfig, SampleConfig
-from mcl.config import (CLIPTextConfig, ScheduleConfig, SparseCtrlConfig, UNetConfig, VAEConfig,
-                        from_dict, to_dict)
+from mcl.config import (
+    CLIPTextConfig,
+    ScheduleConfig,
+    SparseCtrlConfig,
+    UNetConfig,
+    VAEConfig,
+    from_dict,
+    to_dict,
+)
 from tests.conftest import SMALL
 
 CONFIGS = (SampleConfig, UNetConfig, VAEConfig, CLIPTextConfig, ScheduleConfig, SparseCtrlConfig,

@@ -4,8 +4,15 @@ import dataclasses
 import pytest
 import torch
 
-from mcl import (AttentionMaps, AttentionRequest, Guidance, InputError, Motion, SampleConfig,
-                 motion_guidance)
+from mcl import (
+    AttentionMaps,
+    AttentionRequest,
+    Guidance,
+    InputError,
+    Motion,
+    SampleConfig,
+    motion_guidance,
+)
 from mcl.guidance import guidance_gradient, guidance_weight, resolve_guidance
 from tests.conftest import randn
 

@@ -8,8 +8,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mcl import (AttentionRequest, InputError, Motion, NumericalError, extract_motion, motion_loss,
-                 sample)
+from mcl import (
+    AttentionRequest,
+    InputError,
+    Motion,
+    NumericalError,
+    extract_motion,
+    motion_loss,
+    sample,
+)
 from mcl.networks.unet import UNet3D
 from tests.conftest import SMALL, randn, randomize
 

@@ -1,13 +1,12 @@
-"""A pipeline that diffusers has written, converted, gives the numbers that diffusers gives."""
+"""A pipeline that diffusers has written gives the numbers of diffusers after conversion."""
 import pytest
 import torch
 
 from mcl import InputError, load_model, model_from_state_dicts, sparsectrl_condition
-
 from tests import foreign
 from tests.conftest import randn, randomize
 from tests.foreign import convert
-from tests.networks.test_oracles import OverFrames, PerFrame, error
+from tests.networks.diffusers_oracle import max_error, use_animatediff_norms
 
 diffusers = pytest.importorskip("diffusers")
 sparse_unet = pytest.importorskip("diffusers.models.controlnets.controlnet_sparsectrl")
@@ -15,14 +14,15 @@ motion_unet = pytest.importorskip("diffusers.models.unets.unet_motion_model")
 transformers = pytest.importorskip("transformers")
 
 WIDTHS = (16, 24, 32, 32)
+CLIP_BATCH = 2
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Where networks of widths, heads and groups of their own were written, and these networks."""
-    place = tmp_path_factory.mktemp("pipeline")
+    """Return a folder of networks in diffusers' format, and the networks by name."""
+    folder = tmp_path_factory.mktemp("pipeline")
     sizes = dict(block_out_channels=WIDTHS, norm_num_groups=4, cross_attention_dim=12)
-    parts = {
+    pipeline = {
         "unet": diffusers.UNet2DConditionModel(attention_head_dim=2, **sizes),
         "vae": diffusers.AutoencoderKL(
             block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4,
@@ -31,112 +31,105 @@ def written(tmp_path_factory):
         "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(
             hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3,
             vocab_size=49408, projection_dim=12))}
-    others = {version: diffusers.MotionAdapter(
+    adapters = {version: diffusers.MotionAdapter(
         block_out_channels=WIDTHS, motion_num_attention_heads=4, motion_norm_num_groups=4,
         motion_max_seq_length=24 if version == "v1" else 32, use_motion_mid_block=version == "v2")
         for version in ("v1", "v2", "v3")}
-    for part, network in parts.items():
-        randomize(network).save_pretrained(place / "sd15" / part)
-    # As many heads as the UNet has, whose config.json tells the number.
-    others["rgb"] = sparse_unet.SparseControlNetModel(
+    # SparseCtrl has as many heads as the UNet, whose config.json gives the number.
+    adapters["rgb"] = sparse_unet.SparseControlNetModel(
         attention_head_dim=2, motion_num_attention_heads=4, **sizes)
-    for name, network in others.items():
-        randomize(network).save_pretrained(place / name)
-    return place, parts | others
+    for name, network in pipeline.items():
+        randomize(network).save_pretrained(folder / "sd15" / name)
+    for name, network in adapters.items():
+        randomize(network).save_pretrained(folder / name)
+    return folder, pipeline | adapters
 
 
-def converted(place, version="v3", *more):
-    out = place / f"{version}.safetensors"
-    assert convert("--base", place / "sd15", "--motion-module", place / version, *more,
+def converted(folder, version="v3", *options):
+    out = folder / f"{version}.safetensors"
+    assert convert("--base", folder / "sd15", "--motion-module", folder / version, *options,
                    "--out", out, "--dtype", "fp32") == 0
     return load_model(out, device="cpu")
 
 
-def inflated(network, per_frame=True):
-    """The norms of diffusers' networks as AnimateDiff has them."""
-    for module in list(network.modules()):
-        if isinstance(module, motion_unet.AnimateDiffTransformer3D):
-            module.norm = PerFrame(module.norm)
-        elif isinstance(module, motion_unet.ResnetBlock2D) and not per_frame:
-            module.norm1, module.norm2 = OverFrames(module.norm1), OverFrames(module.norm2)
-    if not per_frame:
-        network.conv_norm_out = OverFrames(network.conv_norm_out)
-    return network.eval()
-
-
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
-def test_unet_with_motion_adapter(version, written):
-    place, networks = written
-    model = converted(place, version)
-    oracle = inflated(motion_unet.UNetMotionModel.from_unet2d(
-        networks["unet"], networks[version]), version != "v1")
-    z, text = randn(2, 4, 6, 9, 13), randn(2, 7, 12, seed=1)
+def test_unet_with_motion_adapter_equals_diffusers(version, written):
+    folder, networks = written
+    model = converted(folder, version)
+    oracle = use_animatediff_norms(motion_unet.UNetMotionModel.from_unet2d(
+        networks["unet"], networks[version]), version != "v1", CLIP_BATCH)
+    z, text = randn(CLIP_BATCH, 4, 6, 9, 13), randn(CLIP_BATCH, 7, 12, seed=1)
     with torch.no_grad():
-        ours, _ = model.unet(z, 300, text)
+        eps, _ = model.unet(z, 300, text)
         expected = oracle(z, 300, text.repeat_interleave(6, dim=0)).sample
     assert model.config.unet.motion_mid_block == (version == "v2")
-    assert model.config.unet.heads == 2
-    assert error(ours, expected) < 1e-4
+    assert model.config.unet.num_attention_heads == 2
+    assert max_error(eps, expected) < 1e-4
 
 
-def test_sparsectrl(written):
-    place, networks = written
-    model = converted(place, "v3", "--sparsectrl", place / "rgb")
+def test_sparsectrl_equals_diffusers(written):
+    folder, networks = written
+    model = converted(folder, "v3", "--sparsectrl", folder / "rgb")
     z, text, condition = randn(1, 4, 6, 8, 8), randn(1, 7, 12, seed=1), sparsectrl_condition(
         randn(1, 4, 8, 8, seed=2), [2], 6)
     with torch.no_grad():
-        ours = model.residuals(condition, 300, text)
-        down, middle = inflated(networks["rgb"])(
+        residuals = model.controlnet_residuals(condition, 300, text)
+        down, mid = use_animatediff_norms(networks["rgb"])(
             z, 300, text.repeat_interleave(6, dim=0), condition[:, :4],
             conditioning_mask=condition[:, 4:], return_dict=False)
-    assert error(ours.middle, middle.reshape(ours.middle.shape)) < 1e-4
-    for mine, expected in zip(ours.skips, down, strict=True):
-        assert error(mine, expected.reshape(mine.shape)) < 1e-4
+    assert max_error(residuals.mid, mid.reshape(residuals.mid.shape)) < 1e-4
+    for actual, expected in zip(residuals.down, down, strict=True):
+        assert max_error(actual, expected.reshape(actual.shape)) < 1e-4
 
 
-def test_vae(written):
-    place, networks = written
-    model = converted(place)
+def test_vae_equals_diffusers(written):
+    folder, networks = written
+    model = converted(folder)
     z = randn(1, 4, 1, 6, 5)
     with torch.no_grad():
         expected = networks["vae"].decode(z[:, :, 0] / 0.2).sample.clamp(-1, 1)
-        assert error(model.vae.decode(z), expected) < 1e-4
+        assert max_error(model.vae.decode(z), expected) < 1e-4
 
 
-def test_text_encoder(written):
-    place, networks = written
-    model = converted(place)
+def test_text_encoder_equals_transformers(written):
+    folder, networks = written
+    model = converted(folder)
     ids = model.tokenizer(["a photo of a cat", ""])
     with torch.no_grad():
         expected = networks["text_encoder"](ids).last_hidden_state
     assert model.config.text_encoder.num_attention_heads == 3
-    assert error(model.encode_text(["a photo of a cat", ""]), expected) < 1e-4
+    assert max_error(model.encode_text(["a photo of a cat", ""]), expected) < 1e-4
 
 
-def test_weights_in_memory_make_the_model_that_files_make(written):
-    """A UNetMotionModel's, those of its parts, and those of a single file in LDM's names."""
-    place, networks = written
-    expected = converted(place).state_dict()
-    states = {part: networks[part].state_dict() for part in ("unet", "vae", "text_encoder")}
-    motion, configs = networks["v3"].state_dict(), {
-        "unet": networks["unet"].config, "vae": networks["vae"].config,
-        "text_encoder": networks["text_encoder"].config.to_dict(),
-        "motion": networks["v3"].config}
+def test_weights_in_memory_give_the_model_of_the_files(written):
+    """The weights are those of a pipeline's parts, or of a whole UNetMotionModel."""
+    folder, networks = written
+    expected = converted(folder).state_dict()
+    states = {name: networks[name].state_dict() for name in ("unet", "vae", "text_encoder")}
+    configs = {"unet": networks["unet"].config, "vae": networks["vae"].config,
+               "text_encoder": networks["text_encoder"].config.to_dict(),
+               "motion": networks["v3"].config}
     whole = motion_unet.UNetMotionModel.from_unet2d(networks["unet"], networks["v3"])
-    first, second = (model_from_state_dicts(**given, configs=configs, device="cpu") for given in (
-        states | {"motion": motion}, states | {"unet": whole.state_dict()}))
+    first, second = (model_from_state_dicts(**weights, configs=configs, device="cpu")
+                     for weights in (states | {"motion": networks["v3"].state_dict()},
+                                     states | {"unet": whole.state_dict()}))
     for model in (first, second):
-        found = model.state_dict()
-        assert model.config.text_encoder.num_attention_heads == 3 and list(found) == list(expected)
-        assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+        state = model.state_dict()
+        assert model.config.text_encoder.num_attention_heads == 3 and list(state) == list(expected)
+        assert all(torch.equal(weight, expected[name]) for name, weight in state.items())
     assert first.sha256 == second.sha256 and len(first.sha256) == 64
     first.unet.conv_in.bias.add_(1)
     assert first.sha256 != second.sha256
 
-    single = model_from_state_dicts(base=foreign.ldm(), motion=foreign.motion(), device="cpu")
-    weights = foreign.mini_weights()
-    assert all(torch.equal(weight, weights[name]) for name, weight in single.state_dict().items())
-    assert len(single.state_dict()) == sum("mid_block.motion" not in name for name in weights)
+
+def test_single_file_weights_in_memory_give_the_model():
+    model = model_from_state_dicts(base=foreign.ldm(), motion=foreign.motion(), device="cpu")
+    weights, state = foreign.mini_weights(), model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in state.items())
+    assert len(state) == sum("mid_block.motion" not in name for name in weights)
+
+
+def test_incomplete_weights_in_memory_are_rejected():
     with pytest.raises(InputError, match="still needs the motion module"):
         model_from_state_dicts(base=foreign.ldm())
     with pytest.raises(InputError, match="motion: the tensor .*proj_in.bias is missing"):

@@ -5,8 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from mcl import (AttentionRequest, Guidance, InputError, NumericalError, extract_motion,
-                 motion_guidance, sample, sparsectrl_condition)
+from mcl import (
+    AttentionRequest,
+    Guidance,
+    InputError,
+    NumericalError,
+    extract_motion,
+    motion_guidance,
+    sample,
+    sparsectrl_condition,
+)
 from mcl.guidance import guidance_weight
 from mcl.sampler import Sampler
 from mcl.schedule import ddim_step
@@ -187,7 +195,8 @@ def test_embeddings_of_a_prompt_give_the_clip_of_the_prompt(small):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"prompt": 3}, "prompt is int"), ({"prompt": torch.zeros(3, 7, 12)}, r"prompt is \(3, 7, 12\)"),
+    ({"prompt": 3}, "prompt is int"),
+    ({"prompt": torch.zeros(3, 7, 12)}, r"prompt is \(3, 7, 12\)"),
     ({"latents": torch.zeros(1, 4, 4, 8, 4)}, r"expected \(1, 4, 4, 8, 8\)"),
     ({"control": torch.zeros(1, 5, 4, 8, 8)}, "this model has no SparseCtrl"),
     ({"guidance": [len]}, "guidance has <built-in function len>, which is not"),
@@ -207,7 +216,7 @@ def test_guidance_with_a_weight_of_zero_is_rejected(small):
 
 @pytest.mark.parametrize("width", [30, 33])
 def test_size_that_the_vae_cannot_encode_is_rejected(small, width):
-    with pytest.raises(InputError, match=f"size {width}x32 is not possible: .* multiples of 4"):
+    with pytest.raises(InputError, match=f"size {width}x32 .* multiples of 4"):
         sample(small, "", None, dataclasses.replace(small.config.sample, width=width))
 
 

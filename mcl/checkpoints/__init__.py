@@ -1,8 +1,9 @@
-"""Community checkpoints, whatever they are kept in, as models of this project.
+"""Model files of this project, and the conversion of community checkpoints to them.
 
-    pickles, reading    any container -> names and tensors still on disk
-    formats             what a file is, by its names and shapes, and what it is not
-    names, sizes        its names -> ours; its shapes -> the config
-    lora                low-rank changes to weights, merged in float32
-    assemble            the whole model, every tensor accounted for, written as it is read
+- model_file: the project's own format
+- pickles, containers: any container -> keys and tensors that are still on disk
+- detect: what a file is, by its keys and shapes
+- key_mapping, infer_config: its keys -> this project's names; its shapes -> the config
+- lora, lora_math: changes of weights, merged in float32
+- convert, from_state_dicts: the whole model, with every tensor accounted for
 """

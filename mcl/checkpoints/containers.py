@@ -7,15 +7,15 @@ import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
-from .lazy import Checkpoint, LazyTensor
-from .pickles import LEGACY_START, damaged, flatten, open_legacy, open_zip
+from .lazy_tensor import Checkpoint, LazyTensor
+from .pickles import LEGACY_START, corrupt_file_error, open_legacy, open_zip
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -25,8 +25,10 @@ V_YAML = re.compile(rb"^\s*parameterization:\s*[\"']?v\b", re.MULTILINE)
 MOST_YAML = 1 << 20
 PEFT = "lora_adapter_metadata"                      # what PEFT keeps beside the tensors
 PARTS = ("unet", "vae", "text_encoder")
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model",
-         "pytorch_lora_weights")
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model",
+                "pytorch_lora_weights")
+WRAPPERS = ("state_dict", "controlnet")
+MAX_NESTING = 4                                     # levels of wrappers that are opened
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -43,7 +45,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                              f"{path}: no such file or folder")
         checkpoint = open_file(path)
         config = path.with_name("config.json")
-        if path.name.partition(".")[0].partition("-0")[0] in STEMS and config.is_file():
+        if path.name.partition(".")[0].partition("-0")[0] in WEIGHT_STEMS and config.is_file():
             checkpoint.configs[""] = read_json(config)
         for beside in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
             if beside.is_file() and V_YAML.search(beside.read_bytes()[:MOST_YAML]):
@@ -57,49 +59,59 @@ def open_file(path: Path) -> Checkpoint:
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(4096)
-    if start[:4] == b"PK\x03\x04":
-        tensors, others = unwrapped(path, open_zip(path))
-    elif start.startswith(LEGACY_START):
-        tensors, others = unwrapped(path, open_legacy(path))
-    elif start[8:9] == b"{":
+    if start.startswith((b"PK\x03\x04", LEGACY_START)):
+        return open_pickle(path, open_zip if start.startswith(b"PK") else open_legacy)
+    if start[8:9] == b"{":
         header = int.from_bytes(start[:8], "little")
         if 8 + header > size:
-            raise damaged(path, f"{size} bytes, and its header alone has {header}")
+            raise corrupt_file_error(path, f"it has {size} bytes, its header alone {header}")
         return open_safetensors(path)
-    else:
-        raise InputError(f"{path}: {not_weights(start)}")
-    return Checkpoint(tensors, (path,), tuple(others))
+    raise InputError(f"{path}: {describe_unknown_file(start)}")
 
 
-def unwrapped(path: Path, content: Any) -> tuple[dict[str, LazyTensor], list[str]]:
+def open_pickle(path: Path, open_container: Callable[[Path], Any]) -> Checkpoint:
+    """Return the tensors of a pickled checkpoint, which `open_container` opens."""
     try:
-        return flatten(content)
-    except (ValueError, RecursionError) as error:       # a key that cannot be written as text
-        raise damaged(path, error) from error
+        tensors, non_tensors = unwrap_state_dict(open_container(path))
+    except InputError:
+        raise
+    except Exception as error:              # a corrupt file may cause any exception
+        raise corrupt_file_error(path, error) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype.is_complex:
+            raise InputError(f"{path}: the tensor {name} has the type {tensor.dtype}, which is "
+                             "not supported. Convert it to float32.")
+    return Checkpoint(tensors, (path,), tuple(non_tensors))
 
 
-def not_weights(start: bytes) -> str:
-    """What a file is that is no container of weights, by its first bytes."""
+def unwrap_state_dict(content: Any) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Return the tensors of a checkpoint's object by name, and the names of its other entries."""
+    non_tensors: list[str] = []
+    content = content if isinstance(content, dict) else {}
+    for wrapper in WRAPPERS * MAX_NESTING:
+        if isinstance(content.get(wrapper), dict):
+            non_tensors += [key for key in content if key != wrapper]
+            content = content[wrapper]
+    tensors = {key: value for key, value in content.items() if isinstance(value, LazyTensor)}
+    return tensors, non_tensors + [key for key in content if key not in tensors]
+
+
+def describe_unknown_file(start: bytes) -> str:
+    """Return what a file without weights is, judged by its first bytes, and what to do."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not start:
-        return "an empty file; fetch it again"
+        return "the file is empty. Fetch it again."
     if text.startswith(b"version https://git-lfs"):
-        return ("a git-lfs pointer of a few lines, not the weights that it points to; "
-                "run `git lfs pull` beside it, or fetch the file itself")
+        return ("the file is a git-lfs pointer, not the weights. Run `git lfs pull` in its folder, "
+                "or fetch the weights themselves.")
     if re.match(rb"<(!doctype html|html|head|\?xml|!--)", text, re.IGNORECASE):
-        return ("an HTML page, not weights: a web site answered with a page in place of the file; "
-                "fetch it again from its download link")
-    if b"\0" not in start and is_text(start):
-        return "a text file, not weights"
-    return "neither safetensors nor a PyTorch checkpoint; if it is an archive, unpack it"
-
-
-def is_text(start: bytes) -> bool:
-    try:
-        start.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.start >= len(start) - 3        # a character that the 4096th byte cut
-    return True
+        return ("the file is an HTML page that a web site sent in place of the weights. Fetch it "
+                "again from its download link.")
+    # The last character may be cut in two: up to three of its bytes are not text.
+    if b"\0" not in start and len(start.decode("utf-8", "ignore").encode()) >= len(start) - 3:
+        return "the file is text, not weights. Check its name."
+    return ("the file is neither safetensors nor a PyTorch checkpoint. If it is an archive, "
+            "unpack it.")
 
 
 def open_safetensors(path: Path) -> Checkpoint:
@@ -109,10 +121,11 @@ def open_safetensors(path: Path) -> Checkpoint:
         metadata = file.metadata() or {}
         kinds = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise damaged(path, error) from error
+        raise corrupt_file_error(path, error) from error
     for name, (_, dtype) in kinds.items():
         if dtype not in DTYPES:
-            raise InputError(f"{path}: {name} is {dtype}, which is not read here")
+            raise InputError(f"{path}: the tensor {name} has the type {dtype}, which is not "
+                             "supported. Convert it to float32.")
     return Checkpoint({name: LazyTensor(shape, DTYPES[dtype], partial(read, path, file, name))
                        for name, (shape, dtype) in kinds.items()}, (path,), metadata=metadata,
                       configs={"peft": parse_json(f"{path}: its {PEFT}", metadata[PEFT])}
@@ -123,18 +136,19 @@ def read(path: Path, file: Any, name: str) -> Tensor:
     try:
         return file.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise damaged(path, error) from error
+        raise corrupt_file_error(path, error) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises InputError for anything else."""
     try:
-        return parse_json(path, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON that can be read ({error})") from error
+        return parse_json(path, path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: the file cannot be read ({error}). Check it.") from error
 
 
-def parse_json(what: Any, text: str) -> dict[str, Any]:
-    """A JSON object. Raises InputError, with what it is of, for anything else."""
+def parse_json(what: Any, text: str | bytes) -> dict[str, Any]:
+    """Return a JSON object. Raises InputError, which names `what`, for anything else."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -156,7 +170,7 @@ def open_folder(path: Path) -> Checkpoint:
     return Checkpoint(
         {f"{part}.{name}": t for part, one in opened.items() for name, t in one.tensors.items()},
         tuple(file for one in opened.values() for file in one.files),
-        tuple(f"{part}.{name}" for part, one in opened.items() for name in one.others),
+        tuple(f"{part}.{name}" for part, one in opened.items() for name in one.non_tensors),
         configs=configs)
 
 
@@ -173,14 +187,14 @@ def open_network(folder: Path) -> Checkpoint:
     configs = {key: read_json(folder / name) | opened[0].configs.get(key, {}) for key, name in
                (("", "config.json"), ("peft", "adapter_config.json")) if (folder / name).is_file()}
     configs = opened[0].configs | configs
-    return Checkpoint(tensors, tuple(files), tuple(o for one in opened for o in one.others),
+    return Checkpoint(tensors, tuple(files), tuple(o for one in opened for o in one.non_tensors),
                       opened[0].metadata, configs)
 
 
 def find_weights(folder: Path) -> list[Path]:
     for ending in ("safetensors", "bin"):
         for variant in ("", ".fp16"):
-            for stem in STEMS:
+            for stem in WEIGHT_STEMS:
                 whole = folder / f"{stem}{variant}.{ending}"
                 if whole.is_file():
                     return [whole]
@@ -188,8 +202,8 @@ def find_weights(folder: Path) -> list[Path]:
                               f"{stem}.{ending}.index{variant}.json"):
                     if (folder / index).is_file():
                         return shards(folder / index)
-    raise InputError(f"{folder}: a folder without weights that are known: "
-                     f"{STEMS[0]}.safetensors, {STEMS[1]}.safetensors, their .fp16, .bin or shards")
+    raise InputError(f"{folder}: a folder without weights. It must contain {WEIGHT_STEMS[0]} or "
+                     f"{WEIGHT_STEMS[1]}, as .safetensors, .fp16.safetensors, .bin or shards.")
 
 
 def shards(index: Path) -> list[Path]:

@@ -1,186 +1,179 @@
-"""One model out of many files: every tensor of them accounted for, every weight filled once."""
+"""Plans and writes one model from many checkpoints, with every tensor accounted for."""
 from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-import dataclasses
-
-from .model_file import check_finite, build_on_meta, file_metadata
-from ..config import ModelConfig, SampleConfig, SparseCtrlConfig
-from ..presets import DISTILLED_PRESETS
+from ..config import ModelConfig
 from ..errors import InputError
 from ..files import stream_safetensors
 from ..networks.temporal import sinusoidal_positional_encoding
-from . import key_mapping as rename
-from .lora_math import Delta, bare
-from .detect import BASE, MOTION, SPARSECTRL, TEXT, VAE, Source, distilled
-from .lazy import LazyTensor
-from .lora import Lora, all_deltas, merged
-from .infer_config import made, sparsectrl_config, text_config, unet_config, vae_config
-
-OPTIONS = {"unet": BASE, "vae": VAE, "text_encoder": TEXT, "motion": MOTION,
-           "sparsectrl": SPARSECTRL}
-WORDS = {"unet": "the UNet", "vae": "the VAE", "text_encoder": "the text encoder",
-         "motion": "the motion module", "sparsectrl": "SparseCtrl"}
+from .detect import OPTIONS, PART_NAMES, DetectedCheckpoint
+from .infer_config import infer_config
+from .key_mapping import POSITIONAL_ENCODING, ema_key
+from .lazy_tensor import LazyTensor
+from .lora import Lora, apply_deltas, collect_deltas
+from .lora_math import WeightDelta, squeeze_trailing
+from .model_file import build_on_meta, check_finite, check_names, file_metadata
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A model that can be written: where each weight comes from, and what becomes of the rest."""
+class ConversionPlan:
+    """A model that can be written: the source of each weight, and the use of each tensor.
+
+    Attributes:
+        config: Sizes and settings of the model.
+        weights: The weights by name, such as "unet.conv_in.weight".
+        paths: The file of each weight, by name.
+        shapes: The shape of each weight, by name, in the order in which they are written.
+        deltas: Changes of weights by LoRAs, by name.
+        used: How many tensors of each file are used.
+        ignored: How many tensors of each file are not used, by the reason.
+    """
+
     config: ModelConfig
-    weights: dict[str, LazyTensor]              # by our name, part first
-    paths: dict[str, Path]                      # the file that each is in
-    shapes: dict[str, tuple[int, ...]]
-    changes: dict[str, list[Delta]]
-    used: dict[Path, int]                       # how many tensors of a file
-    dropped: dict[Path, Counter[str]]           # how many others, by the reason
+    weights: dict[str, LazyTensor]
+    paths: dict[str, Path]
+    shapes: dict[str, torch.Size]
+    deltas: dict[str, list[WeightDelta]]
+    used: dict[Path, int]
+    ignored: dict[Path, Counter[str]]
 
     def tensors(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The weights in the order of `shapes`, merged in float32 and cast once.
+        """Yield the weights in the order of `shapes`, merged in float32 and converted once.
 
-        Raises InputError for a value that is not finite, or that the dtype cannot hold.
+        Raises:
+            InputError: If a value is not finite, or `dtype` cannot hold it.
         """
         for name, shape in self.shapes.items():
-            weight = merged(self.weights[name].read().reshape(shape),
-                            self.changes.get(name, ()), dtype)
+            weight = apply_deltas(self.weights[name].read().reshape(shape),
+                                  self.deltas.get(name, ()), dtype)
             check_finite(self.paths[name], name, weight)
             yield weight
 
 
-def missing(sources: Mapping[str, Source]) -> list[str]:
-    """What a complete model still needs, and the options that give it."""
-    return [f"{WORDS[part]} ({OPTIONS[part]})" for part in OPTIONS
-            if part not in sources and part != "sparsectrl"]
+def missing_parts(parts: Container[str]) -> list[str]:
+    """Return the parts that a complete model also needs, each with its option."""
+    return [f"the {PART_NAMES[part]} ({option})" for part, option in OPTIONS.items()
+            if part not in parts and part != "sparsectrl"]
 
 
-def plan(name: str, parts: Mapping[str, Source], loras: list[Lora], ema: bool = False) -> Plan:
-    """What to write for a model of these parts; reads little but names and shapes.
+def plan_conversion(name: str, parts: Mapping[str, DetectedCheckpoint], loras: Sequence[Lora],
+                    ema: bool = False) -> ConversionPlan:
+    """Return the plan for a model of these parts. Reads little but names and shapes.
 
-    parts   "unet", "vae", "text_encoder", "motion" and, if wanted, "sparsectrl", each from the
-            source that has it
-    loras   what is merged into them, in this order
-    ema     take the moving averages of the UNet's weights
+    Args:
+        name: Name of the model.
+        parts: The checkpoints that give "unet", "vae", "text_encoder", "motion" and, optionally,
+            "sparsectrl". One checkpoint may give several parts.
+        loras: LoRAs that are merged into the weights, in this order.
+        ema: Use the moving averages of the UNet's weights.
 
-    Raises InputError where a part is missing, a tensor is missing, extra or mis-shaped, or a LoRA
-    does not fit.
+    Raises:
+        InputError: If a part is missing, a tensor is missing, extra or misshapen, or a LoRA does
+            not fit.
     """
-    if missing(parts):
-        raise InputError("a complete model still needs " + ", ".join(missing(parts)))
-    taken, dropped = choose(parts, ema)
-    for part in ("motion", "sparsectrl"):
-        if part in parts:
-            check_positions(parts[part])
+    if missing := missing_parts(parts):
+        raise InputError(f"{name}: the model is not complete. Add {', '.join(missing)}")
+    for part in parts.keys() & {"motion", "sparsectrl"}:
+        check_positional_encodings(parts[part])
     config = infer_config(name, parts)
+    shapes = {name: t.shape for name, t in build_on_meta(config).state_dict().items()}
     weights: dict[str, LazyTensor] = {}
     paths: dict[str, Path] = {}
-    for part, source in parts.items():
-        prefix = "unet" if part == "motion" else part
-        new = {f"{prefix}.{ours}": source.checkpoint.tensors[theirs]
-               for ours, theirs in taken[part].items()}
-        weights |= new
-        paths |= dict.fromkeys(new, source.path)
-    shapes = {name: tuple(t.shape) for name, t in build_on_meta(config).state_dict().items()}
-    check(paths, weights, shapes, parts)
-    changes, unused = all_deltas(loras, shapes)
-    used = Counter(paths.values())
-    for lora in loras:
-        path = lora.source.path
-        used[path] = len(lora.source.checkpoint.tensors) - len(unused[path])
-    reasons = {path: Counter(names.values()) for path, names in (dropped | unused).items()}
-    for source in parts.values():
-        # Every tensor is used once or dropped for a reason.
-        assert used[source.path] + reasons[source.path].total() == len(source.checkpoint.tensors)
-    return Plan(config, weights, paths, shapes, changes, used, reasons)
+    used: dict[Path, list[str]] = {}
+    for part, checkpoint in parts.items():
+        key_map = checkpoint.key_maps[part]
+        if ema and part == "unet":
+            key_map = use_ema_weights(checkpoint, key_map)
+        part_weights = {f"{'unet' if part == 'motion' else part}.{target}": checkpoint.tensors[key]
+                        for target, key in key_map.items()}
+        check_weights(checkpoint.path, part_weights, {
+            name: shape for name, shape in shapes.items() if part_of(name) == part})
+        weights |= part_weights
+        paths |= dict.fromkeys(part_weights, checkpoint.path)
+        used.setdefault(checkpoint.path, []).extend(key_map.values())
+    deltas, ignored = collect_deltas(loras, shapes)
+    ignored |= {checkpoint.path: ignored_tensors(checkpoint, parts, used[checkpoint.path])
+                for checkpoint in parts.values()}
+    tensors = {c.path: c.tensors for c in (*parts.values(), *(lora.checkpoint for lora in loras))}
+    return ConversionPlan(
+        config, weights, paths, shapes, deltas,
+        {path: len(keys) - len(ignored[path]) for path, keys in tensors.items()},
+        {path: Counter(reasons.values()) for path, reasons in ignored.items()})
 
 
-def choose(parts: Mapping[str, Source], ema: bool
-           ) -> tuple[dict[str, dict[str, str]], dict[Path, dict[str, str]]]:
-    """Of each part {our name: its name}, and of each file {its name: why it is not used}."""
-    taken = {part: dict(source.parts[part]) for part, source in parts.items()}
-    dropped = {source.path: dict(source.dropped) for source in parts.values()}
-    if ema:
-        take_averages(parts["unet"], taken["unet"], dropped[parts["unet"].path])
-    for part, chosen in parts.items():
-        for source in parts.values():
-            if source is not chosen:
-                dropped[source.path] |= {theirs: f"of {WORDS[part]}, which {OPTIONS[part]} gives"
-                                         for theirs in source.parts.get(part, {}).values()}
-    return taken, dropped
+def part_of(name: str) -> str:
+    """Return the part of a model that gives a weight."""
+    part = name.partition(".")[0]
+    return "motion" if part == "unet" and ".motion_modules." in name else part
 
 
-def take_averages(source: Source, taken: dict[str, str], dropped: dict[str, str]) -> None:
-    """Puts LDM's moving averages in the place of the UNet's weights."""
-    for ours, theirs in taken.items():
-        average = rename.ema_name(theirs)
-        if average not in dropped:
-            raise InputError(f"{source.path}: it holds no moving average of {theirs}; "
-                             "leave out --ema")
-        taken[ours] = average
-        del dropped[average]
-        dropped[theirs] = "in whose place --ema took a moving average"
+def use_ema_weights(checkpoint: DetectedCheckpoint, key_map: Mapping[str, str]) -> dict[str, str]:
+    """Return a key map in which LDM's moving averages replace the weights of the UNet."""
+    averages = {target: ema_key(key) for target, key in key_map.items()}
+    for target, key in averages.items():
+        if key not in checkpoint.tensors:
+            raise InputError(f"{checkpoint.path}: there is no moving average of {key_map[target]}. "
+                             "Leave out --ema")
+    return averages
 
 
-def check_positions(source: Source) -> None:
-    """Raises InputError where a motion module's positions are not the sinusoids computed here."""
-    for name in source.dropped:
-        if rename.POSITIONS.search(name):
-            found = source.checkpoint.tensors[name].read().float()
-            # As exact as the coarsest numbers that hold them: fp8 rounds by up to a 16th.
-            rounding = next((torch.finfo(kind).eps / 4 for kind in (
-                torch.float8_e5m2, torch.float8_e4m3fn)
-                if torch.equal(found.to(kind).float(), found)), 0)
-            if found.ndim != 3 or found.shape[2] % 2 or not torch.allclose(
-                    found[0], sinusoidal_positional_encoding(*found.shape[1:]), atol=max(5e-3, rounding)):
-                raise InputError(f"{source.path}: {name} is not AnimateDiff's encoding of "
-                                 "positions; such motion modules cannot be used here")
+def ignored_tensors(checkpoint: DetectedCheckpoint, parts: Mapping[str, DetectedCheckpoint],
+                    used: Sequence[str]) -> dict[str, str]:
+    """Return why each tensor that is not used is ignored, by key.
 
-
-def infer_config(name: str, parts: Mapping[str, Source]) -> ModelConfig:
-    """The sizes of all parts, and that they fit one another."""
-    unet, motion, control = parts["unet"], parts["motion"], parts.get("sparsectrl")
-    return made(
-        unet.path, ModelConfig, name=name,
-        unet=unet_config(unet.path, unet.shapes("unet"), unet.config("unet"),
-                         motion.shapes("motion"), motion.config("motion"), motion.version,
-                         motion.motion_max_seq_length),
-        vae=vae_config(parts["vae"].path, parts["vae"].shapes("vae"),
-                       parts["vae"].config("vae")),
-        text_encoder=text_config(parts["text_encoder"].path, parts["text_encoder"].shapes("text_encoder"),
-                         parts["text_encoder"].config("text_encoder")),
-        sparsectrl=SparseCtrlConfig() if control is None else sparsectrl_config(
-            control.path, control.shapes("sparsectrl"), control.config("sparsectrl"),
-            control.motion_max_seq_length),
-        sample=dataclasses.replace(DISTILLED_PRESETS.get(distilled(motion.path), SampleConfig()),
-                                   num_frames=min(16, motion.motion_max_seq_length)))
-
-
-def check(paths: Mapping[str, Path], weights: Mapping[str, LazyTensor],
-          shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Source]) -> None:
-    """Raises InputError for a weight that is missing, extra, quantised or of another shape.
-
-    Ones at the end of a shape do not count: a 1x1 convolution is a linear layer.
+    Every tensor is used once, or is ignored for a reason.
     """
-    for name in shapes:
-        if name not in weights:
-            part = ("motion" if name.startswith("unet.") and ".motion_modules." in name
-                    else name.partition(".")[0])
-            raise InputError(f"{parts[part].path}: the tensor {name} is missing")
+    reasons = {key: f"of the {PART_NAMES[part]}, which {OPTIONS[part]} gives"
+               if parts[part] is not checkpoint else "replaced by a moving average (--ema)"
+               for part, key_map in checkpoint.key_maps.items() for key in key_map.values()}
+    reasons |= checkpoint.ignored
+    ignored = {key: reasons[key] for key in checkpoint.tensors.keys() - set(used)}
+    assert len(used) + len(ignored) == len(checkpoint.tensors)
+    return ignored
+
+
+def check_positional_encodings(checkpoint: DetectedCheckpoint) -> None:
+    """Raise InputError for positional encodings other than the sinusoids that are computed."""
+    for key in filter(POSITIONAL_ENCODING.search, checkpoint.ignored):
+        encoding = checkpoint.tensors[key].read().float()
+        # fp8 numbers, even if they are stored in another type, are rounded by up to a 16th.
+        rounding = [torch.finfo(dtype).eps / 4 for dtype in (torch.float8_e5m2, torch.float8_e4m3fn)
+                    if torch.equal(encoding.to(dtype).float(), encoding)]
+        if encoding.ndim != 3 or encoding.shape[2] % 2 or not torch.allclose(
+                encoding[0], sinusoidal_positional_encoding(*encoding.shape[1:]),
+                atol=max([5e-3, *rounding])):
+            raise InputError(f"{checkpoint.path}: {key} is not AnimateDiff's positional encoding. "
+                             "Give a motion module of AnimateDiff")
+
+
+def check_weights(path: Path, weights: Mapping[str, LazyTensor],
+                  shapes: Mapping[str, torch.Size]) -> None:
+    """Raise InputError for a weight that is missing, extra, quantized or of another shape."""
+    check_names(path, set(weights), shapes)
     for name, tensor in weights.items():
-        if name not in shapes:
-            raise InputError(f"{paths[name]}: the tensor {name} belongs to no part of the model")
         if not tensor.dtype.is_floating_point:
-            raise InputError(f"{paths[name]}: the tensor {name} is {tensor.dtype}: quantised "
-                             "weights are not read here")
-        if bare(tensor.shape) != bare(shapes[name]):
-            raise InputError(f"{paths[name]}: the tensor {name} is {tensor.shape}, "
-                             f"here it is {shapes[name]}")
+            raise InputError(f"{path}: the tensor {name} is {tensor.dtype}: quantized weights are "
+                             "not supported. Give a file in fp16, bf16 or fp32")
+        if squeeze_trailing(tensor.shape) != squeeze_trailing(shapes[name]):
+            raise InputError(f"{path}: the tensor {name} is {tensor.shape}; expected "
+                             f"{tuple(shapes[name])}. Give a checkpoint for Stable Diffusion 1.5")
 
 
-def write(plan: Plan, path: Path, dtype: torch.dtype, tensors: Iterator[Tensor],
-          sources: Mapping[str, str]) -> None:
-    """Writes `plan.tensors(dtype)`, as they come, to a file that `load_model` reads."""
-    stream_safetensors(path, plan.shapes, dtype, tensors, file_metadata(plan.config, sources, dtype))
+def write_model(plan: ConversionPlan, path: Path, dtype: torch.dtype, tensors: Iterable[Tensor],
+                sources: Mapping[str, str]) -> None:
+    """Write a planned model to a file that `load_model` reads.
+
+    Args:
+        plan: The plan.
+        path: The file, a .safetensors.
+        dtype: Data type of the weights in the file.
+        tensors: `plan.tensors(dtype)`, or an iterable around it, such as a progress bar.
+        sources: sha256 of the source files by name.
+    """
+    stream_safetensors(path, plan.shapes, dtype, tensors,
+                       file_metadata(plan.config, sources, dtype))

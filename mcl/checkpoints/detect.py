@@ -1,339 +1,391 @@
-"""What a checkpoint is, by the names and shapes of its tensors, and what it is not."""
+"""Detects what a checkpoint is by the keys and shapes of its tensors, and rejects the rest."""
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import short_repr
 from ..errors import InputError
-from . import key_mapping as rename
-from .lazy import Checkpoint, LazyTensor
 from .containers import open_checkpoint
-from .infer_config import check_config, count
+from .key_mapping import (LORA_KEY, POSITIONAL_ENCODING, count_blocks, map_motion_key,
+                          map_text_key, map_unet_key, map_vae_key)
+from .lazy_tensor import Checkpoint, LazyTensor
 
-BASE, VAE, TEXT, MOTION = "--base", "--vae", "--text-encoder", "--motion-module"
-SPARSECTRL = "--sparsectrl"
-ADAPTER, LORA, MOTION_LORA, WEIGHTS = "--adapter", "--lora", "--motion-lora", "--weights"
-LORAS = (ADAPTER, LORA, MOTION_LORA)
+# The command line option of each part of a model, and of each kind of LoRA.
+OPTIONS = {"unet": "--base", "vae": "--vae", "text_encoder": "--text-encoder",
+           "motion": "--motion-module", "sparsectrl": "--sparsectrl"}
+ADAPTER, LORA, MOTION_LORA = LORAS = "--adapter", "--lora", "--motion-lora"
+PART_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder",
+              "motion": "motion module", "sparsectrl": "SparseCtrl"}
 
-UNET_LDM = "model.diffusion_model."
-PREFIXES = {"unet": (UNET_LDM, "unet."), "vae": ("first_stage_model.", "vae."),
+LDM_UNET = "model.diffusion_model."
+PREFIXES = {"unet": (LDM_UNET, "unet."), "vae": ("first_stage_model.", "vae."),
             "text_encoder": ("cond_stage_model.transformer.", "text_encoder.")}
-LANDMARKS = {"unet": "down_blocks.0.resnets.0.conv1.weight", "vae": "decoder.conv_in.weight",
-             "text_encoder": "embeddings.token_embedding.weight"}
-# A name that this finds in a checkpoint says that it is something else, and what.
-FOREIGN = (
+SIGNATURE_KEYS = {"unet": "down_blocks.0.resnets.0.conv1.weight", "vae": "decoder.conv_in.weight",
+                  "text_encoder": "embeddings.token_embedding.weight"}
+# A key that matches says that the checkpoint belongs to another method, and to which.
+UNSUPPORTED_PATTERNS = (
     (r"^conditioner\.embedders\.|^lora_te2_|(^|\.)add_embedding\.", "Stable Diffusion XL"),
     (r"^cond_stage_model\.model\.", "Stable Diffusion 2"),
     (r"\.oft_(blocks|diag)|\.oft_R\b|\.on_input$|(^|\.)ia3_", "an OFT or IA3 (LyCORIS)"),
     (r"temporal_attentions|positional_encoding$", "a Hotshot-XL motion module"),
-    (r"^(string_to_param|emb_params|clip_[lg]$|<[^ ]+>$)",
-     "a textual inversion embedding, which gives a word of its own a meaning"),
+    (r"^(string_to_param|emb_params|clip_[lg]$|<[^ ]+>$)", "a textual inversion embedding"),
     (r"^(image_proj|ip_adapter)\b", "an IP-Adapter"))
-DROPPED = (
-    (r"position_ids$", "numbers of positions, counted here"),
-    (r"\.loss\.|^loss\.", "of the training's loss"),
-    (r"num_batches_tracked$|\.colorize$", "counters of the training"),
+# Tensors of a base that are not used, and why.
+IGNORED_PATTERNS = (
+    (r"position_ids$", "position numbers, computed here"),
+    (r"\.loss\.|^loss\.", "of the training loss"),
+    (r"num_batches_tracked$|\.colorize$", "training counters"),
     (r"^model_ema\.", "moving averages, which --ema takes"),
     (r"^(betas|alphas|sqrt_|log_one|posterior_|logvar$|lvlb_|scale_factor$)",
-     "Stable Diffusion's own noise schedule; AnimateDiff's is used"),
+     "Stable Diffusion's noise schedule; AnimateDiff's is used"),
     (r"(^|\.)(vision_model\.|text_projection(\.|$)|visual_projection\.|logit_scale$)",
      "of CLIP, but not of its text encoder"))
-V_PREDICTION = {"v_pred", "ztsnr"}                  # tensors without values: signs of trainers
-V_METADATA = ("modelspec.prediction_type", "prediction_type", "yaml")
-OURS = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|"
-                  r"time_embedding)\.")
+FOREIGN_PART_NOTE = "another method's part, without which the motion may differ"
+V_PREDICTION_KEYS = {"v_pred", "ztsnr"}             # empty tensors that trainers add
+V_PREDICTION_METADATA = ("modelspec.prediction_type", "prediction_type", "yaml")
+# Values that the networks support. A config.json with others describes another architecture.
+SUPPORTED_VALUES: dict[str, dict[str, Any]] = {
+    "unet": {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
+             "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
+             "use_linear_projection": False, "dual_cross_attention": False},
+    "vae": {"act_fn": "silu"},
+    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "scheduler": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}}
+UNET_KEY = re.compile(
+    r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding)\.")
+CONTROLNET_KEY = re.compile(r"control_model\.|(controlnet\.)?(module\.)?controlnet_cond_embedding\.")
 TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
-               1280: "Stable Diffusion XL's refiner"}
-LYCORIS = re.compile(r"\.(hada_[wt]\d|lokr_[wt]\d|[wb]_norm$|diff(_b)?$|[ab][12]\.weight$)")
-LORA_NAME = re.compile(r"[._]lora(\.|_down\.|_up\.|_mid\.|_A\.|_B\.|_linear_layer\.)|"
-                       + LYCORIS.pattern)
-CONTROLNET = re.compile(r"control_model\.|(controlnet\.)?(module\.)?controlnet_cond_embedding\.")
-CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix"}
-V1_FRAMES, SD15_WIDTH = 24, 320
+               1280: "the refiner of Stable Diffusion XL"}
+INPUT_CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix"}
+V1_MAX_SEQ_LENGTH, SD15_WIDTH = 24, 320
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file or folder that is known for what it is."""
+@dataclass(frozen=True, kw_only=True)
+class DetectedCheckpoint(Checkpoint):
+    """A checkpoint that can be used.
+
+    Attributes:
+        path: The file or folder.
+        option: The command line option that takes it.
+        description: What it is, in words.
+        key_maps: For each part that it has, the checkpoint's keys by this project's keys.
+        ignored: For each of its keys that is not used, the reason.
+        motion_max_seq_length: Number of frames that its motion modules support.
+    """
+
     path: Path
-    slot: str                           # the option that it is for; "" if it cannot be used here
-    title: str
-    checkpoint: Checkpoint
-    parts: dict[str, dict[str, str]] = field(default_factory=dict)  # part -> our name -> its name
-    dropped: dict[str, str] = field(default_factory=dict)           # its name -> why
-    version: str = ""                   # of a motion module
+    option: str = ""
+    description: str = ""
+    key_maps: dict[str, dict[str, str]] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
     motion_max_seq_length: int = 0
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
-        return {ours: self.checkpoint.tensors[theirs].shape
-                for ours, theirs in self.parts.get(part, {}).items()}
+        """Return the shapes of one part's tensors by this project's keys."""
+        return {target: self.tensors[key].shape
+                for target, key in self.key_maps.get(part, {}).items()}
 
-    def config(self, part: str) -> dict[str, Any]:
-        """The config.json of one part, or of the file's own folder; empty where there is none."""
-        return self.checkpoint.configs.get(part, self.checkpoint.configs.get("", {}))
+    def config(self, part: str) -> Mapping[str, Any]:
+        """Return the config.json of one part, or of the file's own folder; empty without any."""
+        return self.configs.get(part, self.configs.get("", {}))
 
 
-def read_source(path: Path) -> Source:
-    """Opens a checkpoint and says what it is; reads no weights.
+def detect_file(path: Path) -> DetectedCheckpoint:
+    """Open a checkpoint and return what it is, without reading its weights.
 
-    Raises InputError, by the name of what it is, for what cannot be part of a model here.
+    Raises:
+        InputError: If it cannot be part of a model; the message says what it is.
     """
     return detect(path, open_checkpoint(path))
 
 
-def detect(path: Path, checkpoint: Checkpoint) -> Source:
-    """`read_source` of what is already open."""
+def detect(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
+    """Return what an open checkpoint is. Raises InputError as `detect_file` does."""
     tensors = checkpoint.tensors
-    for pattern, what in FOREIGN:
-        found = next((n for n in (*tensors, *checkpoint.others) if re.search(pattern, n)), None)
-        if found:
-            raise InputError(f"{path}: {what} ({found}), which cannot be used here")
-    if checkpoint.metadata.get("format", "").startswith("mcl-model"):
-        return Source(path, WEIGHTS, "a converted model of this project", checkpoint)
-    if checkpoint.metadata.get("format", "").startswith("mcl-motion"):
-        raise InputError(f"{path}: a kept motion, which python sample.py --motion takes")
+    for pattern, family in UNSUPPORTED_PATTERNS:
+        for key in (*tensors, *checkpoint.non_tensors):
+            if re.search(pattern, key):
+                raise unsupported(path, f"{family} ({key})")
+    file_format = checkpoint.metadata.get("format", "")
+    if file_format.startswith("mcl-model"):
+        return DetectedCheckpoint(**vars(checkpoint), path=path, option="--weights",
+                                  description="a converted model of this project")
+    if file_format.startswith("mcl-motion"):
+        raise InputError(f"{path}: a saved motion, not a checkpoint. Pass it to sample.py with "
+                         "--motion")
     if not tensors:
-        raise InputError(f"{path}: a checkpoint without tensors")
-    if any(map(CONTROLNET.match, tensors)) and not has(tensors, UNET_LDM):
-        return controlnet(path, checkpoint)
-    if any(map(LORA_NAME.search, tensors)):
-        return lora(path, checkpoint)
-    moving = any(".motion_modules." in name for name in tensors)
-    if moving and not (has(tensors, "unet.") and has(tensors, "vae.")):
-        return motion_module(path, checkpoint)
-    return networks(path, checkpoint)
+        raise InputError(f"{path}: a checkpoint without tensors. Give another file")
+    has_motion = any(".motion_modules." in key for key in tensors)
+    if any(map(CONTROLNET_KEY.match, tensors)) and not has_prefix(tensors, LDM_UNET):
+        if not has_motion:
+            raise unsupported(path, "a ControlNet without motion modules")
+        return detect_sparsectrl(path, checkpoint)
+    if any(map(LORA_KEY.match, tensors)):
+        return detect_lora(path, checkpoint)
+    if has_motion and not (has_prefix(tensors, "unet.") and has_prefix(tensors, "vae.")):
+        return detect_motion_module(path, checkpoint)
+    return detect_networks(path, checkpoint)
 
 
-def has(tensors: dict[str, LazyTensor], before: str) -> bool:
-    return any(name.startswith(before) for name in tensors)
+def unsupported(path: Path, family: str) -> InputError:
+    """Return the error for a checkpoint of another method."""
+    return InputError(f"{path}: {family} is not supported. Give a checkpoint for Stable Diffusion "
+                      "1.5 or AnimateDiff")
 
 
-def controlnet(path: Path, checkpoint: Checkpoint) -> Source:
-    if not any(".motion_modules." in name for name in checkpoint.tensors):
-        raise InputError(f"{path}: a plain ControlNet, which cannot be used here; SparseCtrl has "
-                         "motion modules")
-    names, dropped, length = with_positions(path, checkpoint.tensors)
-    kind = "rgb" if "controlnet_cond_embedding.weight" in names else "scribble"
-    return Source(path, SPARSECTRL, f"AnimateDiff's SparseCtrl ({kind})", checkpoint,
-                  {"sparsectrl": names}, dropped, motion_max_seq_length=length or 32)
+def wrong_option_error(checkpoint: DetectedCheckpoint, option: str) -> InputError:
+    """Return the error for a checkpoint that was given with a wrong option."""
+    subject = f"{checkpoint.path}: {checkpoint.description}"
+    if checkpoint.option == "--weights":
+        return InputError(f"{subject}. Run python sample.py --weights {checkpoint.path}")
+    command = "" if checkpoint.option in LORAS else " of convert_weights.py"
+    return InputError(f"{subject}, not for {option}. Pass it with {checkpoint.option}{command}")
 
 
-def with_positions(path: Path, tensors: dict[str, LazyTensor]
-                   ) -> tuple[dict[str, str], dict[str, str], int]:
-    """Of what has motion modules: {our name: its name}, {position encoding: why it is dropped},
-    and the number of positions, 0 where there are none."""
-    names: dict[str, str] = {}
-    dropped: dict[str, str] = {}
-    lengths: set[int] = set()
-    for name, tensor in tensors.items():
-        ours = rename.motion_name(name)
-        if rename.POSITIONS.search(ours):
-            dropped[name] = "encodings of positions, computed here"
-            lengths.update(tensor.shape[1:2])
+def has_prefix(keys: Iterable[str], prefix: str) -> bool:
+    """Return True if a key starts with the prefix."""
+    return any(key.startswith(prefix) for key in keys)
+
+
+def detect_sparsectrl(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
+    """Return a SparseCtrl and its kind."""
+    key_map, ignored, length = split_positional_encodings(path, checkpoint.tensors)
+    kind = "rgb" if "controlnet_cond_embedding.weight" in key_map else "scribble"
+    return DetectedCheckpoint(
+        **vars(checkpoint), path=path, option=OPTIONS["sparsectrl"],
+        description=f"AnimateDiff's SparseCtrl ({kind})", key_maps={"sparsectrl": key_map},
+        ignored=ignored, motion_max_seq_length=length or 32)
+
+
+def split_positional_encodings(path: Path, tensors: Mapping[str, LazyTensor]
+                               ) -> tuple[dict[str, str], dict[str, str], int]:
+    """Return the key map, the ignored positional encodings, and their length or 0."""
+    key_map: dict[str, str] = {}
+    ignored: dict[str, str] = {}
+    for key in tensors:
+        target = map_motion_key(key)
+        if POSITIONAL_ENCODING.search(target):
+            ignored[key] = "positional encodings, computed here"
         else:
-            put(path, names, ours, name)
+            add_unique(path, key_map, target, key)
+    lengths = {length for key in ignored for length in tensors[key].shape[1:2]}
     if len(lengths) > 1:
-        raise InputError(f"{path}: its encodings of positions differ in length: {sorted(lengths)}")
-    return names, dropped, min(lengths, default=0)
+        raise InputError(f"{path}: its positional encodings differ in length: {sorted(lengths)}. "
+                         "Give another file")
+    return key_map, ignored, min(lengths, default=0)
 
 
-def lora(path: Path, checkpoint: Checkpoint) -> Source:
-    """Which of the three kinds of low-rank weights; all are merged alike."""
+def add_unique(path: Path, key_map: dict[str, str], target: str, key: str) -> None:
+    """Add a key to a key map. Raises InputError if the target has a key already."""
+    if target in key_map:
+        raise InputError(f"{path}: {key} and {key_map[target]} are the same tensor, {target}. "
+                         "Give another file")
+    key_map[target] = key
+
+
+def detect_lora(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
+    """Return which of the three kinds of LoRA it is."""
     tensors = checkpoint.tensors
-    for name, tensor in tensors.items():
-        if re.search(r"attn2[._](processor\.)?to_k.*(down|lora_A|hada_w1_b|\.diff$)", name):
-            refuse_width(path, tensor.shape, "a LoRA for ")
-    if any("motion_modules" in name for name in tensors):
-        return Source(path, MOTION_LORA, "a motion LoRA of AnimateDiff", checkpoint)
-    if all(re.match(r"(down_blocks|mid_block|up_blocks)\..*\.processor\.", n) for n in tensors):
-        return Source(path, ADAPTER, "AnimateDiff's domain adapter (v3_sd15_adapter)", checkpoint)
-    kind = ("LyCORIS" if any(map(LYCORIS.search, tensors)) else
-            "kohya / A1111" if has(tensors, "lora_") else
-            "PEFT" if any(".lora_A." in name for name in tensors) else "diffusers")
-    return Source(path, LORA, f"a LoRA ({kind})", checkpoint)
+    for key, tensor in tensors.items():
+        if re.search(r"attn2[._](processor\.)?to_k.*(down|lora_A|hada_w1_b|\.diff$)", key):
+            reject_text_width(path, tensor.shape, "a LoRA for ")
+    option, description = LORA, "a LoRA for Stable Diffusion 1.5"
+    if any("motion_modules" in key for key in tensors):
+        option, description = MOTION_LORA, "a motion LoRA of AnimateDiff"
+    elif all(re.match(r"(down_blocks|mid_block|up_blocks)\..*\.processor\.", k) for k in tensors):
+        option, description = ADAPTER, "AnimateDiff's domain adapter (v3_sd15_adapter)"
+    return DetectedCheckpoint(**vars(checkpoint), path=path, option=option, description=description)
 
 
-def refuse_width(path: Path, shape: tuple[int, ...], what: str = "") -> None:
-    """Raises InputError where a projection of the text embeddings is of another family's width."""
+def reject_text_width(path: Path, shape: tuple[int, ...], kind: str = "") -> None:
+    """Raise InputError for a projection of text embeddings that another family has."""
     for width in shape[1:2]:
         if width in TEXT_WIDTHS:
-            raise InputError(f"{path}: {what}{TEXT_WIDTHS[width]} (text embeddings of {width}, "
-                             "Stable Diffusion 1.5 has 768), which cannot be used here")
+            raise unsupported(path, f"{kind}{TEXT_WIDTHS[width]} (text embeddings of {width}, not "
+                              "768)")
 
 
-def motion_module(path: Path, checkpoint: Checkpoint) -> Source:
-    """AnimateDiff's motion modules, alone or inside a training checkpoint's whole UNet."""
+def detect_motion_module(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
+    """Return AnimateDiff's motion modules, alone or in the whole UNet of a training checkpoint."""
     tensors = checkpoint.tensors
-    modules, dropped, length = with_positions(path, tensors)
-    conv_in = tensors.get(modules.get("conv_in.weight", ""))
+    key_map, ignored, length = split_positional_encodings(path, tensors)
+    conv_in = tensors.get(key_map.get("conv_in.weight", ""))
     if conv_in is not None and conv_in.shape[1:2] == (9,):
-        raise InputError(f"{path}: PIA, whose UNet takes 9 channels; it cannot be used here")
-    for ours in [ours for ours in modules if ".motion_modules." not in ours]:
-        dropped[modules.pop(ours)] = (
-            "the UNet around the motion modules, which --base gives" if OURS.match(ours) else
-            f"of {ours.partition('.')[0]}, {FOREIGN_PART}")
-    first = "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"
-    if first in modules and count(modules, "down_blocks") == 3 and \
-            tensors[modules[first]].shape[:1] == (SD15_WIDTH,):
-        raise InputError(f"{path}: a motion module for Stable Diffusion XL, which cannot be used "
-                         "here")
-    converted = not any(".temporal_transformer." in name for name in tensors)
-    version = motion_version(path, modules, length, converted)
-    kind = f", {distilled(path)}" if distilled(path) else ""
-    return Source(path, MOTION, f"an AnimateDiff motion module, {version}{kind}", checkpoint,
-                  {"motion": modules}, dropped, version,
-                  24 if version == "v1" else length or 32)
+        raise unsupported(path, "PIA (its UNet takes 9 channels)")
+    for target in [target for target in key_map if ".motion_modules." not in target]:
+        ignored[key_map.pop(target)] = (
+            "of the UNet, which --base gives" if UNET_KEY.match(target) else
+            f"of {target.partition('.')[0]}, {FOREIGN_PART_NOTE}")
+    proj_in = key_map.get("down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight", "")
+    if proj_in and tensors[proj_in].shape[:1] == (SD15_WIDTH,) and (
+            count_blocks(key_map, "down_blocks") == 3):
+        raise unsupported(path, "a motion module for Stable Diffusion XL")
+    version = motion_version(path, checkpoint, key_map, length)
+    preset = distillation_of(path)
+    return DetectedCheckpoint(
+        **vars(checkpoint) | {"version": version}, path=path, option=OPTIONS["motion"],
+        description=f"an AnimateDiff motion module, {version}{preset and ', '}{preset}",
+        key_maps={"motion": key_map}, ignored=ignored,
+        motion_max_seq_length=V1_MAX_SEQ_LENGTH if version == "v1" else length or 32)
 
 
-FOREIGN_PART = "another method's part, without which the motion may differ"
+def name_hint(path: Path) -> str:
+    """Return the names of a file and its folder in lower case."""
+    return "/".join(path.absolute().parts[-2:]).lower()
 
 
-def distilled(path: Path) -> str:
-    """The settings, of FEW_STEPS, that a motion module is distilled for, or "". Its tensors are as
-    others are: nothing but the name of the file, or of its folder, tells."""
-    said = "/".join(path.absolute().parts[-2:]).lower()
-    steps = re.search(r"lightning.*?([248])step", said)
-    return f"lightning-{steps[1]}" if steps else "animatelcm" if "animatelcm" in said else ""
+def distillation_of(path: Path) -> str:
+    """Return the preset that a motion module is distilled for, or "".
 
-
-def motion_version(path: Path, modules: dict[str, str], length: int, converted: bool) -> str:
-    """v2 has a module in the middle; of the others v1 knows 24 positions, v3 more.
-
-    Converters to MotionAdapter write 32 positions whatever there were, and some files have none;
-    then the path tells v1 from v3. Raises InputError where it does not.
+    Distilled modules have the tensors of ordinary ones. Only the names of the file and its folder
+    tell them apart.
     """
-    if any(name.startswith("mid_block.") for name in modules):
-        return "v2"
-    if length and (length == V1_FRAMES or not converted):
-        return "v1" if length == V1_FRAMES else "v3"
-    said = "/".join(path.absolute().parts[-2:]).lower()
-    if re.search(r"v3|v1-5-3", said):
-        return "v3"
-    if re.search(r"v1(?!\d)|v14|v15", said):
-        return "v1"
-    if length:
-        return "v3"
-    raise InputError(f"{path}: a motion module without encodings of positions: v1 or v3 cannot be "
-                     "told apart; rename it so that v1 or v3 is in its name")
+    steps = re.search(r"lightning.*?([248])step", name_hint(path))
+    return f"lightning-{steps[1]}" if steps else "animatelcm" * ("animatelcm" in name_hint(path))
 
 
-def networks(path: Path, checkpoint: Checkpoint) -> Source:
-    """UNet, VAE and text encoder, together under prefixes or one by itself."""
+def motion_version(path: Path, checkpoint: Checkpoint, key_map: Mapping[str, str], length: int
+                   ) -> str:
+    """Return "v1", "v2" or "v3".
+
+    Only v2 has a module in the middle block. The positional encodings of v1 have 24 positions,
+    later ones more. Converters to diffusers' MotionAdapter always write 32 positions, and some
+    files have none; then the caller or the file's name tells v1 from v3.
+
+    Raises:
+        InputError: If the version is not known, or differs from the caller's.
+    """
+    is_adapter = not any(".temporal_transformer." in key for key in checkpoint.tensors)
+    detected = ("v2" if has_prefix(key_map, "mid_block.") else
+                "v1" if length == V1_MAX_SEQ_LENGTH else "v3" if length and not is_adapter else "")
+    if checkpoint.version not in (detected or ("", "v1", "v3")) and checkpoint.version:
+        raise InputError(f"{path}: motion_version = {checkpoint.version!r} does not fit its "
+                         f"tensors. Pass {detected or 'v1 or v3'}")
+    name = name_hint(path) if checkpoint.files else ""
+    version = detected or checkpoint.version or (
+        "v3" if re.search(r"v3|v1-5-3", name) else "v1" if re.search(r"v1(?!\d)|v14|v15", name)
+        else "v3" if length else "")
+    if not version:
+        advice = ("Rename it so that v1 or v3 is in its name" if checkpoint.files else
+                  'Pass motion_version="v1" or "v3"')
+        raise InputError(f"{path}: the motion module has no positional encodings, which tell v1 "
+                         f"from v3. {advice}")
+    return version
+
+
+def detect_networks(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
+    """Return UNet, VAE and text encoder: several under prefixes, or a single one without."""
     tensors = checkpoint.tensors
-    whole = any(has(tensors, prefix) for prefixes in PREFIXES.values() for prefix in prefixes)
-    alone = "" if whole else next((part for part, name in LANDMARKS.items()
-                                   if any(n.removeprefix("text_model.") == name for n in tensors)),
-                                  None)
-    if alone is None:
-        some = ", ".join(sorted(tensors)[:2])
-        words = len(tensors) == 1 or not any("." in name for name in tensors)
-        if words and all(t.shape[-1:] in ((768,), (1024,), (1280,)) and len(t.shape) < 3
-                         for t in tensors.values()):
-            raise InputError(f"{path}: a textual inversion embedding ({some}), which cannot be "
-                             "used here")
-        raise InputError(f"{path}: {len(tensors)} tensors ({some}, ...) of a kind that is not "
-                         "known; python convert_weights.py --help lists what is")
-    theirs: dict[str, dict[str, str]] = {}
-    dropped: dict[str, str] = {}
+    is_prefixed = any(split_prefix(key)[0] for key in tensors)
+    single = next((part for part, signature in SIGNATURE_KEYS.items() if any(
+        key.removeprefix("text_model.") == signature for key in tensors)), "")
+    keys: dict[str, dict[str, str]] = {}
+    ignored: dict[str, str] = {}
     for name in tensors:
-        why = next((why for pattern, why in DROPPED if re.search(pattern, name)), None)
-        part, rest = split(name) if whole else (alone, name)
-        if why is not None:
-            dropped[name] = why
-        elif not part:
-            dropped[name] = "outside of UNet, VAE and text encoder"
+        part, key = split_prefix(name) if is_prefixed else (single, name)
+        reason = next((reason for pattern, reason in IGNORED_PATTERNS if re.search(pattern, name)),
+                      "" if part else "outside of UNet, VAE and text encoder")
+        if reason:
+            ignored[name] = reason
         else:
-            theirs.setdefault(part, {})[rest] = name
-    motion = motion_of_pipeline(path, theirs.get("unet", {}), checkpoint)
-    parts = {part: ours(path, part, found) for part, found in theirs.items()}
-    if motion is not None:
-        parts |= motion.parts
-        dropped |= {theirs: why for theirs, why in motion.dropped.items()}
-    source = Source(path, BASE if "unet" in parts else VAE if "vae" in parts else TEXT, "",
-                    checkpoint, parts, dropped)
-    if motion is not None:
-        source = replace(source, version=motion.version, motion_max_seq_length=motion.motion_max_seq_length)
-    if "unet" in parts:
-        check_unet(path, source.shapes("unet"))
-        check_prediction(path, checkpoint)
-    for part in (*(part for part in parts if part != "motion"), "scheduler"):
-        check_config(path, part, source.config(part))
-    return replace(source, title=title(source))
+            keys.setdefault(part, {})[key] = name
+    if not keys:
+        raise unknown_checkpoint_error(path, tensors)
+    motion = split_motion_modules(path, checkpoint, keys.get("unet", {}))
+    key_maps = {part: map_keys(path, part, names) for part, names in keys.items()} | motion.key_maps
+    detected = replace(
+        motion, key_maps=key_maps, ignored=ignored | motion.ignored,
+        option=next(option for part, option in OPTIONS.items() if part in key_maps),
+        description=describe(path, tensors, key_maps))
+    if "unet" in key_maps:
+        check_unet(detected)
+    for part in (*(key_maps.keys() - {"motion"}), "scheduler"):
+        check_config(path, part, detected.config(part))
+    return detected
 
 
-def motion_of_pipeline(path: Path, unet: dict[str, str], checkpoint: Checkpoint
-                       ) -> Source | None:
-    """The motion modules inside a UNet of AnimateDiffPipeline, which are taken out of `unet`."""
-    inside = {rest: name for rest, name in unet.items() if ".motion_modules." in rest}
-    if not inside:
-        return None
-    found = motion_module(path, replace(checkpoint, tensors={
-        rest: checkpoint.tensors[name] for rest, name in inside.items()}))
-    for rest in inside:
-        del unet[rest]
-    return replace(found, parts={"motion": {
-        ours: inside[rest] for ours, rest in found.parts["motion"].items()}},
-        dropped={inside[rest]: why for rest, why in found.dropped.items()})
+def unknown_checkpoint_error(path: Path, tensors: Mapping[str, LazyTensor]) -> InputError:
+    """Return the error for tensors that belong to no known network."""
+    examples = ", ".join(sorted(tensors)[:2])
+    if (len(tensors) == 1 or not any("." in key for key in tensors)) and all(
+            t.shape[-1:] in ((768,), (1024,), (1280,)) and len(t.shape) < 3
+            for t in tensors.values()):
+        return unsupported(path, f"a textual inversion embedding ({examples})")
+    return InputError(f"{path}: {len(tensors)} tensors ({examples}, ...) of an unknown kind. "
+                      "python convert_weights.py --help lists the known kinds")
 
 
-def check_prediction(path: Path, checkpoint: Checkpoint) -> None:
-    """Raises InputError for a model that says, in whatever way, that it predicts v, not noise."""
-    signs = [*(V_PREDICTION & {*checkpoint.tensors, *checkpoint.others}),
-             *(f"{key}: {checkpoint.metadata[key]}" for key in V_METADATA if str(
-                 checkpoint.metadata.get(key, "")).lower().startswith("v"))]
+def split_motion_modules(path: Path, checkpoint: Checkpoint, unet: dict[str, str]
+                         ) -> DetectedCheckpoint:
+    """Remove the motion modules, if any, from the keys of a UNet and return them as key map."""
+    modules = {key: unet.pop(key) for key in list(unet) if ".motion_modules." in key}
+    if not modules:
+        return DetectedCheckpoint(**vars(checkpoint), path=path)
+    motion = detect_motion_module(path, replace(checkpoint, tensors={
+        key: checkpoint.tensors[name] for key, name in modules.items()}))
+    key_map = {target: modules[key] for target, key in motion.key_maps["motion"].items()}
+    return replace(motion, tensors=checkpoint.tensors, key_maps={"motion": key_map},
+                   ignored={modules[key]: reason for key, reason in motion.ignored.items()})
+
+
+def describe(path: Path, tensors: Mapping[str, LazyTensor], parts: Iterable[str]) -> str:
+    """Return what a file of networks is, in words."""
+    names = ", ".join(PART_NAMES[part] for part in OPTIONS if part in parts)
+    if "unet" not in parts:
+        return f"a {names} of Stable Diffusion 1.5"
+    container = ("single file" if has_prefix(tensors, LDM_UNET) else
+                 "diffusers folder" if path.is_dir() else "diffusers file")
+    return f"Stable Diffusion 1.5, {container} ({names})"
+
+
+def split_prefix(key: str) -> tuple[str, str]:
+    """Return the part that a key's prefix names and the rest of the key, or ("", key)."""
+    return next(((part, key.removeprefix(prefix)) for part, prefixes in PREFIXES.items()
+                 for prefix in prefixes if key.startswith(prefix)), ("", key))
+
+
+def map_keys(path: Path, part: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """Return the key map of one network.
+
+    Args:
+        path: The checkpoint.
+        part: "unet", "vae" or "text_encoder".
+        keys: The checkpoint's keys by the same keys without prefix.
+    """
+    downsamplers = map(re.compile(r"input_blocks\.(\d\d?)\.0\.op\.").match, keys)
+    layers = min((int(match[1]) for match in downsamplers if match), default=3) - 1
+    is_ldm, levels = has_prefix(keys, "input_blocks."), count_blocks(keys, "decoder.up")
+    key_map: dict[str, str] = {}
+    for key, name in keys.items():
+        add_unique(path, key_map, (
+            map_vae_key(key, levels) if part == "vae" else map_text_key(key)
+            if part == "text_encoder" else map_unet_key(key, layers) if is_ldm else key), name)
+    return key_map
+
+
+def check_unet(checkpoint: DetectedCheckpoint) -> None:
+    """Raise InputError for a UNet of another family, or one that predicts v instead of noise."""
+    path, shapes, metadata = checkpoint.path, checkpoint.shapes("unet"), checkpoint.metadata
+    for channels in shapes.get("conv_in.weight", ())[1:2]:
+        if channels in INPUT_CHANNELS:
+            raise unsupported(path, f"{INPUT_CHANNELS[channels]} (its UNet takes {channels} "
+                              "channels)")
+    for key, shape in shapes.items():
+        if key.endswith("attn2.to_k.weight"):
+            reject_text_width(path, shape)
+    signs = [*(V_PREDICTION_KEYS & {*checkpoint.tensors, *checkpoint.non_tensors}),
+             *(f"{key}: {metadata[key]}" for key in V_PREDICTION_METADATA
+               if str(metadata.get(key, "")).lower().startswith("v"))]
     if signs:
-        raise InputError(f"{path}: a v-prediction model ({sorted(signs)[0]}), which cannot be used "
-                         "here: AnimateDiff's motion modules are made for noise prediction")
+        raise unsupported(path, f"a v-prediction model ({min(signs)})")
 
 
-def title(source: Source) -> str:
-    names = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder",
-             "motion": "motion modules"}
-    held = ", ".join(what for part, what in names.items() if part in source.parts)
-    if source.slot != BASE:
-        return f"a {held} of Stable Diffusion 1.5"
-    kind = ("single file" if has(source.checkpoint.tensors, UNET_LDM) else
-            "diffusers folder" if source.path.is_dir() else "diffusers file")
-    return f"Stable Diffusion 1.5, {kind} ({held})"
-
-
-def split(name: str) -> tuple[str, str]:
-    """("unet", the rest of the name) of a name with a part's prefix, ("", name) of others."""
-    for part, prefixes in PREFIXES.items():
-        for prefix in prefixes:
-            if name.startswith(prefix):
-                return part, name[len(prefix):]
-    return "", name
-
-
-def ours(path: Path, part: str, theirs: dict[str, str]) -> dict[str, str]:
-    """{our name: its name} of one network, whose names without prefix are the keys of `theirs`."""
-    result: dict[str, str] = {}
-    strided = [int(m[1]) for m in map(re.compile(r"input_blocks\.(\d\d?)\.0\.op\.").match, theirs)
-               if m]
-    layers = min(strided, default=3) - 1
-    ldm = any(name.startswith("input_blocks.") for name in theirs)
-    levels = count(theirs, "decoder.up")
-    for rest, name in theirs.items():
-        new = (rename.vae_name(rest, levels) if part == "vae" else
-               rename.text_name(rest) if part == "text_encoder" else
-               rename.unet_from_ldm(rest, layers) if ldm else rest)
-        put(path, result, new, name)
-    return result
-
-
-def put(path: Path, names: dict[str, str], new: str, name: str) -> None:
-    if new in names:
-        raise InputError(f"{path}: {name} and {names[new]} are the same tensor, {new}")
-    names[new] = name
-
-
-def check_unet(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises InputError, by its name, for a UNet of another family."""
-    for taken in shapes.get("conv_in.weight", ())[1:2]:
-        if taken in CHANNELS:
-            raise InputError(f"{path}: {CHANNELS[taken]} (its UNet takes {taken} channels), "
-                             "which cannot be used here")
-    for name, shape in shapes.items():
-        if name.endswith("attn2.to_k.weight"):
-            refuse_width(path, shape)
+def check_config(path: Path, part: str, config: Mapping[str, Any]) -> None:
+    """Raise InputError for a config.json of another architecture."""
+    for key, value in SUPPORTED_VALUES[part].items():
+        if config.get(key) not in (None, value):
+            raise InputError(f"{path}: {key} = {short_repr(config[key])} in the {part} config is "
+                             f"not supported: Stable Diffusion 1.5 has {value!r}. Give a checkpoint "
+                             "for Stable Diffusion 1.5")

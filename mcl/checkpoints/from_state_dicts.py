@@ -1,57 +1,73 @@
-"""A model of weights that another program holds in memory."""
+"""Builds a model from weights that another program holds in memory."""
+import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .model_file import build_on_meta, load_weights
+from ..config import SampleConfig
 from ..device import resolve_device, resolve_dtype
+from ..errors import InputError
 from ..model import Model
-from .convert import plan
-from .detect import FOREIGN_PART, Source, networks, detect
-from .lazy import Checkpoint, LazyTensor
+from .convert import plan_conversion
+from .detect import FOREIGN_PART_NOTE, DetectedCheckpoint, detect, detect_networks
+from .lazy_tensor import Checkpoint, wrap_tensor
+from .model_file import build_on_meta, load_weights
 
 
 def model_from_state_dicts(
         *, base: Mapping[str, Tensor] | None = None, unet: Mapping[str, Tensor] | None = None,
         vae: Mapping[str, Tensor] | None = None, text_encoder: Mapping[str, Tensor] | None = None,
         motion: Mapping[str, Tensor] | None = None, sparsectrl: Mapping[str, Tensor] | None = None,
-        configs: Mapping[str, Mapping[str, Any]] | None = None, name: str = "model",
+        configs: Mapping[str, Mapping[str, Any]] | None = None, motion_version: str | None = None,
+        sample: SampleConfig | None = None, name: str = "model",
         device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Model:
-    """A model of state dicts in the names of diffusers or LDM, copied; no file is read or written.
+    """Return a model with copies of weights in memory. No file is read or written.
 
-    base     UNet, VAE and text encoder in one, as a single-file checkpoint has them
-    unet, vae, text_encoder, motion, sparsectrl
-             each by itself, in place of the base's; a UNetMotionModel's `unet` holds the motion too
-    configs  what diffusers' config.json says of a part, by its name: above all of a small model,
-             {"unet": {"attention_head_dim": 4, "norm_num_groups": 8}}
-    device, dtype   as `load_model` takes them
+    The keys are those of diffusers or LDM.
 
-    Raises InputError where a part or a tensor is missing, extra, mis-shaped or not finite, and, by
-    its name, for another family of models.
+    Args:
+        base: UNet, VAE and text encoder together, as in a single-file checkpoint.
+        unet: UNet in place of the base's. A UNetMotionModel brings its motion modules.
+        vae: VAE in place of the base's.
+        text_encoder: Text encoder in place of the base's.
+        motion: Motion module of AnimateDiff, or a diffusers MotionAdapter.
+        sparsectrl: SparseCtrl of AnimateDiff.
+        configs: Content of diffusers' config.json by part. Networks of other sizes than Stable
+            Diffusion's need it: {"unet": {"attention_head_dim": 4, "norm_num_groups": 8}}.
+        motion_version: "v1", "v2" or "v3". Motion modules without positional encodings need it.
+        sample: Settings of the model; by default those that suit its motion module.
+        name: Name of the model.
+        device: As for `load_model`.
+        dtype: As for `load_model`.
+
+    Raises:
+        InputError: If a part or a tensor is missing, extra, misshapen or not finite, or belongs to
+            another family of models.
     """
-    given = {"base": base, "unet": unet, "vae": vae, "text_encoder": text_encoder,
-             "motion": motion, "sparsectrl": sparsectrl}
-    said = {part: dict(config) for part, config in (configs or {}).items()}
-    parts: dict[str, Source] = {}
-    for role, state in given.items():
+    if motion_version not in (None, "v1", "v2", "v3"):
+        raise InputError(f"motion_version = {motion_version!r} is not known: it must be v1, v2 or v3")
+    states = {"base": base, "unet": unet, "vae": vae, "text_encoder": text_encoder,
+              "motion": motion, "sparsectrl": sparsectrl}
+    parts: dict[str, DetectedCheckpoint] = {}
+    for role, state in states.items():
         if state is None:
             continue
-        alone = role in ("unet", "vae", "text_encoder")
-        checkpoint = Checkpoint({f"{role}.{key}" if alone else key: lazy(t)
-                                 for key, t in state.items()}, (), configs=said)
-        source = networks(Path(role), checkpoint) if alone else detect(Path(role), checkpoint)
-        parts |= {part: source for part in source.parts}
-        for why in {why for why in source.dropped.values() if why.endswith(FOREIGN_PART)}:
-            warnings.warn(f"{role}: left out: what is {why}", stacklevel=2)
-    chosen = plan(name, parts, [])
-    where = resolve_device(device)
-    weights = chosen.tensors(resolve_dtype(dtype, where))
-    return load_weights(build_on_meta(chosen.config), ((key, weight.to(where))
-                                            for key, weight in zip(chosen.shapes, weights)))
-
-
-def lazy(tensor: Tensor) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach())
+        prefix = f"{role}." if role in ("unet", "vae", "text_encoder") else ""
+        checkpoint = Checkpoint(
+            {prefix + key: wrap_tensor(tensor) for key, tensor in state.items()}, (),
+            configs={part: dict(config) for part, config in (configs or {}).items()},
+            version=motion_version or "")
+        detected = (detect_networks if prefix else detect)(Path(role), checkpoint)
+        parts |= dict.fromkeys(detected.key_maps, detected)
+        for reason in {r for r in detected.ignored.values() if r.endswith(FOREIGN_PART_NOTE)}:
+            warnings.warn(f"{role}: ignored tensors {reason}", stacklevel=2)
+    plan = plan_conversion(name, parts, [])
+    config = dataclasses.replace(plan.config, sample=sample or plan.config.sample)
+    resolved = resolve_device(device)
+    weights = plan.tensors(resolve_dtype(dtype, resolved))
+    return load_weights(build_on_meta(config), (
+        (key, weight.to(resolved)) for key, weight in zip(plan.shapes, weights, strict=True)))

@@ -1,139 +1,140 @@
-"""The sizes of networks, read off their weights' shapes and, where it is there, config.json."""
-import re
-from typing import Any, Mapping, TypeVar
+"""Infers the sizes of networks from the shapes of their weights and, if it is there, config.json."""
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
-from ..config import (VOCABULARY_SIZE, SparseCtrlConfig, CLIPTextConfig, UNetConfig, VAEConfig, short_repr)
+from ..config import (CLIPTextConfig, ModelConfig, SampleConfig, SparseCtrlConfig, UNetConfig,
+                      VAEConfig, short_repr)
 from ..errors import InputError
+from ..presets import DISTILLED_PRESETS
+from .detect import DetectedCheckpoint, distillation_of
+from .key_mapping import count_blocks
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-# What our networks do not vary. A config that says otherwise is of another architecture.
-FIXED: dict[str, dict[str, Any]] = {
-    "unet": {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
-             "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
-             "use_linear_projection": False, "dual_cross_attention": False},
-    "vae": {"act_fn": "silu"},
-    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "text_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "vision_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "scheduler": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}}
-CLIP_PARTS = ("text_config", "vision_config")
-CLIP_HEAD = 64                              # channels of each head, in all that OpenAI has
 T = TypeVar("T")
 
 
-def made(path: Any, config: type[T], /, **values: Any) -> T:
-    """A config of a file's sizes. Raises InputError, with the file's name, for impossible ones."""
+def infer_config(name: str, parts: Mapping[str, DetectedCheckpoint]) -> ModelConfig:
+    """Return the config of a whole model.
+
+    Args:
+        name: Name of the model.
+        parts: The checkpoint of each part, as for `plan_conversion`.
+
+    Raises:
+        InputError: If the sizes are impossible, or the parts do not fit one another.
+    """
+    def infer(part: str, config_of: Callable[..., T], *args: Any) -> T:
+        checkpoint = parts[part]
+        return build_config(checkpoint.path, config_of, checkpoint.shapes(part),
+                            checkpoint.config(part), *args)
+
+    motion = parts["motion"]
+    sample = DISTILLED_PRESETS.get(
+        distillation_of(motion.path) if motion.files else "", SampleConfig())
+    return build_config(
+        motion.path, ModelConfig, name, infer("unet", unet_config, motion),
+        infer("vae", vae_config), infer("text_encoder", text_config),
+        sparsectrl=infer("sparsectrl", sparsectrl_config, parts["sparsectrl"]) if (
+            "sparsectrl" in parts) else SparseCtrlConfig(),
+        sample=dataclasses.replace(sample, num_frames=min(16, motion.motion_max_seq_length)))
+
+
+def build_config(path: Path, config_of: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Return `config_of(*args, **kwargs)`.
+
+    Raises:
+        InputError: If a size is impossible, or a tensor that tells a size is missing or no weight;
+            the message names the file.
+    """
     try:
-        return config(**values)
+        return config_of(*args, **kwargs)
+    except KeyError as error:
+        raise InputError(f"{path}: the tensor {error.args[0]} is missing. Give a complete file"
+                         ) from error
+    except IndexError as error:
+        raise InputError(f"{path}: a weight has too few dimensions. Give another file") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def check_config(path: Any, part: str, config: Mapping[str, Any]) -> None:
-    """Raises InputError for a config.json that describes what this project has no network for."""
-    for key, value in FIXED[part].items():
-        if config.get(key) not in (None, value):
-            raise InputError(f"{path}: its {part} config has {key} = {short_repr(config[key])}; "
-                             f"{'CLIP' if part in CLIP_PARTS else 'Stable Diffusion 1.5'} has "
-                             f"{value!r}, and only that runs here")
-
-
-def shape_of(shapes: Shapes, name: str, path: Any) -> tuple[int, ...]:
-    """Of a convolution, a linear layer or an embedding: two or four numbers."""
-    if name not in shapes:
-        raise InputError(f"{path}: the tensor {name} is missing")
-    if len(shapes[name]) not in (2, 4):
-        raise InputError(f"{path}: the tensor {name} is {shapes[name]}, which is no weight")
-    return shapes[name]
-
-
-def widths(shapes: Shapes, before: str, path: Any) -> tuple[int, ...]:
-    """Channels of each resolution, by the last convolution of its first residual block."""
-    levels = count(shapes, before)
-    return tuple(shape_of(shapes, f"{before}.{b}.resnets.0.conv2.weight", path)[0]
-                 for b in range(levels))
-
-
-def count(names: Any, before: str) -> int:
-    """One more than the highest number that follows `before` in a name."""
-    pattern = re.compile(re.escape(before) + r"\.(\d\d?)\.")
-    return max((int(m[1]) + 1 for m in map(pattern.match, names) if m), default=0)
-
-
-def number_of_heads(config: Mapping[str, Any], keys: tuple[str, ...], default: int,
-                    path: Any) -> Any:
-    """Shapes do not tell it. diffusers calls the number of heads of a UNet `attention_head_dim`."""
-    for key in keys:
-        given: Any = config.get(key)
-        if given is not None:
-            each = given if isinstance(given, list) else [given]
-            if not each or any(one != each[0] for one in each):
-                raise InputError(f"{path}: {key} = {short_repr(given)}: Stable Diffusion 2 or later; "
-                                 "the same number of heads everywhere is what runs here")
-            return each[0]
-    return default
-
-
-def unet_config(path: Any, unet: Shapes, config: Mapping[str, Any], motion: Shapes,
-                motion_config: Mapping[str, Any], version: str, motion_max_seq_length: int) -> UNetConfig:
-    """Of a UNet and a motion module, both under our names."""
-    attends = tuple(level for level in range(count(unet, "down_blocks"))
-                    if count(unet, f"down_blocks.{level}.attentions"))
+def unet_config(shapes: Shapes, config: Mapping[str, Any], motion: DetectedCheckpoint
+                ) -> UNetConfig:
+    """Return the sizes of a UNet with a motion module."""
     to_k = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    return made(
-        path, UNetConfig,
-        in_channels=shape_of(unet, "conv_in.weight", path)[1],
-        out_channels=shape_of(unet, "conv_out.weight", path)[0],
-        block_out_channels=widths(unet, "down_blocks", path),
-        layers_per_block=count(unet, "down_blocks.0.resnets"),
-        cross_attention_levels=attends,
-        num_attention_heads=number_of_heads(config, ("num_attention_heads", "attention_head_dim"), 8, path),
-        cross_attention_dim=shape_of(unet, to_k, path)[1],
-        norm_num_groups=given(config, "norm_num_groups", 32),
-        motion_num_attention_heads=given(motion_config, "motion_num_attention_heads", 8),
-        motion_mid_block=any(name.startswith("mid_block.motion_modules.") for name in motion),
-        inflated_groupnorm=version != "v1", motion_max_seq_length=motion_max_seq_length)
+    return UNetConfig(
+        in_channels=shapes["conv_in.weight"][1], out_channels=shapes["conv_out.weight"][0],
+        block_out_channels=block_widths(shapes, "down_blocks"),
+        layers_per_block=count_blocks(shapes, "down_blocks.0.resnets"),
+        cross_attention_levels=tuple(
+            level for level in range(count_blocks(shapes, "down_blocks"))
+            if count_blocks(shapes, f"down_blocks.{level}.attentions")),
+        # diffusers gives the number of a UNet's heads as attention_head_dim.
+        num_attention_heads=infer_num_heads(
+            config, 8, "num_attention_heads", "attention_head_dim"),
+        cross_attention_dim=shapes[to_k][1],
+        norm_num_groups=config_value(config, "norm_num_groups", 32),
+        motion_num_attention_heads=config_value(
+            motion.config("motion"), "motion_num_attention_heads", 8),
+        motion_mid_block=motion.version == "v2", inflated_groupnorm=motion.version != "v1",
+        motion_max_seq_length=motion.motion_max_seq_length)
 
 
-def given(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """A value of a config.json, where null stands for none; the dataclass checks it."""
+def sparsectrl_config(shapes: Shapes, config: Mapping[str, Any], checkpoint: DetectedCheckpoint
+                      ) -> SparseCtrlConfig:
+    """Return the sizes of a SparseCtrl."""
+    embedding = "controlnet_cond_embedding"
+    is_rgb, heads = f"{embedding}.weight" in shapes, "motion_num_attention_heads"
+    strided = range(1, count_blocks(shapes, f"{embedding}.blocks"), 2)
+    names = ("conv_in", *(f"blocks.{i}" for i in strided))
+    widths = [] if is_rgb else [tuple(shapes[f"{embedding}.{name}.weight"][0] for name in names)]
+    return SparseCtrlConfig("rgb" if is_rgb else "scribble", config_value(config, heads, 8),
+                            checkpoint.motion_max_seq_length, *widths)
+
+
+def vae_config(shapes: Shapes, config: Mapping[str, Any]) -> VAEConfig:
+    """Return the sizes of an autoencoder."""
+    return VAEConfig(
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        block_out_channels=block_widths(shapes, "encoder.down_blocks"),
+        layers_per_block=count_blocks(shapes, "encoder.down_blocks.0.resnets"),
+        norm_num_groups=config_value(config, "norm_num_groups", 32),
+        scaling_factor=config_value(config, "scaling_factor", 0.18215))
+
+
+def text_config(shapes: Shapes, config: Mapping[str, Any]) -> CLIPTextConfig:
+    """Return the sizes of a CLIP text encoder."""
+    embeddings, layers = "text_model.embeddings", "text_model.encoder.layers"
+    return CLIPTextConfig(
+        vocab_size=shapes[f"{embeddings}.token_embedding.weight"][0],
+        hidden_size=shapes[f"{embeddings}.token_embedding.weight"][1],
+        intermediate_size=shapes[f"{layers}.0.mlp.fc1.weight"][0],
+        num_hidden_layers=count_blocks(shapes, layers),
+        num_attention_heads=infer_num_heads(config, 12, "num_attention_heads"),
+        max_position_embeddings=shapes[f"{embeddings}.position_embedding.weight"][0])
+
+
+def block_widths(shapes: Shapes, prefix: str) -> tuple[int, ...]:
+    """Return the channels of each resolution, from the first residual block of each."""
+    return tuple(shapes[f"{prefix}.{block}.resnets.0.conv2.weight"][0]
+                 for block in range(count_blocks(shapes, prefix)))
+
+
+def config_value(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Return a value of config.json, in which null means the default."""
     value = config.get(key)
     return default if value is None else value
 
 
-def sparsectrl_config(path: Any, control: Shapes, config: Mapping[str, Any], motion_max_seq_length: int
-                      ) -> SparseCtrlConfig:
-    embedding = "controlnet_cond_embedding"
-    sizes = {"motion_heads": given(config, "motion_num_attention_heads", 8),
-             "max_frames": motion_max_seq_length}
-    if f"{embedding}.weight" in control:
-        return made(path, SparseCtrlConfig, kind="rgb", **sizes)
-    strided = range(1, count(control, f"{embedding}.blocks"), 2)
-    return made(path, SparseCtrlConfig, kind="scribble", **sizes, conditioning_embedding_channels=(
-        shape_of(control, f"{embedding}.conv_in.weight", path)[0],
-        *(shape_of(control, f"{embedding}.blocks.{i}.weight", path)[0] for i in strided)))
-
-
-def vae_config(path: Any, vae: Shapes, config: Mapping[str, Any]) -> VAEConfig:
-    return made(
-        path, VAEConfig,
-        latent_channels=shape_of(vae, "decoder.conv_in.weight", path)[1],
-        block_out_channels=widths(vae, "encoder.down_blocks", path),
-        layers_per_block=count(vae, "encoder.down_blocks.0.resnets"),
-        norm_num_groups=given(config, "norm_num_groups", 32),
-        scaling_factor=given(config, "scaling_factor", 0.18215))
-
-
-def text_config(path: Any, text: Shapes, config: Mapping[str, Any]) -> CLIPTextConfig:
-    vocabulary, hidden = shape_of(text, "text_model.embeddings.token_embedding.weight", path)[:2]
-    if vocabulary < VOCABULARY_SIZE:
-        raise InputError(f"{path}: its text encoder knows {vocabulary} tokens, CLIP's tokenizer "
-                         f"has {VOCABULARY_SIZE}")
-    return made(
-        path, CLIPTextConfig,
-        vocab_size=vocabulary, hidden_size=hidden,
-        intermediate_size=shape_of(text, "text_model.encoder.layers.0.mlp.fc1.weight", path)[0],
-        num_hidden_layers=count(text, "text_model.encoder.layers"),
-        num_attention_heads=number_of_heads(config, ("num_attention_heads",), 12, path),
-        max_position_embeddings=shape_of(text, "text_model.embeddings.position_embedding.weight", path)[0])
+def infer_num_heads(config: Mapping[str, Any], default: int, *keys: str) -> Any:
+    """Return the number of heads by the first of `keys` in config.json; shapes do not tell it."""
+    for key in keys:
+        value = config_value(config, key, None)
+        values = value if isinstance(value, list) else [value]
+        if not values or any(value != values[0] for value in values):
+            raise InputError(f"{key} = {short_repr(value)} is not supported: it must be the same "
+                             "in all blocks. Give a checkpoint for Stable Diffusion 1.5")
+        if values[0] is not None:
+            return values[0]
+    return default

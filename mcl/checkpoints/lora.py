@@ -1,56 +1,64 @@
-"""Changes to weights: the domain adapter, motion LoRAs, and LoRAs of every dialect.
+"""LoRAs of every dialect: the domain adapter, motion LoRAs, and LoRAs of Stable Diffusion 1.5.
 
-Most say W += scale * alpha / rank * up @ down, for one weight; `changes` has the other forms. It
-is computed and added in float32, and the sum is cast once. AnimateDiff's own loader leaves
-alpha / rank out.
+Most add W += scale * alpha / rank * up @ down to a weight; `lora_math` has the other forms. The
+change is computed and added in float32, and the sum is converted once. AnimateDiff's own loader
+leaves alpha / rank out.
 """
 import hashlib
 import math
 import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import has_type, short_repr
 from ..errors import InputError
-from . import key_mapping as rename
-from .lora_math import Delta, check_fit, rank_of
-from .detect import LORAS, Source, read_source
-from .lazy import LazyTensor
-from .infer_config import count
+from ..files import sha256_of
+from .detect import DetectedCheckpoint, detect_file, wrong_option_error
+from .key_mapping import (LORA_KEY, count_blocks, map_motion_key, map_unet_key, replace_patterns)
+from .lazy_tensor import LazyTensor
+from .lora_math import WeightDelta, infer_rank
 
-ROLES = re.compile(
-    r"^(?P<module>.+?)(?:"
-    r"(?:\.lora_A(?:\.\w+)?|[._]lora\.down|\.lora_linear_layer\.down|\.lora_down)\.(?P<down>weight)"
-    r"|(?:\.lora_B(?:\.\w+)?|[._]lora\.up|\.lora_linear_layer\.up|\.lora_up)\.(?P<up>weight)"
-    r"|\.lora_mid\.(?P<mid>weight)|\.(?P<diff>diff|w_norm)|\.(?P<diff_b>diff_b|b_norm)"
-    r"|\.lora_(?P<magnitude>magnitude_vector)(?:\.default)?(?:\.weight)?"
-    r"|\.(?P<same>alpha|dora_scale|hada_w[12]_[ab]|hada_t[12]|lokr_w[12]|lokr_w[12]_[ab]|lokr_t2)"
-    r"|\.(?P<glora>[ab][12])\.weight)$")
-ELSEWHERE = (
-    (r"^bundle_emb\.", "an embedding bundled with it, whose word prompts here do not know"),
+IGNORED_LORA_PATTERNS = (
+    (r"^bundle_emb\.", "an embedding bundled with the LoRA, whose word prompts do not know"),
     (r"text_projection|vision_model|visual_projection", "of CLIP, but not of its text encoder"))
-PREFIXES = ((r"(^|\.)base_model\.model\.", r"\1"), (r"^lora_unet_", "unet."),
-            (r"^lora_te1?_", "text_encoder."), (r"^(?=(down|up)_blocks\.|mid_block\.)", "unet."),
-            (r"^(?=text_model\.|encoder\.layers\.)", "text_encoder."),
-            (r"^text_encoder\.encoder\.", "text_encoder.text_model.encoder."))
-IGNORE_ALPHA = "merge LoRAs as AnimateDiff's own loader does, by up @ down without alpha / rank"
-OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+PREFIX_PATTERNS = (
+    (r"(^|\.)base_model\.model\.", r"\1"), (r"^lora_unet_", "unet."),
+    (r"^lora_te1?_", "text_encoder."), (r"^(?=(down|up)_blocks\.|mid_block\.)", "unet."),
+    (r"^(?=text_model\.|encoder\.layers\.)", "text_encoder."),
+    (r"^text_encoder\.(?=encoder[._])", "text_encoder.text_model."), (r"\.processor\.", "."))
+# LDM's names, with underscores in place of dots.
+LDM_PATTERNS = (
+    (r"^(input|output)_blocks_(\d+)_(\d+)_?", r"\1_blocks.\2.\3."),
+    (r"^middle_block_(\d)_?", r"middle_block.\1."), (r"^(time_embed|out)_(\d)$", r"\1.\2"),
+    (r"\.(in_layers|emb_layers|out_layers)_(\d)$", r".\1.\2"))
+TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+IGNORE_ALPHA_HELP = ("merge LoRAs as AnimateDiff's own loader does, by up @ down without "
+                     "alpha / rank")
 
 
 @dataclass(frozen=True)
 class Lora:
-    source: Source
+    """A LoRA and how it is merged.
+
+    Attributes:
+        checkpoint: The file.
+        scale: Factor of the change.
+        ignore_alpha: Leave alpha / rank out, as AnimateDiff's own loader does.
+    """
+
+    checkpoint: DetectedCheckpoint
     scale: float = 1.0
-    ignore_alpha: bool = False          # as AnimateDiff's own loader does: W += scale * up @ down
+    ignore_alpha: bool = False
 
 
 def parse_scaled(text: str) -> tuple[Path, float]:
-    """"file.safetensors:0.8" -> (file.safetensors, 0.8); 1 where no scale is given."""
+    """Return (file.safetensors, 0.8) for "file.safetensors:0.8"; the scale is 1 without a number."""
     path, colon, scale = text.rpartition(":")
     try:
         value = float(scale) if colon and not os.path.exists(text) else math.nan
@@ -60,176 +68,193 @@ def parse_scaled(text: str) -> tuple[Path, float]:
 
 
 def open_lora(option: str, path: Path, scale: float = 1.0, ignore_alpha: bool = False) -> Lora:
-    """A LoRA by the option it was given with. Raises InputError if it is something else."""
-    source = read_source(path)
-    if source.slot != option:
-        fit = f"give it with {source.slot}" if source.slot in LORAS else (
-            "convert_weights.py makes a model of it" if source.slot else "it is no LoRA")
-        raise InputError(f"{path}: {source.title}, which is not for {option}: {fit}")
+    """Open a LoRA. Raises InputError if it is not what `option` takes."""
+    checkpoint = detect_file(path)
+    if checkpoint.option != option:
+        raise wrong_option_error(checkpoint, option)
+    return make_lora(checkpoint, scale, ignore_alpha)
+
+
+def make_lora(checkpoint: DetectedCheckpoint, scale: float, ignore_alpha: bool) -> Lora:
+    """Return a LoRA. Raises InputError if the scale is not finite."""
     if not math.isfinite(scale):
-        raise InputError(f"{path}: the scale {scale} is not possible: a finite number")
-    return Lora(source, scale, ignore_alpha)
+        raise InputError(f"{checkpoint.path}: the scale {scale} is out of range: it must be a "
+                         "finite number")
+    return Lora(checkpoint, scale, ignore_alpha)
 
 
-def deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Delta],
-                                                                     dict[str, str]]:
-    """What a LoRA changes: {weight's name, as "unet.conv_in.weight": its change}.
+def lora_deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]
+                ) -> tuple[dict[str, WeightDelta], dict[str, str]]:
+    """Return the changes of weights by name, and for each key that is not used the reason.
 
-    shapes  of all the model's weights, by name
-    Returns also {tensor of the LoRA: why it is not used}. Raises InputError for a module that the
-    model does not have, a shape that does not fit, and half a pair.
+    Args:
+        lora: The LoRA.
+        shapes: Shapes of all the model's weights by name, such as "unet.conv_in.weight".
+
+    Raises:
+        InputError: If the LoRA changes a module that the model does not have, a shape does not
+            fit, or a tensor is missing.
     """
-    path, tensors = lora.source.path, lora.source.checkpoint.tensors
-    weights = {flat(name.removesuffix(".weight")): name for name in shapes
+    path, tensors = lora.checkpoint.path, lora.checkpoint.tensors
+    weights = {underscored(name.removesuffix(".weight")): name for name in shapes
                if name.endswith(".weight")}
-    layers = count(shapes, "unet.down_blocks.0.resnets")
-    has_middle = any(".mid_block.motion_modules." in name for name in shapes)
-    peft = peft_config(lora.source)
-    result: dict[str, Delta] = {}
-    dropped = {name: why for pattern, why in ELSEWHERE for name in tensors
-               if re.search(pattern, name)}
-    for module, roles in by_module(path, tensors.keys() - dropped.keys()).items():
-        if "mid_block" in module and "motion_modules" in module and not has_middle:
-            dropped |= {name: "of the middle block's motion module, which only v2 has"
-                        for name in roles.values()}
+    layers = count_blocks(shapes, "unet.down_blocks.0.resnets")
+    has_mid_block = any(".mid_block.motion_modules." in name for name in shapes)
+    peft = peft_config(lora.checkpoint)
+    deltas: dict[str, WeightDelta] = {}
+    ignored = {key: reason for pattern, reason in IGNORED_LORA_PATTERNS for key in tensors
+               if re.search(pattern, key)}
+    for module, keys in group_by_module(path, tensors.keys() - ignored.keys()).items():
+        if "mid_block" in module and "motion_modules" in module and not has_mid_block:
+            ignored |= dict.fromkeys(
+                keys.values(), "of the middle block's motion module, which only v2 has")
             continue
-        weight = weights.get(flat(our_module(module, layers)))
+        weight = weights.get(underscored(map_lora_module(module, layers)))
         if weight is None:
-            raise InputError(f"{path}: it changes {module}, which this model does not have")
-        factors = {role: tensors[name] for role, name in roles.items()}
-        bias, shift = weight.removesuffix("weight") + "bias", factors.pop("diff_b", None)
-        if shift is not None and bias not in shapes:
-            dropped[roles["diff_b"]] = "of a bias that this layer does not have"
-        elif shift is not None:
-            result[bias] = one_delta(path, module, {"diff": shift}, shapes[bias], {}, lora)
-        if factors.keys() - {"alpha"} or shift is None:
-            if weight in result:
-                raise InputError(f"{path}: {module} has not exactly one pair of down and up")
-            result[weight] = one_delta(path, module, factors, shapes[weight], alphas(
-                peft, weight.partition(".")[0]), lora)
-    return result, dropped
+            raise InputError(f"{path}: it changes {module}, which this model does not have. Give a "
+                             "LoRA for this model")
+        factors = {role: tensors[key] for role, key in keys.items()}
+        bias, bias_delta = weight.removesuffix("weight") + "bias", factors.pop("diff_b", None)
+        if bias_delta is not None and bias not in shapes:
+            ignored[keys["diff_b"]] = "of a bias that this layer does not have"
+        elif bias_delta is not None:
+            deltas[bias] = make_delta(lora, module, {"diff": bias_delta}, shapes[bias], None, None)
+        if factors.keys() - {"alpha"} or bias_delta is None:
+            if weight in deltas:
+                raise InputError(f"{path}: it changes {module} twice. Give another file")
+            part = weight.partition(".")[0]
+            alpha = next((peft[key] for key in (f"{part}.lora_alpha", "lora_alpha", "alpha")
+                          if peft.get(key)), None)
+            deltas[weight] = make_delta(lora, module, factors, shapes[weight], alpha,
+                                        peft.get(f"{part}.r", peft.get("r")))
+    return deltas, ignored
 
 
-def alphas(peft: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """alpha and the rank of one part by PEFT's config; empty where it has none."""
-    alpha = next((peft[key] for key in (f"{part}.lora_alpha", "lora_alpha", "alpha")
-                  if peft.get(key)), None)
-    return {} if alpha is None else {"alpha": alpha, "rank": peft.get(f"{part}.r", peft.get("r"))}
-
-
-def by_module(path: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """{module as the LoRA calls it: {its role, as "down", "up" or "alpha": tensor's name}}."""
+def group_by_module(path: Path, keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return, for each module that a LoRA changes, its keys by role ("down", "up", "alpha")."""
     modules: dict[str, dict[str, str]] = {}
-    for name in sorted(names):
-        found = ROLES.match(name)
-        if not found:
-            raise InputError(f"{path}: {name} is nothing that a LoRA of a known kind holds")
-        role = found["same"] or found["glora"] or next(
-            role for role, value in found.groupdict().items() if value and role != "module")
-        if role in modules.setdefault(found["module"], {}):
-            raise InputError(f"{path}: {found['module']} has two of {role}")
-        modules[found["module"]][role] = name
+    for key in sorted(keys):
+        match = LORA_KEY.match(key)
+        if not match:
+            raise InputError(f"{path}: {key} belongs to no known kind of LoRA. Give another file")
+        role = match["same"] or match["glora"] or str(match.lastgroup)
+        if modules.setdefault(match["module"], {}).setdefault(role, key) != key:
+            raise InputError(f"{path}: {match['module']} has two of {role}. Give another file")
     return modules
 
 
-def one_delta(path: Path, module: str, factors: Mapping[str, LazyTensor], shape: Sequence[int],
-              peft: Mapping[str, Any], lora: Lora) -> Delta:
-    """Raises InputError where the factors have not the shape of the weight between them."""
-    alpha: Any = peft.get("alpha")
-    rest = {role: t for role, t in factors.items() if role != "alpha"}
-    sizes = {role: t.shape for role, t in rest.items()}
+def make_delta(lora: Lora, module: str, factors: dict[str, LazyTensor], shape: Sequence[int],
+               alpha: Any, peft_rank: Any) -> WeightDelta:
+    """Return the change of one weight.
+
+    Args:
+        lora: The LoRA.
+        module: The LoRA's name of the module.
+        factors: Its tensors by role.
+        shape: Shape of the weight.
+        alpha: PEFT's alpha, which a tensor "alpha" replaces, or None.
+        peft_rank: PEFT's rank, or None.
+
+    Raises:
+        InputError: If the factors do not fit the weight, or alpha is not a finite number.
+    """
+    path, alpha_tensor = lora.checkpoint.path, factors.pop("alpha", None)
+    if alpha_tensor is not None:
+        alpha, peft_rank = alpha_tensor.read().flatten()[:1].float().sum().item(), None
+    if alpha is not None and not has_type(alpha, float):
+        raise InputError(f"{path}: the alpha of {module} is {short_repr(alpha)}. It must be a "
+                         "finite number")
     try:
-        fits, rank = check_fit(rest, shape), rank_of(sizes)
-    except (KeyError, IndexError, ValueError) as error:
-        raise InputError(f"{path}: {module} has not exactly one pair of down and up, nor the "
-                         f"factors of another form ({', '.join(sizes)})") from error
-    if not fits or rank == 0 or not all(t.dtype.is_floating_point for t in rest.values()):
-        raise InputError(f"{path}: {module} is {' and '.join(map(str, sizes.values()))}, made for "
-                         f"another model: the weight here is {tuple(shape)}")
-    if "alpha" in factors:
-        alpha = factors["alpha"].read().flatten()[:1].float().sum().item()
-    if alpha is not None and not (has_type(alpha, float) and math.isfinite(alpha)):
-        raise InputError(f"{path}: the alpha of {module} is {short_repr(alpha)}")
-    if rank is None:            # whole matrices have no rank, but PEFT divides by the one it had
-        known = alpha is not None and "alpha" not in factors and has_type(peft.get("rank"), int)
-        alpha, rank = (alpha, peft["rank"]) if known and "lokr_w1" in rest else (1, 1)
-    if lora.ignore_alpha or not alpha:      # kohya's trainer takes zero for the rank, too
-        alpha = rank
-    return Delta(rest, alpha, rank, lora.scale)
+        rank = infer_rank({role: t.shape for role, t in factors.items()})
+        if rank is None:        # whole matrices have no rank, but PEFT divides LoKr's by its own
+            has_rank = alpha and has_type(peft_rank, int) and peft_rank and "lokr_w1" in factors
+            alpha, rank = (alpha, peft_rank) if has_rank else (1, 1)
+        # kohya's trainer uses the rank for an alpha of zero.
+        alpha = rank if lora.ignore_alpha or not alpha else alpha
+        delta = WeightDelta(path, module, factors, alpha, rank, lora.scale)
+        delta.add_to(torch.empty(tuple(shape), device="meta"))
+        if not all(t.dtype.is_floating_point for t in factors.values()):
+            raise ValueError("quantized")
+    except (ArithmeticError, IndexError, KeyError, RuntimeError, ValueError) as error:
+        roles = ", ".join(f"{role} {t.shape}" for role, t in factors.items())
+        raise InputError(f"{path}: {module} has {roles or 'no factors'}, which do not make a change "
+                         f"of a weight {tuple(shape)}. Give a LoRA for this model") from error
+    return delta
 
 
-def all_deltas(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]
-               ) -> tuple[dict[str, list[Delta]], dict[Path, dict[str, str]]]:
-    """`deltas` of several: {weight's name: its changes, in order}, {file: what is not used}."""
-    changes: dict[str, list[Delta]] = {}
-    unused: dict[Path, dict[str, str]] = {}
+def peft_config(checkpoint: DetectedCheckpoint) -> Mapping[str, Any]:
+    """Return PEFT's config, above all alpha and the rank; empty for a LoRA of another kind."""
+    config = checkpoint.configs.get("peft", {})
+    has_dora = any("magnitude_vector" in key for key in checkpoint.tensors)
+    for key, value in config.items():
+        if value and (key.endswith(("alpha_pattern", "use_rslora")) or (
+                key.endswith("use_dora") and not has_dora)):
+            raise InputError(f"{checkpoint.path}: a PEFT LoRA with {key} is not supported. Give "
+                             "another file")
+    return config
+
+
+def collect_deltas(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]
+                   ) -> tuple[dict[str, list[WeightDelta]], dict[Path, dict[str, str]]]:
+    """Return the changes of all LoRAs by weight, in order, and the ignored keys of each file."""
+    deltas: dict[str, list[WeightDelta]] = {}
+    ignored: dict[Path, dict[str, str]] = {}
     for lora in loras:
-        found, unused[lora.source.path] = deltas(lora, shapes)
-        for weight, delta in found.items():
-            changes.setdefault(weight, []).append(delta)
-    return changes, unused
+        lora_changes, ignored[lora.checkpoint.path] = lora_deltas(lora, shapes)
+        for weight, delta in lora_changes.items():
+            deltas.setdefault(weight, []).append(delta)
+    return deltas, ignored
 
 
-def merged(weight: Tensor, changes: Sequence[Delta], dtype: torch.dtype) -> Tensor:
-    """A weight with its changes, added in float32, in the dtype wanted; always a new tensor."""
-    for change in changes:
-        weight = change.add_to(weight.float())
+def apply_deltas(weight: Tensor, deltas: Sequence[WeightDelta], dtype: torch.dtype) -> Tensor:
+    """Return a new weight in `dtype`: the weight with its changes added in float32."""
+    for delta in deltas:
+        weight = delta.add_to(weight.float())
     return weight.to(dtype, copy=True)
 
 
 @dataclass(frozen=True)
-class Merge:
-    """LoRAs as an edit for `load_model`: they are merged into the weights as these are read."""
-    changes: Mapping[str, Sequence[Delta]]
+class LoraMerge:
+    """A WeightTransform that merges LoRAs into the weights while they are loaded.
+
+    Attributes:
+        deltas: Changes by weight.
+        sha256: Hash of the files and scales.
+    """
+
+    deltas: Mapping[str, Sequence[WeightDelta]]
     sha256: str
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
-        return merged(weight, self.changes[name], torch.float32) if name in self.changes else weight
+        """Return the weight with its changes in float32, or unchanged if it has none."""
+        deltas = self.deltas.get(name, ())
+        return apply_deltas(weight, deltas, torch.float32) if deltas else weight
 
 
-def merge(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]) -> Merge:
-    """Of LoRAs into a model whose weights have these shapes. Raises InputError as `deltas` does."""
-    texts = []
-    for lora in loras:
-        for path in lora.source.checkpoint.files:
-            with open(path, "rb") as file:
-                texts.append(hashlib.file_digest(file, "sha256").hexdigest())
-        texts.append(f":{lora.scale}{' without alpha' * lora.ignore_alpha}")
-    return Merge(all_deltas(loras, shapes)[0],
-                 hashlib.sha256(" ".join(texts).encode()).hexdigest())
+def merge_loras(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]) -> LoraMerge:
+    """Return the transform that merges LoRAs into a model with these shapes.
+
+    Raises:
+        InputError: As `lora_deltas` does.
+    """
+    identity = " ".join(text for lora in loras for text in (
+        *map(sha256_of, lora.checkpoint.files),
+        f":{lora.scale}{' without alpha' * lora.ignore_alpha}"))
+    return LoraMerge(collect_deltas(loras, shapes)[0],
+                     hashlib.sha256(identity.encode()).hexdigest())
 
 
-def flat(name: str) -> str:
+def underscored(name: str) -> str:
+    """Return a name as kohya writes it, with underscores in place of dots."""
     return name.replace(".", "_")
 
 
-def our_module(module: str, layers: int) -> str:
-    """The module of a LoRA's name as we call it; dots may be underscores."""
-    for pattern, ours in PREFIXES:
-        module = re.sub(pattern, ours, module)
-    module = module.replace(".processor.", ".")
+def map_lora_module(module: str, layers: int) -> str:
+    """Return this project's name of a LoRA's module, in which dots may be underscores."""
+    module = replace_patterns(module, PREFIX_PATTERNS)
     if module.startswith("text_encoder."):
-        before, _, last = module.removesuffix(".0").rpartition(".")
-        return f"{before}.{OLD_TEXT[last]}" if last in OLD_TEXT else module
-    ldm = re.fullmatch(r"unet\.(?:(input|output)_blocks_(\d+)_(\d+)|middle_block_(\d)|"
-                       r"(time_embed_\d|out_\d))(?:_(.+))?", module)
-    if ldm:
-        inner = {flat(theirs): theirs for theirs in rename.RESNET}.get(ldm[6], ldm[6] or "")
-        head = (f"{ldm[1]}_blocks.{ldm[2]}.{ldm[3]}" if ldm[1] else
-                f"middle_block.{ldm[4]}" if ldm[4] else f"{ldm[5][:-2]}.{ldm[5][-1]}")
-        return "unet." + rename.unet_from_ldm(f"{head}.{inner}.", layers).rstrip(".")
-    if ".motion_modules." in module:
-        module = "unet." + rename.motion_name(module)
-    return module + ".0" if module.endswith("to_out") else module
-
-
-def peft_config(source: Source) -> dict[str, Any]:
-    """What PEFT keeps beside the tensors, alpha above all; empty for a LoRA of another kind."""
-    config = source.checkpoint.configs.get("peft", {})
-    unread = {"alpha_pattern", "use_rslora"}
-    if not any("magnitude_vector" in name for name in source.checkpoint.tensors):
-        unread.add("use_dora")
-    for key, value in config.items():
-        if value and key.rpartition(".")[2] in unread:
-            raise InputError(f"{source.path}: a PEFT LoRA with {key}, which is not read here")
-    return config
+        start, _, last = module.removesuffix(".0").rpartition(".")
+        return f"{start}.{TEXT_PROJECTIONS[last]}" if last in TEXT_PROJECTIONS else module
+    key = replace_patterns(module.removeprefix("unet."), LDM_PATTERNS)
+    key = map_motion_key(map_unet_key(f"{key}.", layers).rstrip("."))
+    return f"unet.{key}.0" if key.endswith("to_out") else f"unet.{key}"

@@ -1,65 +1,99 @@
-"""A change to one weight, in each form that LoRAs have: computed and added in float32.
+"""Applies the change of one weight in each form that LoRAs have, in float32.
 
-    LoRA, LoCon     W += up @ down, in Tucker's form with a core between them
+    LoRA, LoCon     W += up @ down, with a core between them in Tucker form
     LoHa            W += (a1 @ b1) * (a2 @ b2), Hadamard's product
     LoKr            W += w1 (x) w2, Kronecker's product, each whole or of two factors
     GLoRA           W += W @ a1 @ a2 + b1 @ b2
     full, norms     W += diff
-    DoRA            any of them, and each row or column then has a length of its own
+    DoRA            any of them; then each row or column is rescaled to a learned magnitude
 """
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from pathlib import Path
 
 import torch
 from einops import einsum
 from torch import Tensor
 
-from .lazy import LazyTensor
+from .lazy_tensor import LazyTensor
+from .model_file import check_finite
 
-# Of these the first dimension is the rank, by which alpha is divided.
-RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+# Factors whose first dimension is the rank.
+RANK_FACTORS = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 
 
 @dataclass(frozen=True)
-class Delta:
-    """One change to one weight: strength * alpha / rank * its difference."""
-    factors: Mapping[str, LazyTensor]   # by their roles, as "down" and "up"
+class WeightDelta:
+    """A change of one weight: W += strength * alpha / rank * delta.
+
+    Attributes:
+        path: The LoRA's file.
+        module: The LoRA's name of the module.
+        factors: The tensors that the change is computed from, by role, such as "down" and "up".
+        alpha: Numerator of the LoRA's own scale.
+        rank: Denominator of the LoRA's own scale.
+        strength: The user's scale.
+    """
+
+    path: Path
+    module: str
+    factors: Mapping[str, LazyTensor]
     alpha: float
     rank: float
     strength: float
 
-    @property
-    def scale(self) -> float:
-        return self.strength * self.alpha / self.rank
+    def read(self, role: str, weight: Tensor) -> Tensor:
+        """Return a factor in float32 on the weight's device; without values on the meta device."""
+        if weight.is_meta:
+            return torch.empty(self.factors[role].shape, device="meta")
+        factor = self.factors[role].read().to(weight.device, torch.float32)
+        check_finite(self.path, f"{self.module} ({role})", factor)
+        return factor
 
     def add_to(self, weight: Tensor) -> Tensor:
-        """weight, float32, with the change added."""
-        factors = {role: t.read().to(weight.device, torch.float32)
-                   for role, t in self.factors.items()}
-        lengths = {role: factors.pop(role) for role in ("dora_scale", "magnitude")
-                   if role in factors}
-        change = difference(factors, weight).reshape(weight.shape)
-        if not lengths:
-            return weight + self.scale * change
-        whole = rescaled(weight + self.alpha / self.rank * change, **lengths)
-        return weight + self.strength * (whole - weight)
+        """Return a float32 weight with the change added.
+
+        With a weight on the meta device this checks the shapes and reads no file.
+
+        Raises:
+            KeyError: If a factor is missing or superfluous.
+            IndexError, RuntimeError, ValueError: If the shapes do not fit.
+            InputError: If a factor is not finite.
+        """
+        factors = {role: self.read(role, weight) for role in self.factors}
+        magnitudes = {role: factors.pop(role) for role in ("dora_scale", "magnitude")
+                      if role in factors}
+        delta = delta_weight(factors, weight)
+        if factors:
+            raise KeyError(*factors)
+        if squeeze_trailing(delta.shape) not in (
+                squeeze_trailing(weight.shape),
+                squeeze_trailing(weight.reshape(len(weight), -1).shape)):
+            raise ValueError(delta.shape)
+        delta = delta.reshape(weight.shape)
+        if not magnitudes:
+            return weight + self.strength * self.alpha / self.rank * delta
+        adapted = apply_dora(weight + self.alpha / self.rank * delta, **magnitudes)
+        return weight + self.strength * (adapted - weight)
 
 
-def rank_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Of factors by their roles; None where there is none.
+def infer_rank(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the rank of factors by role, or None for a form without one.
 
-    Raises IndexError or ValueError for a factor without dimensions.
+    Raises:
+        IndexError, ValueError: If a factor has no dimensions.
     """
     if "a1" in shapes:
         return min(shapes["a1"][:2])
-    return next((shapes[role][0] for role in RANKED if role in shapes), None)
+    return next((shapes[role][0] for role in RANK_FACTORS if role in shapes), None)
 
 
-def difference(factors: dict[str, Tensor], weight: Tensor) -> Tensor:
-    """What the factors add to a weight; each that is used is taken out of `factors`.
+def delta_weight(factors: dict[str, Tensor], weight: Tensor) -> Tensor:
+    """Return the change that factors make of a weight; the factors used are removed.
 
-    Raises KeyError where one is missing, RuntimeError where their shapes do not fit.
+    Raises:
+        KeyError: If a factor is missing.
+        RuntimeError: If the shapes do not fit.
     """
     take = factors.pop
     if "down" in factors or "up" in factors:
@@ -74,15 +108,22 @@ def difference(factors: dict[str, Tensor], weight: Tensor) -> Tensor:
               low_rank(take("lokr_w2_a"), take("lokr_w2_b"), hada=take("lokr_t2", None)))
         return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - w1.ndim)), w2)
     if "a1" in factors:
-        return generalised(weight, *(take(role) for role in ("a1", "a2", "b1", "b2")))
+        return glora_delta(weight, *(take(role) for role in ("a1", "a2", "b1", "b2")))
     return take("diff")
 
 
 def low_rank(up: Tensor, down: Tensor, mid: Tensor | None = None, hada: Tensor | None = None
              ) -> Tensor:
-    """up (o, r, 1, 1) @ down (r, i, h, w), or both 2-D: (o, i, h, w) or (o, i).
+    """Return up @ down as a weight.
 
-    With Tucker's core the kernel is the core's. LyCORIS keeps `up` transposed where it is `hada`.
+    Args:
+        up: (o, r) or (o, r, 1, 1).
+        down: (r, i) or (r, i, h, w).
+        mid: Core (r, r, h, w) of the Tucker form, whose kernel size it has.
+        hada: The core of LoHa and LoKr, for which LyCORIS stores `up` transposed.
+
+    Returns:
+        (o, i) or (o, i, h, w).
     """
     if hada is not None:
         up, mid = up.flatten(1).T, hada
@@ -91,51 +132,35 @@ def low_rank(up: Tensor, down: Tensor, mid: Tensor | None = None, hada: Tensor |
     return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
-def generalised(weight: Tensor, a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
-    """GLoRA's difference; until 2024 LyCORIS had the names of each pair the other way round."""
+def glora_delta(weight: Tensor, a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
+    """Return W @ a1 @ a2 + b1 @ b2. Before 2024 LyCORIS swapped the names in each pair."""
     if a1.shape[0] < a1.shape[1]:
         a1, a2, b1, b2 = a2, a1, b2, b1
-    along = einsum(weight.flatten(2) if weight.ndim > 2 else weight[..., None],
-                   a1.flatten(1), a2.flatten(1), "o i k, i r, r j -> o j k")
-    return along.reshape(weight.shape) + low_rank(b1, b2).reshape(weight.shape)
+    product = einsum(weight.flatten(2) if weight.ndim > 2 else weight[..., None],
+                     a1.flatten(1), a2.flatten(1), "o i k, i r, r j -> o j k")
+    return product.reshape(weight.shape) + low_rank(b1, b2).reshape(weight.shape)
 
 
-def rescaled(weight: Tensor, dora_scale: Tensor | None = None, magnitude: Tensor | None = None
-             ) -> Tensor:
-    """DoRA: PEFT's magnitudes are of rows, LyCORIS' scales of rows or, in one row, of columns."""
-    rows = magnitude if dora_scale is None else dora_scale
-    if rows is None:
-        return weight
-    flat, side = weight.flatten(1), 0
-    if dora_scale is not None and dora_scale.ndim > 1 and dora_scale.shape[0] == 1:
-        flat, side = weight.transpose(0, 1).flatten(1), 1
-    wanted = rows.reshape(weight.shape[side])
-    length = flat.norm(dim=1) + torch.finfo(flat.dtype).eps
-    factor = (wanted / length).reshape(*[1] * side, -1, *[1] * (weight.ndim - 1 - side))
-    return weight * factor
+def apply_dora(weight: Tensor, dora_scale: Tensor | None = None, magnitude: Tensor | None = None
+               ) -> Tensor:
+    """Return a weight whose rows or columns are rescaled to the given norms.
 
-
-def check_fit(factors: Mapping[str, LazyTensor], shape: Any) -> bool:
-    """Whether a difference of these factors has the shape of the weight; reads nothing.
-
-    Raises KeyError where a factor is missing or one is left over.
+    Args:
+        weight: (o, i, ...).
+        dora_scale: Norms of LyCORIS: of columns if it has one row (1, i, ...), otherwise of rows.
+        magnitude: Norms of rows (o), of PEFT.
     """
-    empty = {role: torch.empty(t.shape, device="meta") for role, t in factors.items()}
-    lengths = {role: empty.pop(role) for role in ("dora_scale", "magnitude") if role in empty}
-    weight = torch.empty(tuple(shape), device="meta")
-    try:
-        found = tuple(difference(empty, weight).shape)
-        rescaled(weight, **lengths)
-    except (RuntimeError, IndexError, ValueError):
-        return False
-    if empty:
-        raise KeyError(next(iter(empty)))
-    flattened = (*shape[:1], math.prod(shape[1:]))
-    return bare(found) in (bare(tuple(shape)), bare(flattened))
+    magnitudes = magnitude if dora_scale is None else dora_scale
+    assert magnitudes is not None
+    is_columns = dora_scale is not None and dora_scale.ndim > 1 and dora_scale.shape[0] == 1
+    rows = weight.transpose(0, 1) if is_columns else weight
+    norms = rows.flatten(1).norm(dim=1) + torch.finfo(rows.dtype).eps
+    rows = rows * (magnitudes.reshape(len(rows)) / norms).reshape(-1, *[1] * (rows.ndim - 1))
+    return rows.transpose(0, 1) if is_columns else rows
 
 
-def bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the ones at its end: a 1x1 convolution is a linear layer."""
+def squeeze_trailing(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without ones at its end: a 1x1 convolution equals a linear layer."""
     while shape and shape[-1] == 1:
         shape = shape[:-1]
     return shape

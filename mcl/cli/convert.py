@@ -1,26 +1,24 @@
 """The command convert_weights.py: one model file from community checkpoints."""
 import argparse
 import functools
-import hashlib
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from tqdm import tqdm
 
 from ..checkpoints import convert
-from ..checkpoints.detect import FOREIGN_PART_NOTE, LORAS, OPTIONS, DetectedCheckpoint, detect_file
+from ..checkpoints.detect import (FOREIGN_PART_NOTE, LORAS, OPTIONS, DetectedCheckpoint,
+                                  detect_file, wrong_option_error)
 from ..checkpoints.lora import IGNORE_ALPHA_HELP, Lora, make_lora, parse_scaled
 from ..device import DTYPE_ALIASES, DTYPES
 from ..errors import InputError, escape_control_characters
-from ..files import OutputFile, check_io_conflicts, check_writable
+from ..files import OutputFile, check_io_conflicts, check_writable, sha256_of
 from .process import OneLineErrorParser, exit_code_of, run_main
 
-CHUNK = 1 << 24
 NETWORK_HELP = {
     "--base": "Stable Diffusion 1.5: .safetensors, .ckpt, or a diffusers folder",
     "--vae": "VAE in place of the base's", "--text-encoder": "text encoder in place of the base's",
@@ -57,10 +55,10 @@ def build_parser() -> OneLineErrorParser:
                            description="Convert community checkpoints to one model file.",
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, text in NETWORK_HELP.items():
-        p.add_argument(option, type=Path, metavar="FILE", help=text)
+        p.add_argument(option, dest=option, type=Path, metavar="FILE", help=text)
     for option, text in zip(LORAS, LORA_HELP, strict=True):
-        p.add_argument(option, type=parse_scaled, nargs="+", action="extend", default=[],
-                       metavar="FILE[:SCALE]", help=text)
+        p.add_argument(option, dest=option, type=parse_scaled, nargs="+", action="extend",
+                       default=[], metavar="FILE[:SCALE]", help=text)
     p.add_argument("--ignore-alpha", action="store_true", help=IGNORE_ALPHA_HELP)
     p.add_argument("--ema", action="store_true", help="use the base's moving averages")
     p.add_argument("--out", type=Path, metavar="FILE", help="the file to write, a .safetensors")
@@ -72,61 +70,29 @@ def build_parser() -> OneLineErrorParser:
     return p
 
 
-@dataclass
-class InputFiles:
-    """The checkpoints by the options that they were given with."""
+def open_files(args: argparse.Namespace) -> tuple[dict[str, DetectedCheckpoint], list[Lora]]:
+    """Open all files of a command line.
 
-    networks: dict[str, DetectedCheckpoint] = field(default_factory=dict)
-    loras: list[tuple[str, Lora]] = field(default_factory=list)
-
-    def checkpoints(self) -> list[tuple[str, DetectedCheckpoint, str]]:
-        """Return option, checkpoint and scale of every file."""
-        return [*((option, checkpoint, "") for option, checkpoint in self.networks.items()),
-                *((option, lora.checkpoint, f":{lora.scale:g}"
-                   f"{' without alpha' if lora.ignore_alpha else ''}")
-                  for option, lora in self.loras)]
-
-
-def open_files(args: argparse.Namespace) -> InputFiles:
-    """Open all files.
+    Returns:
+        The checkpoint of each network by part, and the LoRAs in their order.
 
     Raises:
         InputError: If a file is not what its option takes; the message names the right option.
     """
-    files = InputFiles()
+    networks: dict[str, DetectedCheckpoint] = {}
+    loras = []
     detect = functools.cache(detect_file)       # one file may be given twice
     for part, option in OPTIONS.items():
-        path = getattr(args, option[2:].replace("-", "_"))
-        if path is not None:
-            checkpoint = detect(path)
-            if part not in checkpoint.key_maps:
-                raise wrong_option_error(checkpoint, option)
-            files.networks[option] = checkpoint
+        if (path := vars(args)[option]) is not None:
+            networks[part] = detect(path)
+            if part not in networks[part].key_maps:
+                raise wrong_option_error(networks[part], option)
     for option in LORAS:
-        for path, scale in getattr(args, option[2:].replace("-", "_")):
-            checkpoint = detect(path)
-            if checkpoint.option != option:
-                raise wrong_option_error(checkpoint, option)
-            files.loras.append((option, make_lora(checkpoint, scale, args.ignore_alpha)))
-    return files
-
-
-def wrong_option_error(checkpoint: DetectedCheckpoint, option: str) -> InputError:
-    """Return the error for a file that was given with a wrong option."""
-    subject = f"{checkpoint.path}: {checkpoint.description}"
-    if checkpoint.option == "--weights":
-        return InputError(f"{subject}. Run python sample.py --weights {checkpoint.path}")
-    if checkpoint.option == "--base" and option in ("--vae", "--text-encoder"):
-        return InputError(f"{subject}: it has nothing for {option}. Give another file")
-    return InputError(f"{subject}, not for {option}. Pass it with {checkpoint.option}")
-
-
-def select_parts(networks: dict[str, DetectedCheckpoint]) -> dict[str, DetectedCheckpoint]:
-    """Return the checkpoint of each part: its own file, or else the base."""
-    base = networks.get("--base")
-    parts = {part: base for part in OPTIONS if base is not None and part in base.key_maps}
-    return parts | {part: networks[option] for part, option in OPTIONS.items()
-                    if option in networks}
+        for path, scale in vars(args)[option]:
+            if detect(path).option != option:
+                raise wrong_option_error(detect(path), option)
+            loras.append(make_lora(detect(path), scale, args.ignore_alpha))
+    return networks, loras
 
 
 def convert_files(args: argparse.Namespace) -> None:
@@ -135,23 +101,26 @@ def convert_files(args: argparse.Namespace) -> None:
         raise InputError("--out is missing: give the file to write, such as "
                          "--out weights/sd15.safetensors")
     check_writable(args.out)
-    files = open_files(args)
-    plan = convert.plan_conversion(args.name or args.out.stem, select_parts(files.networks),
-                                   [lora for _, lora in files.loras], args.ema)
-    paths = [path for _, checkpoint, _ in files.checkpoints() for path in checkpoint.files]
+    networks, loras = open_files(args)
+    base = networks.get("unet")
+    parts = dict.fromkeys(base.key_maps, base) | networks if base else networks
+    plan = convert.plan_conversion(args.name or args.out.stem, parts, loras, args.ema)
+    inputs = [(OPTIONS[part], checkpoint, "") for part, checkpoint in networks.items()] + [
+        (lora.checkpoint.option, lora.checkpoint,
+         f":{lora.scale:g}{' without alpha' * lora.ignore_alpha}") for lora in loras]
+    paths = [path for _, checkpoint, _ in inputs for path in checkpoint.files]
     check_io_conflicts([("this command", path) for path in paths], [OutputFile("--out", args.out)])
-    for checkpoint in {c.path: c for _, c, _ in files.checkpoints()}.values():
+    for checkpoint in {checkpoint.path: checkpoint for _, checkpoint, _ in inputs}.values():
         print(usage_report(checkpoint, plan), file=sys.stderr)
     sha256 = sha256_of_files(paths)
     sources = {f"{option} {path.relative_to(checkpoint.path.parent)}{scale}": sha256[path]
-               for option, checkpoint, scale in files.checkpoints() for path in checkpoint.files}
+               for option, checkpoint, scale in inputs for path in checkpoint.files}
     dtype = DTYPES[DTYPE_ALIASES[args.dtype]]
     tensors = tqdm(plan.tensors(dtype), total=len(plan.shapes), desc=args.out.name, unit="tensor",
                    file=sys.stderr)
     convert.write_model(plan, args.out, dtype, tensors, sources)
-    count = len(files.loras)
-    print(f"{len(plan.shapes)} tensors written, {len(plan.deltas)} of them changed by {count} "
-          f"LoRA{'' if count == 1 else 's'}", file=sys.stderr)
+    print(f"{len(plan.shapes)} tensors written, {len(plan.deltas)} of them changed by LoRAs",
+          file=sys.stderr)
     print(args.out)
 
 
@@ -169,22 +138,10 @@ def usage_report(checkpoint: DetectedCheckpoint, plan: convert.ConversionPlan) -
         + (f"; {num_others} entries that are not tensors" if num_others else ""))
 
 
-def sha256_of_files(paths: Iterable[Path]) -> dict[Path, str]:
+def sha256_of_files(paths: Sequence[Path]) -> dict[Path, str]:
     """Return the sha256 of files, with a progress bar."""
-    paths, hashes = list(dict.fromkeys(paths)), {}
-    with tqdm(total=sum(path.stat().st_size for path in paths), desc="sha256", unit="B",
-              unit_scale=True, file=sys.stderr, delay=1) as bar:
-        for path in paths:
-            sha256 = hashlib.sha256()
-            try:
-                with open(path, "rb") as file:
-                    while chunk := file.read(CHUNK):
-                        sha256.update(chunk)
-                        bar.update(len(chunk))
-            except OSError as error:
-                raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-            hashes[path] = sha256.hexdigest()
-    return hashes
+    return {path: sha256_of(path) for path in tqdm(
+        list(dict.fromkeys(paths)), desc="sha256", unit="file", file=sys.stderr, delay=1)}
 
 
 def check_files(paths: Sequence[Path]) -> int:
@@ -208,10 +165,9 @@ def describe_checkpoint(checkpoint: DetectedCheckpoint) -> str:
              f"{', '.join(f'{n} {dtype}' for dtype, n in dtypes.items())}, {size:.3f} GB"]
     if checkpoint.option == "--weights":
         lines.append("  complete: python sample.py --weights")
-    elif checkpoint.option:
-        missing = convert.missing_parts(checkpoint.key_maps)
-        lines.append(f"  for {checkpoint.option}; a complete model also needs "
-                     f"{', '.join(missing)}")
+    else:
+        missing = ", ".join(convert.missing_parts(checkpoint.key_maps))
+        lines.append(f"  for {checkpoint.option}; a complete model also needs {missing}")
     lines += [f"  sha256 {sha256}  {file.name}"
               for file, sha256 in sha256_of_files(checkpoint.files).items()]
     return "\n".join(map(escape_control_characters, lines))

@@ -58,7 +58,7 @@ def denoising_error(model: Model, latents: Tensor) -> float:
     config = dataclasses.replace(model.config.sample, num_frames=latents.shape[2], top_k=1)
     t, z, null_text = config.extraction_timestep, latents.float(), model.encode_text([""])
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-    eps = Sampler(model, null_text, null_text, config).predict_noise(
+    eps = Sampler(model, null_text, config).predict_noise(
         model.schedule.add_noise(z, noise, t).to(model.device), t, null_text)
     return float((eps.to(z) - noise).square().mean())
 

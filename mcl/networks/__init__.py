@@ -1,0 +1,1 @@
+"""The networks: UNet with motion modules, VAE, text encoder and SparseCtrl."""

@@ -55,9 +55,9 @@ class AttentionMaps:
 
     def select(self, request: AttentionRequest) -> "AttentionMaps":
         """Return only the attention of a request, which consists of full layer names."""
-        temporal, keys, cross = (
-            {name: tensors[name] for name in names}
-            for tensors, names in zip((self.temporal, self.temporal_keys, self.cross), request))
+        kinds = (self.temporal, self.temporal_keys, self.cross)
+        temporal, keys, cross = ({name: tensors[name] for name in names}
+                                 for tensors, names in zip(kinds, request, strict=True))
         return AttentionMaps(temporal, keys, cross, self.grids, self.frame_offset)
 
     def __or__(self, other: "AttentionMaps") -> "AttentionMaps":

@@ -24,7 +24,7 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return value * gelu(gate)."""
         value, gate = (linear(x, weight, bias) for weight, bias in
-                       zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
+                       zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True))
         return geglu(value, gate)
 
 
@@ -81,7 +81,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, time: Tensor | None = None, num_frames: int = 1) -> Tensor:
-        """Return the output (b*f, c_out, h, w) for x (b*f, c_in, h, w), time (b*f, time_channels)."""
+        """Return (b*f, c_out, h, w) for x (b*f, c_in, h, w) and time (b*f, time_channels)."""
         y = self.conv1(F.silu(self.norm1(x, num_frames)))
         if time is not None:
             y = y + rearrange(self.time_emb_proj(F.silu(time)), "b c -> b c 1 1")

@@ -4,6 +4,7 @@ SparseCtrl is a copy of the UNet's encoder that sees no noise, only the conditio
 added to the UNet's skip connections. Names are those of AnimateDiff's v3_sd15_sparsectrl files.
 """
 import dataclasses
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class ConditioningEmbedding(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(4, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        for narrow, wide in zip(widths, widths[1:]):
+        for narrow, wide in pairwise(widths):
             self.blocks.append(nn.Conv2d(narrow, narrow, 3, padding=1))
             self.blocks.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
         self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
@@ -85,8 +86,8 @@ class SparseCtrl(nn.Module):
         inputs, skips = BlockInputs(time, text, num_frames), [x]
         for block in (*self.down_blocks, self.mid_block):
             x, skips, _ = block(x, skips, inputs)
-        return ControlNetResiduals([conv(s) for conv, s in zip(self.controlnet_down_blocks, skips)],
-                                   self.controlnet_mid_block(x))
+        down = [conv(s) for conv, s in zip(self.controlnet_down_blocks, skips, strict=True)]
+        return ControlNetResiduals(down, self.controlnet_mid_block(x))
 
 
 def sparsectrl_condition(images: Tensor, frame_indices: list[int], num_frames: int) -> Tensor:

@@ -42,7 +42,7 @@ class TemporalBlock(nn.Module):
         maps: dict[str, Tensor] = {}
         keys: dict[str, Tensor] = {}
         position = sinusoidal_positional_encoding(x.shape[1], x.shape[2]).to(x)
-        for norm, layer in zip(self.norms, self.attention_blocks):
+        for norm, layer in zip(self.norms, self.attention_blocks, strict=True):
             name = str(layer.name)
             # Queries, keys and values all get the position; the residual does not.
             y, key, attention_probs = layer(norm(x) + position, return_map=name in request.temporal)

@@ -96,12 +96,12 @@ class Block(nn.Module):
                  has_cross_attention: bool, has_motion_modules: bool):
         """Create a block with a layer for each (input, output) width."""
         super().__init__()
-        c_out, groups = widths[0][1], config.norm_num_groups
+        c_out, groups, heads = widths[0][1], config.norm_num_groups, config.num_attention_heads
         self.resnets = nn.ModuleList([
             ResnetBlock(c_in, c_out, groups, EPS, config.time_channels, config.inflated_groupnorm)
             for c_in, c_out in widths])
         self.attentions = nn.ModuleList([
-            SpatialTransformer(c_out, config.num_attention_heads, config.cross_attention_dim, groups)
+            SpatialTransformer(c_out, heads, config.cross_attention_dim, groups)
             for _ in widths if has_cross_attention])
         self.motion_modules = nn.ModuleList([
             MotionModule(c_out, config.motion_num_attention_heads, groups,

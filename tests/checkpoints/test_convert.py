@@ -1,4 +1,4 @@
-"""convert_weights.py: every format of a small Stable Diffusion 1.5, whole and equal."""
+"""convert_weights.py converts every format of a small Stable Diffusion 1.5 to the same model."""
 import json
 import re
 import sys
@@ -12,17 +12,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import convert_weights
-import sample as command
-from mcl import load_model, read_video
-from mcl.cli import reference
-from mcl.config import DISTILLED_PRESETS, SD15, SD15_V1, SD15_V2, from_dict
-from mcl.config import ModelConfig
-from mcl.checkpoints.detect import distilled
+from mcl import ModelConfig, clone, load_model, read_video
+from mcl.checkpoints.convert import missing_parts
+from mcl.checkpoints.detect import distillation_of
+from mcl.cli.convert import main
+from mcl.config import from_dict
+from mcl.presets import DISTILLED_PRESETS
 from mcl.sampler import guidance_weight
 
-from tests.foreign import (MINI, convert, diffusers_folder, ldm, mini_weights, motion, motion_adapter,
-                      old_attention, part, save, sinusoid, sparsectrl)
+from tests.foreign import (MINI, convert, diffusers_folder, ldm, mini_weights, motion,
+                           motion_adapter, old_attention, part, save, sinusoid, sparsectrl)
 
 REF = Path(__file__).parents[2] / "examples" / "figure_eight.mp4"
 BUFFERS = {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000),
@@ -34,22 +33,22 @@ BUFFERS = {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000),
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One file of each kind, for the tests that vary the others."""
-    place = tmp_path_factory.mktemp("files")
-    save(place / "base.safetensors", ldm())
-    save(place / "mm.ckpt", motion("v3"))
-    return place
+    """Return a folder with a base and a motion module."""
+    folder = tmp_path_factory.mktemp("files")
+    save(folder / "base.safetensors", ldm())
+    save(folder / "mm.ckpt", motion("v3"))
+    return folder
 
 
-def wanted(dtype=torch.float32, middle=False):
+def expected_weights(dtype=torch.float32, mid_block=False):
     return {name: t.to(dtype) for name, t in mini_weights().items()
-            if middle or "mid_block.motion_modules" not in name}
+            if mid_block or "mid_block.motion_modules" not in name}
 
 
 def equal(path, expected):
-    found = load_file(path)
-    assert found.keys() == expected.keys()
-    return all(torch.equal(found[name], t) for name, t in expected.items())
+    weights = load_file(path)
+    assert weights.keys() == expected.keys()
+    return all(torch.equal(weights[name], t) for name, t in expected.items())
 
 
 def header(path):
@@ -78,35 +77,35 @@ BASES = {
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_single_files(name, folder, tmp_path):
+def test_single_files_give_the_same_model(name, folder, tmp_path):
     base = save(tmp_path / name, BASES[name]())
     out = tmp_path / "out.safetensors"
     assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
                    "--dtype", "fp32") == 0
-    assert equal(out, wanted())
+    assert equal(out, expected_weights())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_goes_in_as_it_comes_out(dtype, folder, tmp_path):
+def test_half_precision_is_written_unchanged(dtype, folder, tmp_path):
     kind = getattr(torch, dtype)
     base = save(tmp_path / "base.ckpt", {key: t.to(kind) for key, t in ldm().items()})
     out = tmp_path / "out.safetensors"
     short = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
     assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
                    "--dtype", short) == 0
-    assert equal(out, wanted(kind))
+    assert equal(out, expected_weights(kind))
     assert header(out)["dtype"] == dtype
 
 
-def test_mixed_precision_becomes_one(folder, tmp_path):
+def test_mixed_precision_is_converted_to_one(folder, tmp_path):
     base = save(tmp_path / "base.safetensors", half_of(ldm()))
     out = tmp_path / "out.safetensors"
     assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out) == 0
-    assert equal(out, wanted(torch.float16))
+    assert equal(out, expected_weights(torch.float16))
 
 
 def test_legacy_pickles_with_foreign_objects(folder, tmp_path, monkeypatch):
-    """As Stable Diffusion's first files: a callback's class is the key of a dict."""
+    """In Stable Diffusion's first files a callback's class is the key of a dict."""
     lightning = types.ModuleType("pytorch_lightning")
     lightning.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning"})
     monkeypatch.setitem(sys.modules, "pytorch_lightning", lightning)
@@ -119,10 +118,10 @@ def test_legacy_pickles_with_foreign_objects(folder, tmp_path, monkeypatch):
         out = tmp_path / "out.safetensors"
         assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
                        "--dtype", "fp32") == 0
-        assert equal(out, wanted())
+        assert equal(out, expected_weights())
 
 
-def test_moving_averages_are_taken_when_asked_for(folder, tmp_path, capsys):
+def test_moving_averages_are_used_with_ema(folder, tmp_path, capsys):
     averages = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": t + 1
                 for key, t in ldm(("unet",)).items()}
     averages |= {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3)}
@@ -130,41 +129,41 @@ def test_moving_averages_are_taken_when_asked_for(folder, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     argv = ["--base", base, "--motion-module", folder / "mm.ckpt", "--out", out, "--dtype", "fp32"]
     assert convert(*argv) == 0
-    assert equal(out, wanted())
+    assert equal(out, expected_weights())
     assert "688 moving averages" in capsys.readouterr().err
     assert convert(*argv, "--ema") == 0
     assert equal(out, {name: t + 1 if name.startswith("unet.") and "motion_modules" not in name
-                       else t for name, t in wanted().items()})
+                       else t for name, t in expected_weights().items()})
     argv[1] = folder / "base.safetensors"
     assert convert(*argv, "--ema") == 2
-    assert "leave out --ema" in capsys.readouterr().err
+    assert "Leave out --ema" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [
     {}, {"variant": ".fp16"}, {"ending": "bin"}, {"sharded": True}, {"configs": False}], ids=str)
-def test_folders_of_diffusers(options, folder, tmp_path):
+def test_diffusers_folders_give_the_same_model(options, folder, tmp_path):
     base = diffusers_folder(tmp_path / "sd15", **options)
     out = tmp_path / "out.safetensors"
     assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
                    "--dtype", "fp16" if "variant" in options else "fp32") == 0
-    assert equal(out, wanted(torch.float16 if "variant" in options else torch.float32))
+    assert equal(out, expected_weights(torch.float16 if "variant" in options else torch.float32))
 
 
 def test_missing_parts_come_from_other_files(folder, tmp_path, capsys):
-    bare = save(tmp_path / "unet.safetensors", ldm(("unet",)))
+    unet = save(tmp_path / "unet.safetensors", ldm(("unet",)))
     vae = save(tmp_path / "vae.ckpt", {"state_dict": {
         key.removeprefix("first_stage_model."): t + 1 for key, t in ldm(("vae",)).items()}
         | {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}})
     text = diffusers_folder(tmp_path / "sd15") / "text_encoder"
     out = tmp_path / "out.safetensors"
-    argv = ["--base", bare, "--motion-module", folder / "mm.ckpt", "--out", out, "--dtype", "fp32"]
+    argv = ["--base", unet, "--motion-module", folder / "mm.ckpt", "--out", out, "--dtype", "fp32"]
     assert convert(*argv) == 2
-    assert capsys.readouterr().err == ("error: a complete model still needs the VAE (--vae), "
-                                       "the text encoder (--text-encoder)\n")
+    assert capsys.readouterr().err == ("error: out: the model is not complete. Add the VAE "
+                                       "(--vae), the text encoder (--text-encoder)\n")
     assert not out.exists()
     assert convert(*argv, "--vae", vae, "--text-encoder", text) == 0
     assert equal(out, {name: t + 1 if name.startswith("vae.") else t
-                       for name, t in wanted().items()})
+                       for name, t in expected_weights().items()})
 
 
 MOTIONS = {
@@ -178,7 +177,7 @@ MOTIONS = {
         f"module.unet.{k}": t for k, t in motion("v3").items()}),
     "adapter_v2.safetensors": ("v2", lambda: motion_adapter("v2")),
     "adapter_v3.safetensors": ("v3", lambda: motion_adapter("v3")),
-    "mm_v1_bare.safetensors": ("v1", lambda: {
+    "mm_v1_without_pe.safetensors": ("v1", lambda: {
         k: t for k, t in motion("v1").items() if "pos_encoder" not in k}),
     "motion-adapter-v1-5.safetensors": ("v1", lambda: {
         k: torch.cat([t, sinusoid(32, t.shape[2])[:, 24:]], 1) if k.endswith(".pe") else t
@@ -188,14 +187,14 @@ MOTIONS = {
 
 
 @pytest.mark.parametrize("name", MOTIONS)
-def test_motion_modules(name, folder, tmp_path):
+def test_motion_modules_of_every_version_and_format(name, folder, tmp_path):
     version, state = MOTIONS[name]
     out = tmp_path / "out.safetensors"
     dtype = "fp16" if "half" in name else "fp32"
     assert convert("--base", folder / "base.safetensors", "--out", out, "--dtype", dtype,
                    "--motion-module", save(tmp_path / name, state())) == 0
-    assert equal(out, wanted(torch.float16 if "half" in name else torch.float32,
-                             middle=version == "v2"))
+    assert equal(out, expected_weights(torch.float16 if "half" in name else torch.float32,
+                             mid_block=version == "v2"))
     unet = from_dict(ModelConfig, json.loads(header(out)["config"])).unet
     assert unet.inflated_groupnorm == (version != "v1")
     assert unet.motion_mid_block == (version == "v2")
@@ -208,8 +207,8 @@ def test_motion_modules(name, folder, tmp_path):
     ("AnimateDiff-Lightning/animatediff_lightning_8step_diffusers.safetensors", "lightning-8"),
     ("AnimateLCM/diffusion_pytorch_model.safetensors", "animatelcm"),
     ("AnimateLCM_sd15_t2v.ckpt", "animatelcm"), ("mm_sd_v15_v2.ckpt", "")])
-def test_distilled_motion_modules_are_known_by_their_names(name, preset):
-    assert distilled(Path("/models", name)) == preset
+def test_distilled_motion_modules_are_detected_by_their_names(name, preset):
+    assert distillation_of(Path("/models", name)) == preset
     assert preset in ("", *DISTILLED_PRESETS)
 
 
@@ -218,39 +217,40 @@ def test_a_distilled_motion_module_brings_its_settings(folder, tmp_path, capsys)
     assert convert("--base", folder / "base.safetensors", "--out", out,
                    "--motion-module", save(tmp_path / name, motion("v2"))) == 0
     assert "an AnimateDiff motion module, v2, lightning-4: " in capsys.readouterr().err
-    found = from_dict(ModelConfig, json.loads(header(out)["config"])).sample
-    assert (found.steps, found.spacing, found.cfg_scale, found.frames) == (4, "trailing", 1, 16)
-    assert guidance_weight(0, found, torch.empty(1, 4, 16, 64, 64)) == 2000
+    config = from_dict(ModelConfig, json.loads(header(out)["config"])).sample
+    assert config == DISTILLED_PRESETS["lightning-4"]
+    assert (config.steps, config.timestep_spacing, config.num_frames) == (4, "trailing", 16)
+    assert guidance_weight(0, config, torch.empty(1, 4, 16, 64, 64)) == 2000
 
 
-def test_a_motion_module_of_diffusers_keeps_its_number_of_heads(folder, tmp_path):
-    place = tmp_path / "adapter"
-    place.mkdir()
-    save(place / "diffusion_pytorch_model.safetensors", motion_adapter("v3"))
-    (place / "config.json").write_text(json.dumps({"motion_num_attention_heads": 4}))
-    for given in (place, place / "diffusion_pytorch_model.safetensors"):
+def test_a_motion_adapter_keeps_its_number_of_heads(folder, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save(adapter / "diffusion_pytorch_model.safetensors", motion_adapter("v3"))
+    (adapter / "config.json").write_text(json.dumps({"motion_num_attention_heads": 4}))
+    for path in (adapter, adapter / "diffusion_pytorch_model.safetensors"):
         out = tmp_path / "out.safetensors"
-        assert convert("--base", folder / "base.safetensors", "--motion-module", given,
+        assert convert("--base", folder / "base.safetensors", "--motion-module", path,
                        "--out", out) == 0
-        assert json.loads(header(out)["config"])["unet"]["motion_heads"] == 4
+        assert json.loads(header(out)["config"])["unet"]["motion_num_attention_heads"] == 4
 
 
-def test_what_is_written_describes_itself_and_loads(folder, tmp_path, capsys):
+def test_a_converted_file_describes_itself_and_loads(folder, tmp_path, capsys):
     out = tmp_path / "my.safetensors"
     assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
                    "--out", out) == 0
     captured = capsys.readouterr()
     assert captured.out == f"{out}\n"
-    assert "1130 tensors used, 0 dropped" in captured.err
-    assert "520 tensors used, 40 dropped (40 encodings of positions" in captured.err
-    assert "1650 tensors filled, each once" in captured.err
+    assert "1130 tensors used, 0 ignored" in captured.err
+    assert "520 tensors used, 40 ignored (40 positional encodings" in captured.err
+    assert "1650 tensors written, 0 of them changed by LoRAs" in captured.err
     sources = json.loads(header(out)["sources"])
     assert list(sources) == ["--base base.safetensors", "--motion-module mm.ckpt"]
     assert all(len(sha256) == 64 for sha256 in sources.values())
     model = load_model(out, device="cpu")
     assert model.config.name == "my"
     assert model.config.unet.block_out_channels == MINI.unet.block_out_channels
-    assert model.config.vae == MINI.vae and model.config.text_encoder == MINI.text
+    assert model.config.vae == MINI.vae and model.config.text_encoder == MINI.text_encoder
     assert sorted(p.name for p in tmp_path.iterdir()) == ["my.safetensors"]
 
 
@@ -258,77 +258,67 @@ def test_a_converted_model_clones_a_motion(folder, tmp_path):
     out = tmp_path / "my.safetensors"
     assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
                    "--out", out, "--name", "mine") == 0
-    clip = tmp_path / "clip.mp4"
-    assert command.main(["--weights", str(out), "--ref", str(REF), "--prompt", "a cat", "--size",
-                         "64x64", "--frames", "4", "--steps", "2", "--guidance-steps", "1",
-                         "--out", str(clip)]) == 0
-    assert clip.stat().st_size > 0
+    clip = clone(REF, "a cat", model=out, width=64, height=64, num_frames=4, steps=2,
+                 guidance_steps=1)
+    assert clip.frames.shape == (4, 3, 64, 64) and len(clip.steps) == 2
 
 
 @pytest.mark.parametrize("kind, form", [("rgb", "ckpt"), ("scribble", "diffusers")])
-def test_a_model_with_sparsectrl_takes_pictures(kind, form, folder, tmp_path, capsys, monkeypatch):
+def test_a_model_with_sparsectrl_takes_images(kind, form, folder, tmp_path, monkeypatch):
     state = sparsectrl(kind, form == "diffusers")
     control = save(tmp_path / "control.ckpt", state if form == "diffusers" else {
         "controlnet": {f"module.{name}": t for name, t in state.items()}})
-    out, picture = tmp_path / "my.safetensors", tmp_path / "picture.png"
+    out, image = tmp_path / "my.safetensors", tmp_path / "image.png"
     assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
                    "--sparsectrl", control, "--out", out, "--dtype", "fp32") == 0
-    assert equal(out, wanted() | {f"sparsectrl.{name}": t for name, t in sparsectrl(kind).items()
-                                  if not name.endswith(".pe")})
-    imageio.imwrite(picture, np.random.default_rng(0).integers(0, 255, (80, 90, 3), np.uint8))
-    argv = ["--weights", str(out), "--ref", str(REF), "--prompt", "a cat", "--size", "64x64",
-            "--frames", "4", "--steps", "2", "--guidance-steps", "1"]
-    clips, given, keep = {}, {}, lambda name: lambda *arguments, **options: (
-        given.update({name: options["condition"]}) or calls[name](*arguments, **options))
-    places = {"sample": command, "extract_motion": reference}
-    calls = {name: getattr(place, name) for name, place in places.items()}
-    for name, place in places.items():
-        monkeypatch.setattr(place, name, keep(name))
-    for name, more in {"none": [], "first": [picture], "last": [f"{picture}@-1"],
-                       "both": [picture, f"{picture}@3"]}.items():
-        path = tmp_path / f"{name}.gif"
-        words = ["--image", *map(str, more)] if more else []
-        assert command.main([*argv, "--out", str(path), *words]) == 0
-        clips[name] = path.read_bytes()
-        # The new clip shows the pictures, the reference its own frames in the same places.
-        for condition in given.values():
-            shown = [] if condition is None else condition[0, -1].flatten(1).amax(dim=1).tolist()
-            assert shown == {"none": [], "first": [1, 0, 0, 0], "last": [0, 0, 0, 1],
-                             "both": [1, 0, 0, 1]}[name]
-    assert len(set(clips.values())) == 4
-    own = read_video(REF, 4, (64, 64))[[0, 3]]
-    expected = ((own + 1) / 2 if kind == "scribble" else load_model(out, "cpu").vae.encode(own)[0]
-                .movedim(0, 1))
-    assert torch.equal(given["extract_motion"][0, :-1, [0, 3]].movedim(0, 1), expected)
-    capsys.readouterr()
-    assert command.main([*argv, "--image", f"{picture}@4"]) == 2
-    assert "the clip has frames 0 to 3" in capsys.readouterr().err
+    assert equal(out, expected_weights() | {
+        f"sparsectrl.{name}": t for name, t in sparsectrl(kind).items()
+        if not name.endswith(".pe")})
+    imageio.imwrite(image, np.random.default_rng(0).integers(0, 255, (80, 90, 3), np.uint8))
+    conditions = {}
+
+    def record(name):
+        function = getattr(sys.modules["mcl.clone"], name)
+
+        def call(*args, **kwargs):
+            conditions[name] = kwargs["control"]
+            return function(*args, **kwargs)
+        monkeypatch.setattr(sys.modules["mcl.clone"], name, call)
+
+    record("sample")
+    record("extract_motion")
+    model = load_model(out, "cpu")
+    clips = {}
+    for indices, occupied in {(): [], (0,): [1, 0, 0, 0], (-1,): [0, 0, 0, 1],
+                              (0, 3): [1, 0, 0, 1]}.items():
+        clips[indices] = clone(REF, "a cat", model=model, control=dict.fromkeys(indices, image),
+                               width=64, height=64, num_frames=4, steps=2, guidance_steps=1).frames
+        # The new clip shows the images, the reference its own frames at the same indices.
+        assert conditions.keys() == {"sample", "extract_motion"}
+        for condition in conditions.values():
+            mask = [] if condition is None else condition[0, -1].flatten(1).amax(dim=1).tolist()
+            assert mask == occupied
+    assert not any(torch.equal(clips[a], clips[b]) for a in clips for b in clips if a != b)
+    frames = read_video(REF, 4, (64, 64))[[0, 3]]
+    expected = (frames + 1) / 2 if kind == "scribble" else model.vae.encode(frames)[0].movedim(0, 1)
+    assert torch.equal(conditions["extract_motion"][0, :-1, [0, 3]].movedim(0, 1), expected)
 
 
-def test_a_model_without_sparsectrl_takes_no_pictures(capsys):
-    assert command.main(["--ref", str(REF), "--prompt", "", "--image", "x.png"]) == 2
-    assert "these weights have no SparseCtrl" in capsys.readouterr().err
-
-
-def test_presets_name_the_real_sizes():
-    assert (SD15.unet.motion_max_seq_length, SD15_V1.unet.motion_max_seq_length, SD15_V2.unet.motion_max_seq_length) == (32, 24, 32)
-
-
-@pytest.mark.parametrize("spoil, message", [
+@pytest.mark.parametrize("change, message", [
     (lambda s: s.pop("model.diffusion_model.out.2.bias"),
      "base.safetensors: the tensor unet.conv_out.bias is missing"),
     (lambda s: s.update({"model.diffusion_model.strange": torch.zeros(2)}),
      "the tensor unet.strange belongs to no part"),
     (lambda s: s.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}),
-     r"unet.conv_out.bias is \(5,\), here it is \(4,\)"),
+     r"unet.conv_out.bias is \(5,\); expected \(4,\)"),
     (lambda s: s["model.diffusion_model.out.2.bias"].fill_(float("nan")),
-     "base.safetensors: the tensor unet.conv_out.bias holds values that are not finite"),
+     "base.safetensors: the tensor unet.conv_out.bias has values that are not finite"),
     (lambda s: s["model.diffusion_model.out.2.bias"].fill_(70000.0),
      "unet.conv_out.bias .* or that float16 cannot hold"),
 ])
-def test_a_base_that_is_not_whole_is_refused(spoil, message, folder, tmp_path, capsys):
+def test_an_incomplete_or_damaged_base_is_rejected(change, message, folder, tmp_path, capsys):
     state = {name: t.clone() if name.endswith("out.2.bias") else t for name, t in ldm().items()}
-    spoil(state)
+    change(state)
     base = save(tmp_path / "base.safetensors", state)
     out = tmp_path / "out.safetensors"
     assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out) == 2
@@ -337,42 +327,44 @@ def test_a_base_that_is_not_whole_is_refused(spoil, message, folder, tmp_path, c
     assert not out.exists() and len(list(tmp_path.iterdir())) == 1
 
 
-def test_files_in_the_wrong_place_get_the_right_command(folder, tmp_path, capsys):
-    base, mm, out = folder / "base.safetensors", folder / "mm.ckpt", tmp_path / "o.safetensors"
-    assert convert("--base", mm, "--motion-module", base, "--out", out) == 2
+@pytest.mark.parametrize("option, file, message", [
+    ("--base", "mm.ckpt", "an AnimateDiff motion module, v3, not for --base. Pass it with "
+     "--motion-module"),
+    ("--sparsectrl", "base.safetensors", "not for --sparsectrl. Pass it with --base"),
+    ("--lora", "mm.ckpt", "not for --lora. Pass it with --motion-module"),
+    ("--vae", "unet.safetensors", "diffusers file (UNet), not for --vae. Pass it with --base")])
+def test_a_file_with_the_wrong_option_is_rejected(option, file, message, folder, tmp_path, capsys):
+    if file == "unet.safetensors":
+        save(tmp_path / file, {f"unet.{name}": t for name, t in part("unet").items()})
+    path = next(place / file for place in (folder, tmp_path) if (place / file).exists())
+    assert convert(option, path, "--out", tmp_path / "o.safetensors") == 2
     error = capsys.readouterr().err
-    assert "mm.ckpt: an AnimateDiff motion module, v3, which is not for --base" in error
-    assert error.endswith(
-        f"python convert_weights.py --motion-module {mm} --base {base} --dtype fp16 --out {out}\n")
+    assert error.startswith(f"error: {path}: ") and message in error and error.count("\n") == 1
 
 
-def test_files_that_have_no_place_are_told_so(folder, tmp_path, capsys):
+def test_a_converted_model_is_not_converted_again(folder, tmp_path, capsys):
     done = tmp_path / "done.safetensors"
     argv = ["--motion-module", folder / "mm.ckpt", "--out", done, "--base"]
-    bare = save(tmp_path / "bare.safetensors", ldm(("unet",)))
-    assert convert(*argv, bare, "--vae", bare) == 2
-    assert "(UNet): it holds nothing for --vae" in capsys.readouterr().err
     assert convert(*argv, folder / "base.safetensors") == 0
     capsys.readouterr()
     assert convert(*argv, done) == 2
-    assert f"python sample.py --weights {done} runs it\n" in capsys.readouterr().err
+    assert f"Run python sample.py --weights {done}\n" in capsys.readouterr().err
 
 
-def test_one_file_may_stand_in_two_places(folder, tmp_path):
-    """And of a whole model given for its VAE, the VAE is taken."""
+def test_a_whole_model_may_be_given_for_its_vae(folder, tmp_path):
     out = tmp_path / "out.safetensors"
     base = folder / "base.safetensors"
     other = save(tmp_path / "other.safetensors", {key: t + 1 for key, t in ldm().items()})
-    for vae, more in ((base, 0), (other, 1)):
+    for vae, offset in ((base, 0), (other, 1)):
         assert convert("--base", base, "--vae", vae, "--motion-module", folder / "mm.ckpt",
                        "--out", out, "--dtype", "fp32") == 0
-        assert equal(out, {name: t + more if name.startswith("vae.") else t
-                           for name, t in wanted().items()})
+        assert equal(out, {name: t + offset if name.startswith("vae.") else t
+                           for name, t in expected_weights().items()})
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--motion-module", "{mm}"], "needs the UNet (--base), the VAE (--vae)"),
-    (["--base", "{base}"], "error: a complete model still needs the motion module"),
+    (["--motion-module", "{mm}"], "is not complete. Add the UNet (--base), the VAE (--vae)"),
+    (["--base", "{base}"], "is not complete. Add the motion module (--motion-module)"),
     (["--base", "{base}", "--motion-module", "{mm}", "--out", "{out}/no/o.safetensors"],
      "there is no folder"),
     (["--base", "{base}", "--motion-module", "{mm}", "--dtype", "fp8"], "invalid choice: 'fp8'"),
@@ -387,34 +379,38 @@ def test_wrong_usage_is_one_line(argv, message, folder, tmp_path, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_a_file_that_is_read_is_not_overwritten(folder, capsys):
+def test_an_input_is_not_overwritten(folder, capsys):
     before = (folder / "mm.ckpt").read_bytes()
     assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
                    "--out", folder / "mm.ckpt") == 2
-    assert "mm.ckpt: is what this command reads" in capsys.readouterr().err
+    assert "mm.ckpt: " in (error := capsys.readouterr().err) and "this command reads" in error
     assert (folder / "mm.ckpt").read_bytes() == before
 
 
 @pytest.mark.parametrize("error, code, line", [
-    (KeyboardInterrupt(), 130, "interrupted; no file is left unfinished"),
+    (KeyboardInterrupt(), 130, "interrupted; no unfinished file is left"),
     (MemoryError(), 1, "failed: out of memory")])
-def test_what_stops_it_leaves_no_file(error, code, line, folder, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_conversion_leaves_no_file(error, code, line, folder, tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise error
-    monkeypatch.setattr("mcl.checkpoints.convert.merged", stop)
+    monkeypatch.setattr("mcl.checkpoints.convert.apply_deltas", stop)
     assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
                    "--out", tmp_path / "o.safetensors") == code
     assert capsys.readouterr().err.endswith(f"{line}\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_file_to_write_it_says_so(capsys):
+def test_a_missing_out_option_is_reported(capsys):
     assert convert("--base", "x") == 2
-    assert "with --out" in capsys.readouterr().err
+    assert "--out is missing: give the file to write" in capsys.readouterr().err
 
 
-def test_a_second_file_for_one_place_is_refused(capsys):
-    """Which argparse would take in silence, and forget the first."""
-    for option in ("--sparsectrl", "--base", "--motion-module", "--vae", "--text-encoder"):
-        assert convert_weights.main([option, "a", option, "b", "--out", "c.safetensors"]) == 2
-        assert f"error: {option} is given twice, and takes one file" in capsys.readouterr().err
+@pytest.mark.parametrize("option", [
+    "--sparsectrl", "--base", "--motion-module", "--vae", "--text-encoder"])
+def test_an_option_that_is_given_twice_is_rejected(option, capsys):
+    assert main([option, "a", option, "b", "--out", "c.safetensors"]) == 2
+    assert f"error: {option} is given twice: give it once" in capsys.readouterr().err
+
+
+def test_sparsectrl_is_not_a_part_that_a_model_needs():
+    assert missing_parts(("unet", "vae", "text_encoder", "motion")) == []

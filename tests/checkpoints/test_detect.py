@@ -1,40 +1,43 @@
-"""What files are: the listings of the real ones, and what is refused by name."""
+"""Detection of checkpoints: listings of the real files, and rejected families by name."""
+import hashlib
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from mcl import InputError, Model, Motion
-from mcl.checkpoints.model_file import build_on_meta, save_model
-from mcl.checkpoints.convert import check_positions, plan
+from mcl import InputError, Model, ModelConfig, Motion
+from mcl.checkpoints.convert import check_positional_encodings, plan_conversion
 from mcl.checkpoints.detect import detect
-from mcl.checkpoints.lazy import Checkpoint, LazyTensor
-from mcl.checkpoints.lora import Lora, deltas
-from mcl.config import SD15, SD15_V1, SD15_V2, SparseCtrlConfig
+from mcl.checkpoints.lazy_tensor import Checkpoint, LazyTensor, wrap_tensor
+from mcl.checkpoints.lora import Lora, lora_deltas
+from mcl.checkpoints.model_file import build_on_meta, save_model
+from mcl.config import CLIPTextConfig, SparseCtrlConfig, UNetConfig, VAEConfig
 
+from tests.conftest import SMALL
 from tests.foreign import convert, listing, save, sinusoid
 
-# Of the real files: what stands in the listing, and what of it is no weight of the model.
+# Listings of the real files' keys and shapes.
 BASES = {"ldm": ("ldm_single_file",),
          "diffusers": ("diffusers_unet", "diffusers_vae", "diffusers_text_encoder"),
          "diffusers, old": ("diffusers_unet", "diffusers_vae_oldattn",
                             "diffusers_text_encoder_flat")}
 MOTIONS = {"mm_v1": "v1", "mm_v2": "v2", "mm_v3": "v3", "diffusers_motion_adapter_v1": "v1",
            "diffusers_motion_adapter_v2": "v2", "diffusers_motion_adapter_v3": "v3"}
-PRESETS = {"v1": SD15_V1, "v2": SD15_V2, "v3": SD15}
+UNETS = {"v1": UNetConfig(inflated_groupnorm=False, motion_max_seq_length=24),
+         "v2": UNetConfig(motion_mid_block=True), "v3": UNetConfig()}
 
 
 def lazy(shape, name=""):
     def read():
         if name.endswith(".pe"):
             return sinusoid(*shape[1:])
-        return torch.ones(())               # of what is read while planning, an alpha
+        return torch.ones(())               # an alpha, which is read while planning
     return LazyTensor(shape, torch.float32, read)
 
 
 def real(name, rank=8):
-    """A checkpoint with the names and shapes of a real file and no values."""
+    """Tensors with the keys and shapes of a real file, without values."""
     def size(text):
         return tuple(rank if n == "r" else int(n) for n in text.split("x"))
     return {key: lazy(() if shape == "scalar" else size(shape), key)
@@ -42,7 +45,7 @@ def real(name, rank=8):
 
 
 def source(tensors, path="file", configs=None):
-    return detect(Path(path), Checkpoint(tensors, (), configs=configs or {}))
+    return detect(Path(path), Checkpoint(tensors, (Path(path),), configs=configs or {}))
 
 
 def base(kind="ldm"):
@@ -59,81 +62,80 @@ def parts(base, motion):
 
 @pytest.mark.parametrize("kind, name", [("ldm", name) for name in MOTIONS]
                          + [(kind, "mm_v3") for kind in BASES if kind != "ldm"])
-def test_real_listings_fill_the_real_model_and_nothing_is_left(kind, name):
+def test_real_listings_give_every_weight_and_use_every_tensor(kind, name):
     motion = source(real(name))
-    assert (motion.slot, motion.version) == ("--motion-module", MOTIONS[name])
-    found = plan("sd15", parts(base(kind), motion), [])
-    preset = PRESETS[MOTIONS[name]]
-    assert (found.config.unet, found.config.vae, found.config.text_encoder) == (
-        preset.unet, preset.vae, preset.text)
-    assert found.weights.keys() == found.shapes.keys()
-    # Each tensor of the files once: used, or dropped and then an encoding of positions.
-    assert all(math.prod(found.shapes[key]) == math.prod(t.shape)
-               for key, t in found.weights.items())
-    assert len({id(t) for t in found.weights.values()}) == len(found.weights)
-    whys = {why for counter in found.dropped.values() for why in counter}
-    assert whys == {"encodings of positions, computed here"}
+    assert (motion.option, motion.version) == ("--motion-module", MOTIONS[name])
+    plan = plan_conversion("sd15", parts(base(kind), motion), [])
+    assert (plan.config.unet, plan.config.vae, plan.config.text_encoder) == (
+        UNETS[MOTIONS[name]], VAEConfig(), CLIPTextConfig())
+    assert plan.weights.keys() == plan.shapes.keys()
+    # Each tensor of the files is used once, or is a positional encoding and ignored.
+    assert all(math.prod(plan.shapes[key]) == math.prod(t.shape)
+               for key, t in plan.weights.items())
+    assert len({id(t) for t in plan.weights.values()}) == len(plan.weights)
+    reasons = {reason for counter in plan.ignored.values() for reason in counter}
+    assert reasons == {"positional encodings, computed here"}
 
 
-def test_optional_keys_of_the_real_single_file_are_dropped_for_reasons():
+def test_optional_keys_of_the_real_single_file_are_ignored_for_a_reason():
     tensors = real("ldm_single_file") | real("ldm_single_file_optional")
     motion = source(real("mm_v3"), "mm")
-    found = plan("sd15", parts(source(tensors), motion), [])
-    assert found.used[Path("file")] == 1130
-    assert dict(found.dropped[Path("file")]) == {
-        "moving averages, which --ema takes": 688, "numbers of positions, counted here": 1,
-        "Stable Diffusion's own noise schedule; AnimateDiff's is used": 12}
-    averaged = plan("sd15", parts(source(tensors), motion), [], ema=True)
-    used = averaged.weights["unet.up_blocks.1.attentions.2.proj_in.weight"]
-    assert used is tensors["model_ema.diffusion_modeloutput_blocks51proj_inweight"]
-    assert sum(averaged.dropped[Path("file")].values()) == 701
+    plan = plan_conversion("sd15", parts(source(tensors), motion), [])
+    assert plan.used[Path("file")] == 1130
+    assert dict(plan.ignored[Path("file")]) == {
+        "moving averages, which --ema takes": 688, "position numbers, computed here": 1,
+        "Stable Diffusion's noise schedule; AnimateDiff's is used": 12}
+    averaged = plan_conversion("sd15", parts(source(tensors), motion), [], ema=True)
+    weight = averaged.weights["unet.up_blocks.1.attentions.2.proj_in.weight"]
+    assert weight is tensors["model_ema.diffusion_modeloutput_blocks51proj_inweight"]
+    assert averaged.ignored[Path("file")].total() == 701
+    assert averaged.ignored[Path("file")]["replaced by a moving average (--ema)"] == 686
 
 
 @pytest.mark.parametrize("name", ["official_unet3d_v2", "official_unet3d_v3"])
-def test_the_whole_unet_of_a_training_gives_its_motion_modules(name):
-    found = source(real(name) | {"mid_block.motion_modules.0.temporal_transformer."
-                                 "transformer_blocks.0.attention_blocks.0.pos_encoder.pe":
-                                 lazy((1, 32, 1280))} if "v2" in name else
-                   {f"module.{key}": t for key, t in real(name).items()}, path="v3")
-    assert (found.slot, found.version) == ("--motion-module", name[-2:])
-    assert len(found.parts["motion"]) == {"v2": 546, "v3": 520}[name[-2:]]
-    assert "which --base gives" in "".join(found.dropped.values())
+def test_the_unet_of_a_training_checkpoint_gives_only_its_motion_modules(name):
+    motion = source(real(name) | {"mid_block.motion_modules.0.temporal_transformer."
+                                  "transformer_blocks.0.attention_blocks.0.pos_encoder.pe":
+                                  lazy((1, 32, 1280))} if "v2" in name else
+                    {f"module.{key}": t for key, t in real(name).items()}, path="v3")
+    assert (motion.option, motion.version) == ("--motion-module", name[-2:])
+    assert len(motion.key_maps["motion"]) == {"v2": 546, "v3": 520}[name[-2:]]
+    assert "of the UNet, which --base gives" in motion.ignored.values()
 
 
 @pytest.mark.parametrize("name, kind", [
     ("sparsectrl_rgb", "rgb"), ("diffusers_sparsectrl_rgb", "rgb"),
     ("sparsectrl_scribble", "scribble"), ("diffusers_sparsectrl_scribble", "scribble")])
-def test_real_sparsectrl_listings_fill_the_real_model_and_nothing_is_left(name, kind):
+def test_real_sparsectrl_listings_give_every_weight_and_use_every_tensor(name, kind):
     control = source(real(name), "control")
-    assert (control.slot, control.title) == ("--sparsectrl", f"AnimateDiff's SparseCtrl ({kind})")
-    found = plan("sd15", parts(base(), source(real("mm_v3"), "mm")) | {"sparsectrl": control}, [])
-    assert found.config.sparsectrl == SparseCtrlConfig(kind)
-    own = {key: t for key, t in found.weights.items() if key.startswith("sparsectrl.")}
-    assert len(own) == found.used[Path("control")] == len(real(name)) - 8
-    assert found.dropped[Path("control")] == {"encodings of positions, computed here": 8}
-    assert all(math.prod(found.shapes[key]) == math.prod(t.shape) for key, t in own.items())
+    assert (control.option, control.description) == (
+        "--sparsectrl", f"AnimateDiff's SparseCtrl ({kind})")
+    plan = plan_conversion("sd15", parts(base(), source(real("mm_v3"), "mm"))
+                           | {"sparsectrl": control}, [])
+    assert plan.config.sparsectrl == SparseCtrlConfig(kind)
+    weights = {key: t for key, t in plan.weights.items() if key.startswith("sparsectrl.")}
+    assert len(weights) == plan.used[Path("control")] == len(real(name)) - 8
+    assert plan.ignored[Path("control")] == {"positional encodings, computed here": 8}
+    assert all(math.prod(plan.shapes[key]) == math.prod(t.shape) for key, t in weights.items())
 
 
-@pytest.mark.parametrize("name, slot, changed, dropped", [
+@pytest.mark.parametrize("name, option, num_changed, num_ignored", [
     ("v3_sd15_adapter", "--adapter", 128, 0), ("v2_motion_lora", "--motion-lora", 160, 16),
     ("kohya_lora", "--lora", 264, 0)])
-def test_real_loras_change_weights_that_the_real_model_has(name, slot, changed, dropped):
-    found = source(real(name))
-    assert found.slot == slot
-    model = build_on_meta(SD15)
-    shapes = {f"{part}.{key}": t.shape for part in ("unet", "vae", "text_encoder")
-              for key, t in getattr(model, part).state_dict().items()}
-    change, why = deltas(Lora(found), shapes)
-    assert len(change) == changed and len(why) == dropped
-    assert len(real(name)) == dropped + sum(
-        2 + (name == "kohya_lora") for _ in change)
+def test_real_loras_change_weights_of_the_real_model(name, option, num_changed, num_ignored):
+    lora = source(real(name))
+    assert lora.option == option
+    shapes = {key: t.shape for key, t in build_on_meta(ModelConfig()).state_dict().items()}
+    deltas, ignored = lora_deltas(Lora(lora), shapes)
+    assert len(deltas) == num_changed and len(ignored) == num_ignored
+    assert len(real(name)) == num_ignored + sum(2 + (name == "kohya_lora") for _ in deltas)
     if name == "v2_motion_lora":
         shapes |= {key.replace("up_blocks.0.motion_modules.0", "mid_block.motion_modules.0"): s
                    for key, s in shapes.items() if "unet.up_blocks.0.motion_modules.0" in key}
-        assert len(deltas(Lora(found), shapes)[0]) == 168
+        assert len(lora_deltas(Lora(lora), shapes)[0]) == 168
 
 
-@pytest.mark.parametrize("name, slot, title", [
+@pytest.mark.parametrize("name, option, description", [
     ("diffusers_vae", "--vae", "a VAE of Stable Diffusion 1.5"),
     ("diffusers_vae_oldattn", "--vae", "a VAE of Stable Diffusion 1.5"),
     ("diffusers_text_encoder", "--text-encoder", "a text encoder of Stable Diffusion 1.5"),
@@ -141,22 +143,22 @@ def test_real_loras_change_weights_that_the_real_model_has(name, slot, changed, 
     ("diffusers_unet", "--base", "Stable Diffusion 1.5, diffusers file (UNet)"),
     ("ldm_single_file", "--base",
      "Stable Diffusion 1.5, single file (UNet, VAE, text encoder)")])
-def test_networks_alone_are_known(name, slot, title):
-    found = source(real(name))
-    assert (found.slot, found.title) == (slot, title)
-    assert found.dropped == {}
+def test_networks_are_detected_alone_and_together(name, option, description):
+    network = source(real(name))
+    assert (network.option, network.description) == (option, description)
+    assert network.ignored == {}
 
 
 UNET = "model.diffusion_model."
 TO_K = UNET + "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 MM = "down_blocks.{}.motion_modules.0.temporal_transformer.proj_in.weight"
-OTHERS = {
-    "Stable Diffusion 2 ": {TO_K: (320, 1024)},
-    "Stable Diffusion XL ": {TO_K: (320, 2048)},
-    "Stable Diffusion XL's refiner": {TO_K: (320, 1280)},
+UNSUPPORTED = {
+    r"Stable Diffusion 2 \(text": {TO_K: (320, 1024)},
+    r"Stable Diffusion XL \(text": {TO_K: (320, 2048)},
+    "the refiner of Stable Diffusion XL": {TO_K: (320, 1280)},
     r"Stable Diffusion XL \(cond": {UNET + "out.2.bias": (4,), "conditioner.embedders.0.x": (1,)},
     r"Stable Diffusion 2 \(cond": {UNET + "out.2.bias": (4,), "cond_stage_model.model.x": (1,)},
-    "inpainting": {UNET + "input_blocks.0.0.weight": (320, 9, 3, 3)},
+    "an inpainting model": {UNET + "input_blocks.0.0.weight": (320, 9, 3, 3)},
     "InstructPix2Pix": {UNET + "input_blocks.0.0.weight": (320, 8, 3, 3)},
     "an OFT": {"lora_unet_x.oft_blocks": (4, 8)},
     "a LoRA for Stable Diffusion XL": {
@@ -164,29 +166,37 @@ OTHERS = {
             (4, 2048)},
     "a LoRA for Stable Diffusion 2": {
         "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 1024)},
-    "Hotshot-XL": {"down_blocks.0.temporal_attentions.0.x.weight": (4, 8)},
+    "a Hotshot-XL": {"down_blocks.0.temporal_attentions.0.x.weight": (4, 8)},
     "PIA": {"conv_in.weight": (320, 9, 3, 3), MM.format(0): (320, 320)},
-    "motion module for Stable Diffusion XL": {MM.format(b): (320, 320) for b in range(3)},
-    "a plain ControlNet, .* has motion modules": {
-        "controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)},
-    "a plain ControlNet, which": {"control_model.x.weight": (4, 8)},
-    "textual inversion": {"emb_params": (2, 768)},
-    "textual inversion .*<cat>": {"<cat>": (768,)},
-    "textual inversion .*a cat": {"a cat": (3, 768)},
-    "textual inversion .*a dog": {"a dog": (768,), "a ring": (768,)},
+    "a motion module for Stable Diffusion XL": {MM.format(b): (320, 320) for b in range(3)},
+    "a ControlNet without motion modules": {"controlnet_cond_embedding.conv_in.weight":
+                                            (16, 3, 3, 3)},
+    "a ControlNet without": {"control_model.x.weight": (4, 8)},
+    "a textual inversion": {"emb_params": (2, 768)},
+    r"a textual inversion embedding \(<cat>\)": {"<cat>": (768,)},
+    r"a textual inversion embedding \(a cat\)": {"a cat": (3, 768)},
+    r"a textual inversion embedding \(a dog, a ring\)": {"a dog": (768,), "a ring": (768,)},
     r"a v-prediction model \(v_pred\)": {UNET + "out.2.bias": (4,), "v_pred": (0,)},
     r"a v-prediction model \(ztsnr\)": {UNET + "out.2.bias": (4,), "ztsnr": (0,)},
-    "IP-Adapter": {"image_proj.proj.weight": (2, 768)},
-    "rename it so that v1 or v3": {MM.format(0): (320, 320)},
-    "of a kind that is not known": {"fc.weight": (2, 3), "fc.bias": (2,)},
-    "a checkpoint without tensors": {},
-}
+    "an IP-Adapter": {"image_proj.proj.weight": (2, 768)}}
+UNKNOWN = {
+    "Rename it so that v1 or v3 is in its name": {MM.format(0): (320, 320)},
+    r"2 tensors \(fc.bias, fc.weight, ...\) of an unknown kind": {"fc.weight": (2, 3),
+                                                                 "fc.bias": (2,)},
+    "1 tensors .* of an unknown kind": {"first_stage_model.loss.x": (2, 3)},
+    "a checkpoint without tensors": {}}
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_other_families_are_refused_by_name(what):
-    with pytest.raises(InputError, match=f"^file: .*{what}"):
-        source({name: lazy(shape) for name, shape in OTHERS[what].items()})
+@pytest.mark.parametrize("family", UNSUPPORTED)
+def test_other_families_are_rejected_by_name(family):
+    with pytest.raises(InputError, match=f"^file: {family}.* is not supported. Give a checkpoint"):
+        source({key: lazy(shape) for key, shape in UNSUPPORTED[family].items()})
+
+
+@pytest.mark.parametrize("message", UNKNOWN)
+def test_unknown_tensors_are_rejected(message):
+    with pytest.raises(InputError, match=f"^file: .*{message}"):
+        source({key: lazy(shape) for key, shape in UNKNOWN[message].items()})
 
 
 @pytest.mark.parametrize("part, config", [
@@ -194,164 +204,167 @@ def test_other_families_are_refused_by_name(what):
     ("vae", {"act_fn": "relu"}), ("text_encoder", {"hidden_act": "gelu"}),
     ("scheduler", {"prediction_type": "v_prediction"}),
     ("scheduler", {"rescale_betas_zero_snr": True})])
-def test_a_config_of_another_architecture_is_refused(part, config):
+def test_a_config_of_another_architecture_is_rejected(part, config):
     key, value = next(iter(config.items()))
-    with pytest.raises(InputError, match=f"{part} config has {key} = {value!r}; Stable"):
+    with pytest.raises(InputError, match=f"{key} = {value!r} in the {part} config is not"):
         source({f"unet.{key}": t for key, t in real("diffusers_unet").items()}
                | {f"vae.{key}": t for key, t in real("diffusers_vae").items()}
                | {f"text_encoder.{key}": t for key, t in real("diffusers_text_encoder").items()},
                configs={part: config})
 
 
-def test_a_config_may_hold_nulls():
+def test_null_in_a_config_means_the_default():
     tensors = {f"unet.{key}": t for key, t in real("diffusers_unet").items()}
     config = {"act_fn": None, "num_attention_heads": None, "attention_head_dim": 4}
-    found = source(tensors, "unet", {"unet": config})
-    whole = parts(base(), source(real("mm_v3"))) | {"unet": found}
-    assert plan("sd15", whole, []).config.unet.heads == 4
+    unet = source(tensors, "unet", {"unet": config})
+    all_parts = parts(base(), source(real("mm_v3"))) | {"unet": unet}
+    assert plan_conversion("sd15", all_parts, []).config.unet.num_attention_heads == 4
 
 
-@pytest.mark.parametrize("name, shape, message", [
-    ("text_model.embeddings.token_embedding.weight", (49407, 768), "knows 49407 tokens"),
-    ("text_model.embeddings.token_embedding.weight", (49408, 504),
-     "its UNet takes 768 channels of text, the rest gives 504")])
-def test_a_text_encoder_that_does_not_fit_is_refused(name, shape, message):
-    text = source(real("diffusers_text_encoder") | {name: lazy(shape)}, "text")
-    whole = parts(base(), source(real("mm_v3"))) | {"text_encoder": text}
+@pytest.mark.parametrize("key, shape, message", [
+    ("text_model.embeddings.token_embedding.weight", (49407, 768), "vocab_size = 49407"),
+    ("text_model.embeddings.token_embedding.weight", (49408, 504), "hidden size 768, as the UNet"),
+    ("text_model.embeddings.token_embedding.weight", (49408,), "has too few dimensions")])
+def test_a_text_encoder_of_another_size_is_rejected(key, shape, message):
+    text = source(real("diffusers_text_encoder") | {key: lazy(shape)}, "text")
+    all_parts = parts(base(), source(real("mm_v3"))) | {"text_encoder": text}
     with pytest.raises(InputError, match=message):
-        plan("sd15", whole, [])
+        plan_conversion("sd15", all_parts, [])
 
 
-def test_a_vae_of_other_latents_and_quantised_weights_are_refused():
+def test_a_vae_of_other_latents_and_quantized_weights_are_rejected():
     vae = source(real("diffusers_vae") | {"decoder.conv_in.weight": lazy((512, 16, 3, 3))}, "vae")
-    whole = parts(base(), source(real("mm_v3")))
-    with pytest.raises(InputError, match="takes 4 channels of latents, the rest gives 16"):
-        plan("sd15", whole | {"vae": vae}, [])
+    all_parts = parts(base(), source(real("mm_v3")))
+    with pytest.raises(InputError, match="one with 4 latent channels, as the UNet takes"):
+        plan_conversion("sd15", all_parts | {"vae": vae}, [])
     bias = LazyTensor((4,), torch.int8, lambda: torch.zeros(4))
     vae = source(real("diffusers_vae") | {"post_quant_conv.bias": bias}, "vae")
-    with pytest.raises(InputError, match="^vae: .*post_quant_conv.bias is torch.int8: quantised"):
-        plan("sd15", whole | {"vae": vae}, [])
+    with pytest.raises(InputError, match="^vae: .*post_quant_conv.bias is torch.int8: quantized"):
+        plan_conversion("sd15", all_parts | {"vae": vae}, [])
 
 
-def test_heads_that_differ_by_block_are_refused():
+@pytest.mark.parametrize("heads", [[5, 10, 20, 20], []])
+def test_heads_that_differ_by_block_are_rejected(heads):
     tensors = {f"unet.{key}": t for key, t in real("diffusers_unet").items()}
-    found = source(tensors, "unet", {"unet": {"attention_head_dim": [5, 10, 20, 20]}})
-    whole = parts(base(), source(real("mm_v3"))) | {"unet": found}
-    with pytest.raises(InputError, match="the same number of heads everywhere"):
-        plan("sd15", whole, [])
+    unet = source(tensors, "unet", {"unet": {"attention_head_dim": heads}})
+    all_parts = parts(base(), source(real("mm_v3"))) | {"unet": unet}
+    with pytest.raises(InputError, match="^unet: .*must be the same in all blocks"):
+        plan_conversion("sd15", all_parts, [])
 
 
-def test_what_else_a_network_alone_carries_is_dropped():
+def test_tensors_of_a_single_network_that_are_not_used_are_ignored_for_a_reason():
     text = real("diffusers_text_encoder") | {name: lazy((2, 2)) for name in (
         "vision_model.x.weight", "logit_scale", "text_projection.weight", "visual_projection.x",
         "text_projection")}
-    assert set(source(text).dropped.values()) == {"of CLIP, but not of its text encoder"}
+    assert set(source(text).ignored.values()) == {"of CLIP, but not of its text encoder"}
     vae = real("diffusers_vae") | {name: lazy((2, 2)) for name in (
         "loss.logvar", "encoder.x.num_batches_tracked", "vae.colorize")}
-    found = source({f"first_stage_model.{name}": t for name, t in vae.items()} | {
+    network = source({f"first_stage_model.{name}": t for name, t in vae.items()} | {
         "model_ema.decay": lazy(())})
-    assert found.slot == "--vae" and len(found.parts["vae"]) == 248
-    assert sorted(found.dropped) == ["first_stage_model.encoder.x.num_batches_tracked",
-                                     "first_stage_model.loss.logvar",
-                                     "first_stage_model.vae.colorize", "model_ema.decay"]
+    assert network.option == "--vae" and len(network.key_maps["vae"]) == 248
+    assert sorted(network.ignored) == ["first_stage_model.encoder.x.num_batches_tracked",
+                                       "first_stage_model.loss.logvar",
+                                       "first_stage_model.vae.colorize", "model_ema.decay"]
 
 
-def test_a_text_projection_in_a_base_is_dropped():
+def test_a_text_projection_in_a_base_is_ignored():
     name = "cond_stage_model.transformer.text_projection.weight"
-    assert set(source(real("ldm_single_file") | {name: lazy((768, 768))}).dropped) == {name}
+    assert set(source(real("ldm_single_file") | {name: lazy((768, 768))}).ignored) == {name}
 
 
-@pytest.mark.parametrize("metadata, refused", [
+@pytest.mark.parametrize("metadata, is_rejected", [
     ({"modelspec.prediction_type": "v"}, True), ({"modelspec.prediction_type": "epsilon"}, False),
     ({"prediction_type": "v_prediction"}, True)])
-def test_the_metadata_tell_a_v_prediction_model(metadata, refused):
-    def known():
-        return detect(Path("file"), Checkpoint(real("diffusers_unet"), (), metadata=metadata))
-    if not refused:
-        assert known().slot == "--base"
+def test_v_prediction_is_read_from_the_metadata(metadata, is_rejected):
+    checkpoint = Checkpoint(real("diffusers_unet"), (), metadata=metadata)
+    if not is_rejected:
+        assert detect(Path("file"), checkpoint).option == "--base"
         return
     with pytest.raises(InputError, match="a v-prediction model"):
-        known()
+        detect(Path("file"), checkpoint)
 
 
 def test_the_folder_of_an_animatediff_pipeline_is_a_base_with_motion_modules():
-    """Its UNet is a UNetMotionModel: the names of a UNet and of a MotionAdapter in one file."""
+    """Its UNet is a UNetMotionModel: the keys of a UNet and of a MotionAdapter in one file."""
     unet = real("diffusers_unet") | real("diffusers_motion_adapter_v2")
     tensors = {f"unet.{key}": t for key, t in unet.items()}
     for part, name in (("vae", "diffusers_vae"), ("text_encoder", "diffusers_text_encoder")):
         tensors |= {f"{part}.{key}": t for key, t in real(name).items()}
-    found = source(tensors, configs={"unet": {"motion_num_attention_heads": 8}})
-    assert (found.slot, found.version) == ("--base", "v2")
-    whole = plan("sd15", dict.fromkeys(("unet", "vae", "text_encoder", "motion"), found), [])
-    assert whole.config.unet == SD15_V2.unet and whole.weights.keys() == whole.shapes.keys()
-    assert dict(whole.dropped[Path("file")]) == {"encodings of positions, computed here": 21}
+    pipeline = source(tensors, configs={"unet": {"motion_num_attention_heads": 8}})
+    assert (pipeline.option, pipeline.version) == ("--base", "v2")
+    plan = plan_conversion("sd15", dict.fromkeys(pipeline.key_maps, pipeline), [])
+    assert plan.config.unet == UNETS["v2"] and plan.weights.keys() == plan.shapes.keys()
+    assert dict(plan.ignored[Path("file")]) == {"positional encodings, computed here": 21}
+    other = source(real("mm_v3"), "mm")
+    plan = plan_conversion("sd15", dict.fromkeys(pipeline.key_maps, pipeline) | {"motion": other},
+                           [])
+    assert dict(plan.ignored[Path("file")]) == {
+        "positional encodings, computed here": 21,
+        "of the motion module, which --motion-module gives": 546}
 
 
 @pytest.mark.parametrize("before", ["controlnet.", "controlnet.module."])
-def test_sparsectrl_is_known_under_prefixes(before):
-    found = source({before + key: t for key, t in real("sparsectrl_rgb").items()})
-    assert found.slot == "--sparsectrl"
-    assert found.parts["sparsectrl"].keys() == source(real("sparsectrl_rgb")).parts[
+def test_sparsectrl_is_detected_under_prefixes(before):
+    control = source({before + key: t for key, t in real("sparsectrl_rgb").items()})
+    assert control.option == "--sparsectrl"
+    assert control.key_maps["sparsectrl"].keys() == source(real("sparsectrl_rgb")).key_maps[
         "sparsectrl"].keys()
 
 
 def test_parts_of_other_methods_in_a_motion_module_are_named():
-    parts = ("img_encoder.conv.weight", "fps_embedding.linear.weight", "pose_encoder.x")
-    found = source(real("mm_v3") | {name: lazy((2,)) for name in parts})
-    assert found.version == "v3"
-    for name in parts:
-        assert found.dropped[name].startswith(f"of {name.partition('.')[0]}, another method's")
+    names = ("img_encoder.conv.weight", "fps_embedding.linear.weight", "pose_encoder.x")
+    motion = source(real("mm_v3") | {name: lazy((2,)) for name in names})
+    assert motion.version == "v3"
+    for name in names:
+        assert motion.ignored[name].startswith(f"of {name.partition('.')[0]}, another method's")
 
 
-@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("then", [None, torch.float16])
-def test_positions_that_fp8_rounded_are_known(kind, then):
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("stored_as", [None, torch.float16])
+def test_positional_encodings_rounded_to_fp8_are_accepted(dtype, stored_as):
     tensors = real("mm_v3")
     for name, t in tensors.items():
         if name.endswith(".pe"):
-            rounded = sinusoid(*t.shape[1:]).to(kind)
-            rounded = rounded if then is None else rounded.to(then)
-            tensors[name] = LazyTensor(t.shape, rounded.dtype, lambda rounded=rounded: rounded)
-    check_positions(source(tensors))
+            rounded = sinusoid(*t.shape[1:]).to(dtype)
+            rounded = rounded if stored_as is None else rounded.to(stored_as)
+            tensors[name] = wrap_tensor(rounded)
+    check_positional_encodings(source(tensors))
     name = next(name for name in tensors if name.endswith(".pe"))
-    moved = tensors[name].read().float().roll(1, 1).to(kind)
-    tensors[name] = LazyTensor(moved.shape, kind, lambda: moved)
-    with pytest.raises(InputError, match="not AnimateDiff's encoding of positions"):
-        check_positions(source(tensors))
+    tensors[name] = wrap_tensor(tensors[name].read().float().roll(1, 1).to(dtype))
+    with pytest.raises(InputError, match="not AnimateDiff's positional encoding"):
+        check_positional_encodings(source(tensors))
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_positions_may_differ_by_the_rounding_of_half_precision_and_no_more(kind):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_positional_encodings_may_differ_only_by_the_rounding_of_half_precision(dtype):
     tensors = real("mm_v3")
     name = next(name for name in tensors if name.endswith(".pe"))
     shape = tensors[name].shape
-    rounded = sinusoid(*shape[1:]).to(kind)
-    tensors[name] = LazyTensor(shape, kind, lambda: rounded)
-    check_positions(source(tensors))
+    tensors[name] = wrap_tensor(sinusoid(*shape[1:]).to(dtype))
+    check_positional_encodings(source(tensors))
     moved = sinusoid(*shape[1:])
     moved[0, 5, 7] += 0.02
-    tensors[name] = LazyTensor(shape, torch.float32, lambda: moved)
-    with pytest.raises(InputError, match="not AnimateDiff's encoding of positions"):
-        check_positions(source(tensors))
+    tensors[name] = wrap_tensor(moved)
+    with pytest.raises(InputError, match="not AnimateDiff's positional encoding"):
+        check_positional_encodings(source(tensors))
 
 
-def test_positions_of_different_lengths_are_refused():
+def test_positional_encodings_of_different_lengths_are_rejected():
     tensors = real("mm_v3")
     tensors[next(key for key in tensors if key.endswith(".pe"))] = lazy((1, 24, 320))
     with pytest.raises(InputError, match=r"differ in length: \[24, 32\]"):
         source(tensors)
 
 
-def test_positions_that_are_learned_are_refused():
+def test_learned_positional_encodings_are_rejected():
     tensors = real("mm_v3")
     name = next(key for key in tensors if key.endswith(".pe"))
-    shape = tensors[name].shape
-    tensors[name] = LazyTensor(shape, torch.float32, lambda: torch.zeros(shape))
-    with pytest.raises(InputError, match="not AnimateDiff's encoding of positions"):
-        plan("sd15", parts(base(), source(tensors)), [])
+    tensors[name] = wrap_tensor(torch.zeros(tensors[name].shape))
+    with pytest.raises(InputError, match="not AnimateDiff's positional encoding"):
+        plan_conversion("sd15", parts(base(), source(tensors)), [])
 
 
-def test_two_names_for_one_tensor_are_refused():
+def test_two_keys_for_one_tensor_are_rejected():
     tensors = real("diffusers_vae") | {
         "encoder.mid_block.attentions.0.query.weight": lazy((512, 512))}
     with pytest.raises(InputError, match="query.weight and .*to_q.weight are the same tensor"):
@@ -362,13 +375,12 @@ def test_two_names_for_one_tensor_are_refused():
     ("mm_sd_v15.ckpt", "v1"), ("mm_sd_v14.ckpt", "v1"), ("mm_sd15_v3.safetensors", "v3"),
     ("motion-adapter-v1-5-3/diffusion_pytorch_model.safetensors", "v3"),
     ("motion-adapter-v1-5/diffusion_pytorch_model.safetensors", "v1")])
-def test_where_positions_are_missing_the_name_tells_the_version(name, version):
+def test_without_positional_encodings_the_name_tells_the_version(name, version):
     tensors = {key: t for key, t in real("mm_v3").items() if not key.endswith(".pe")}
     assert source(tensors, name).version == version
 
 
 def test_check_says_what_each_file_is(tmp_path, capsys):
-    from tests.conftest import SMALL
     vae = save(tmp_path / "vae.safetensors", {"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)})
     page = tmp_path / "page.ckpt"
     page.write_text("<!DOCTYPE html>")
@@ -376,15 +388,13 @@ def test_check_says_what_each_file_is(tmp_path, capsys):
     first, second, third, fourth = capsys.readouterr().out.splitlines()
     assert first == f"{vae}: a VAE of Stable Diffusion 1.5"
     assert second == "  1 tensors, 1 float32, 0.000 GB"
-    assert third == ("  for --vae; a complete model still needs the UNet (--base), the text "
+    assert third == ("  for --vae; a complete model also needs the UNet (--base), the text "
                      "encoder (--text-encoder), the motion module (--motion-module)")
-    assert len(fourth.split()[1]) == 64
+    assert fourth == f"  sha256 {hashlib.sha256(vae.read_bytes()).hexdigest()}  vae.safetensors"
     save_model(Model(SMALL), tmp_path / "m.safetensors", torch.float16, {})
     assert convert("--check", page, tmp_path / "m.safetensors") == 2
     assert "an HTML page" in (out := capsys.readouterr().out)
     assert "a converted model of this project" in out and "--weights" in out
-    x = {"up_blocks.1.motion_modules.0": torch.zeros(64, 1, 4, 1)}
-    info = {"model": "", "t": 400, "k": 1, "blocks": [], "frames": 4, "height": 8, "width": 8}
-    Motion(x, {name: v.long() for name, v in x.items()}, info).save(tmp_path / "kept")
-    assert convert("--check", tmp_path / "kept") == 2
-    assert "a kept motion, which python sample.py --motion takes" in capsys.readouterr().out
+    Motion.save(Motion({}, {}, {}), tmp_path / "motion.safetensors")
+    assert convert("--check", tmp_path / "motion.safetensors") == 2
+    assert "a saved motion, not a checkpoint. Pass it to sample.py" in capsys.readouterr().out

@@ -1,17 +1,20 @@
-"""LoRAs of every dialect: which weights they change, by scale * alpha / rank * up @ down."""
+"""LoRAs of every dialect change the right weights by scale * alpha / rank * up @ down."""
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-import sample as command
 from mcl import InputError, load_model
+from mcl.checkpoints.detect import detect
+from mcl.checkpoints.lazy_tensor import Checkpoint, wrap_tensor
+from mcl.checkpoints.lora import (Lora, apply_deltas, collect_deltas, lora_deltas, make_lora,
+                                  merge_loras, open_lora, parse_scaled)
 from mcl.checkpoints.model_file import read_shapes
-from mcl.checkpoints.lora import (Lora, all_deltas, deltas, merge, merged, open_lora,
-                              parse_scaled)
+from mcl.cli import sample as command
 
 from tests.foreign import convert, ldm, mini_weights, motion, save
 
@@ -29,7 +32,7 @@ RANK = 4
 
 
 def random_pairs(modules):
-    """{module: (down, up)}, random, of rank 4; kxk convolutions too."""
+    """Return random factors (down, up) of rank 4 by module, linear or convolutional."""
     g = torch.Generator().manual_seed(1)
     result = {}
     for module in modules:
@@ -40,14 +43,14 @@ def random_pairs(modules):
 
 
 def product(down, up):
-    """The weight of the one layer that does what down and then up do."""
+    """Return the weight of the one layer that equals the layer down followed by the layer up."""
     if down.ndim == 2:
         return up @ down
-    # A convolution of each unit picture is the weight, mirrored.
+    # The convolution of an image with a single one is the weight, mirrored.
     units = torch.eye(down.shape[1])[:, :, None, None]
     size = down.shape[-1]
-    pictures = F.pad(units, [size - 1] * 4)
-    return F.conv2d(F.conv2d(pictures, down), up).flip(-1, -2).transpose(0, 1)
+    images = F.pad(units, [size - 1] * 4)
+    return F.conv2d(F.conv2d(images, down), up).flip(-1, -2).transpose(0, 1)
 
 
 def shapes():
@@ -56,13 +59,13 @@ def shapes():
 
 
 def check(path, option, factors, scale=1.0, alpha=None):
-    """The file changes exactly the weights of the factors, by what they say."""
-    changes, unused = all_deltas([open_lora(option, path, scale)], shapes())
-    assert set(unused) == {path}
-    assert changes.keys() == {module + ".weight" for module in factors}
+    """Check that a file changes exactly the weights of the factors, by their product."""
+    deltas, ignored = collect_deltas([open_lora(option, path, scale)], shapes())
+    assert set(ignored) == {path}
+    assert deltas.keys() == {module + ".weight" for module in factors}
     for module, (down, up) in factors.items():
         before = mini_weights()[module + ".weight"]
-        after = merged(before, changes[module + ".weight"], torch.float32)
+        after = apply_deltas(before, deltas[module + ".weight"], torch.float32)
         expected = before + scale * (alpha or RANK) / RANK * product(down, up)
         assert torch.allclose(after, expected, atol=1e-6)
         assert not torch.allclose(after, before, atol=1e-3)
@@ -81,33 +84,41 @@ def kohya(factors, alpha=None, text="lora_te_"):
 
 @pytest.mark.parametrize("alpha", [None, 0, 2, 8])
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
-def test_kohya(alpha, ending, tmp_path):
+def test_kohya_loras_change_the_right_weights(alpha, ending, tmp_path):
     factors = random_pairs(LINEAR + CONV1 + CONV3 + [TEXT + "mlp.fc1", TEXT + "self_attn.q_proj"])
     path = save(tmp_path / f"lora.{ending}", kohya(factors, alpha))
     check(path, "--lora", factors, scale=0.7, alpha=alpha)
 
 
-def test_alpha_can_be_ignored_as_animatediff_does(tmp_path):
-    """By up @ down alone: with an alpha of half the rank, twice the usual change."""
+def test_ignoring_alpha_merges_up_times_down_alone(tmp_path):
+    """With an alpha of half the rank this is twice the usual change."""
     name, factors = LINEAR[0] + ".weight", random_pairs(LINEAR)
     path = save(tmp_path / "lora.safetensors", kohya(factors, alpha=RANK / 2))
     before = mini_weights()[name]
-    usual, ignoring = (merged(before, all_deltas([open_lora("--lora", path, 0.7, ignore)],
-                                                 shapes())[0][name], torch.float32) - before
-                       for ignore in (False, True))
+    usual, ignoring = (
+        apply_deltas(before, collect_deltas([open_lora("--lora", path, 0.7, ignore_alpha)],
+                                            shapes())[0][name], torch.float32) - before
+        for ignore_alpha in (False, True))
     down, up = factors[LINEAR[0]]
     assert torch.allclose(ignoring, 0.7 * up @ down, atol=1e-6)
     assert torch.allclose(ignoring, 2 * usual, atol=1e-6)
 
 
-def test_kohya_with_another_prefix_and_flat_projections(tmp_path):
+def test_kohya_loras_with_another_prefix_and_flat_projections(tmp_path):
     factors = random_pairs([TEXT + "self_attn.k_proj", CONV1[0]])
     state = {name: t.flatten(1) if t.ndim == 4 else t
              for name, t in kohya(factors, text="lora_te1_").items()}
     check(save(tmp_path / "lora.safetensors", state), "--lora", factors)
 
 
-def test_kohya_under_the_names_of_ldm(tmp_path):
+@pytest.mark.parametrize("text", ["lora_te_", "lora_te1_"])
+def test_kohya_loras_without_text_model_in_their_names(text, tmp_path):
+    factors = random_pairs([TEXT + "mlp.fc1", TEXT + "self_attn.k_proj"])
+    state = {name.replace("text_model_", ""): t for name, t in kohya(factors, text=text).items()}
+    check(save(tmp_path / "lora.safetensors", state), "--lora", factors)
+
+
+def test_kohya_loras_with_the_names_of_ldm(tmp_path):
     modules = {
         "input_blocks_4_1_transformer_blocks_0_attn1_to_q": LINEAR[0],
         "input_blocks_4_0_in_layers_2": CONV3[0], "input_blocks_3_0_op": CONV3[1],
@@ -125,7 +136,7 @@ def test_kohya_under_the_names_of_ldm(tmp_path):
     check(save(tmp_path / "lora.safetensors", state), "--lora", factors)
 
 
-def test_tucker_form(tmp_path):
+def test_a_tucker_lora_has_a_core_between_its_factors(tmp_path):
     g = torch.Generator().manual_seed(2)
     module = CONV3[0]
     out, inner, *_ = mini_weights()[module + ".weight"].shape
@@ -136,17 +147,17 @@ def test_tucker_form(tmp_path):
     state[f"{name}.lora_mid.weight"] = mid
     path = save(tmp_path / "lora.safetensors", state)
     whole = torch.einsum("op,pqhw,qi->oihw", up[..., 0, 0], mid, down[..., 0, 0])
-    change = deltas(open_lora("--lora", path, 3.0), shapes())[0][module + ".weight"]
-    assert torch.allclose(change.add_to(torch.zeros(whole.shape)), 1.5 * whole, atol=1e-6)
+    delta = lora_deltas(open_lora("--lora", path, 3.0), shapes())[0][module + ".weight"]
+    assert torch.allclose(delta.add_to(torch.zeros(whole.shape)), 1.5 * whole, atol=1e-6)
 
 
 def diffusers(factors, suffixes, insert=""):
-    """Dialects of diffusers; suffixes of down and up with what stands before them."""
+    """Return a LoRA in a dialect of diffusers, by the suffixes of down and up."""
     state = {}
     for module, pair in factors.items():
         for suffix, t in zip(suffixes, pair):
             name = module
-            if insert:                      # "processor" and no number behind to_out
+            if insert:                      # "processor", and no number after to_out
                 before, _, last = module.removesuffix(".0").rpartition(".")
                 name = f"{before}.{insert}{last}"
             state[name + suffix] = t
@@ -161,7 +172,7 @@ DIALECTS = {
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_diffusers_and_peft(dialect, tmp_path):
+def test_diffusers_and_peft_loras_change_the_right_weights(dialect, tmp_path):
     suffixes, insert = DIALECTS[dialect]
     factors = random_pairs(LINEAR[:3])
     text = random_pairs([TEXT + "self_attn.v_proj", TEXT + "self_attn.out_proj"])
@@ -179,28 +190,29 @@ def test_diffusers_and_peft(dialect, tmp_path):
     for ending in ("safetensors", "bin"):
         path = save(tmp_path / f"pytorch_lora_weights.{ending}", state)
         check(path, "--lora", factors | text, scale=0.5)
-    assert open_lora("--lora", tmp_path).source.title.startswith("a LoRA")
+    assert open_lora("--lora", tmp_path).checkpoint.description.startswith("a LoRA")
 
 
 @pytest.mark.parametrize("before", ["base_model.model.text_model.", "text_model.", "",
                                     "text_encoder.base_model.model.text_model.",
                                     "text_encoder."])
-def test_the_text_encoder_under_other_prefixes(before, tmp_path):
+def test_text_encoder_keys_under_other_prefixes(before, tmp_path):
     factors = random_pairs([TEXT + "mlp.fc1"])
     state = {name.replace("text_encoder.text_model.", before): t
              for name, t in diffusers(factors, DIALECTS["peft"][0]).items()}
     check(save(tmp_path / "a.safetensors", state), "--lora", factors)
 
 
-def test_alpha_beside_the_tensors_of_peft(tmp_path):
+def test_alpha_is_read_from_the_config_of_peft(tmp_path):
     factors, text = random_pairs(LINEAR[:2]), random_pairs([TEXT + "mlp.fc2"])
     state = diffusers(factors | text, DIALECTS["peft"][0])
     metadata = {"lora_adapter_metadata": json.dumps({
         "unet.lora_alpha": 8, "unet.r": RANK, "text_encoder.lora_alpha": 2})}
     path = save(tmp_path / "a.safetensors", state, metadata)
-    found, _ = deltas(open_lora("--lora", path), shapes())
-    assert {d.scale for name, d in found.items() if name.startswith("unet.")} == {2.0}
-    assert found[TEXT + "mlp.fc2.weight"].scale == 0.5
+    deltas, _ = lora_deltas(open_lora("--lora", path), shapes())
+    assert {d.alpha / d.rank for name, d in deltas.items() if name.startswith("unet.")} == {2.0}
+    text_delta = deltas[TEXT + "mlp.fc2.weight"]
+    assert text_delta.alpha / text_delta.rank == 0.5
 
     folder = tmp_path / "peft"
     folder.mkdir()
@@ -212,7 +224,7 @@ def test_alpha_beside_the_tensors_of_peft(tmp_path):
     check(folder, "--lora", factors, alpha=16)
     config.write_text(json.dumps({"lora_alpha": 16, "use_rslora": True}))
     with pytest.raises(InputError, match="a PEFT LoRA with use_rslora"):
-        deltas(open_lora("--lora", folder), shapes())
+        lora_deltas(open_lora("--lora", folder), shapes())
 
 
 def adapter(factors):
@@ -220,13 +232,13 @@ def adapter(factors):
         factors, *DIALECTS["processor"]).items()}
 
 
-def test_the_domain_adapter(tmp_path):
+def test_the_domain_adapter_changes_the_right_weights(tmp_path):
     factors = random_pairs(LINEAR[:3])
     path = save(tmp_path / "v3_sd15_adapter.ckpt", adapter(factors))
     check(path, "--adapter", factors, scale=0.25)
 
 
-def test_motion_loras_under_both_names(tmp_path):
+def test_motion_loras_with_the_names_of_animatediff_and_diffusers(tmp_path):
     factors = random_pairs([TEMPORAL.format(k) + name for k in (0, 1)
                             for name in ("to_q", "to_out.0")])
     middle = {f"mid_block.motion_modules.0.temporal_transformer.transformer_blocks.0."
@@ -234,42 +246,61 @@ def test_motion_loras_under_both_names(tmp_path):
               for way in ("down", "up")}
     check(save(tmp_path / "a.ckpt", {"state_dict": adapter(factors) | middle,
                                      "animatediff_config": {}}), "--motion-lora", factors)
-    theirs = {f"unet.{name}".replace("temporal_transformer.", "").replace(
+    state = {f"unet.{name}".replace("temporal_transformer.", "").replace(
         "attention_blocks.0", "attn1").replace("attention_blocks.1", "attn2"): t
         for name, t in adapter(factors).items()}
-    check(save(tmp_path / "b.safetensors", theirs), "--motion-lora", factors, scale=-1.0)
+    check(save(tmp_path / "b.safetensors", state), "--motion-lora", factors, scale=-1.0)
 
 
-def test_several_are_added_in_float32_and_cast_once(tmp_path):
+def test_several_loras_are_added_in_float32_and_converted_once(tmp_path):
     factors = random_pairs(LINEAR[:1])
     path = save(tmp_path / "a.safetensors", kohya(factors))
-    change = all_deltas([open_lora("--lora", path, s) for s in (1e-4, 1.0, -1.0)],
-                        shapes())[0][LINEAR[0] + ".weight"]
+    deltas = collect_deltas([open_lora("--lora", path, s) for s in (1e-4, 1.0, -1.0)],
+                            shapes())[0][LINEAR[0] + ".weight"]
     weight = mini_weights()[LINEAR[0] + ".weight"].half()
     expected = (weight.float() + 1e-4 * product(*factors[LINEAR[0]])).half()
-    assert torch.equal(merged(weight, change, torch.float16), expected)
+    assert torch.equal(apply_deltas(weight, deltas, torch.float16), expected)
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda s: s.popitem(), "has not exactly one pair of down and up"),
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.popitem(), r"has down \(4, 64\), which do not make a change"),
     (lambda s: s.update({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}),
      "it changes lora_unet_x, which this model does not have"),
     (lambda s: s.update({"lora_unet_conv_in.set_weight": torch.zeros(2)}),
-     "lora_unet_conv_in.set_weight is nothing that a LoRA"),
-    (lambda s: s.update({next(iter(s)): torch.zeros(RANK, 5)}), "made for another model"),
+     "lora_unet_conv_in.set_weight belongs to no known kind of LoRA"),
+    (lambda s: s.update({next(iter(s)): torch.zeros(RANK, 5)}), "Give a LoRA for this model"),
+    (lambda s: s.update({name: t[:0] if "down" in name else t[:, :0] for name, t in s.items()}),
+     "Give a LoRA for this model"),
+    (lambda s: s.update({name: t.to(torch.int8) for name, t in s.items()}),
+     "Give a LoRA for this model"),
     (lambda s: s.update({next(iter(s)).partition(".")[0] + ".alpha": torch.tensor(torch.nan)}),
      "alpha of .* is nan"),
-    (lambda s: s.update({"unet." + LINEAR[0][5:] + ".lora_A.weight": torch.zeros(2, 2),
-                         "unet." + LINEAR[0][5:] + ".lora_B.weight": torch.zeros(2, 2)}),
-     "has not exactly one pair"),
+    (lambda s: s.update({"unet." + LINEAR[0][5:] + ".lora_A.weight": torch.zeros(RANK, 64),
+                         "unet." + LINEAR[0][5:] + ".lora_B.weight": torch.zeros(64, RANK)}),
+     "it changes .* twice"),
     (lambda s: s.update({next(iter(s)).replace("lora_down", "lora_A"): torch.zeros(2, 2)}),
      "has two of down")])
-def test_a_lora_that_does_not_fit_is_refused(spoil, message, tmp_path):
-    state = kohya(random_pairs(LINEAR[:1]))
-    spoil(state)
+def test_a_lora_that_does_not_fit_is_rejected(change, message, tmp_path):
+    state = kohya(random_pairs([ATTENTION + "attn1.to_q"]))
+    change(state)
     path = save(tmp_path / "lora.safetensors", state)
     with pytest.raises(InputError, match=f"lora.safetensors: .*{message}"):
-        deltas(open_lora("--lora", path), shapes())
+        lora_deltas(open_lora("--lora", path), shapes())
+
+
+def test_a_lora_with_nan_is_rejected_by_its_name(tmp_path):
+    state = kohya(random_pairs(LINEAR[:1]))
+    state[next(iter(state))].fill_(torch.nan)
+    deltas, _ = lora_deltas(open_lora("--lora", save(tmp_path / "nan.safetensors", state)), shapes())
+    with pytest.raises(InputError, match=r"nan.safetensors: .*\(down\) has values that are not"):
+        apply_deltas(mini_weights()[LINEAR[0] + ".weight"], [*deltas.values()], torch.float16)
+
+
+def test_the_scale_must_be_finite():
+    checkpoint = detect(Path("x"), Checkpoint({
+        name: wrap_tensor(t) for name, t in kohya(random_pairs(LINEAR[:1])).items()}, ()))
+    with pytest.raises(InputError, match="x: the scale inf is out of range"):
+        make_lora(checkpoint, torch.inf, False)
 
 
 def test_the_scale_follows_the_last_colon(tmp_path):
@@ -285,63 +316,73 @@ def test_the_scale_follows_the_last_colon(tmp_path):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A base, a motion module, one LoRA of each kind, and the model without and with them."""
-    place = tmp_path_factory.mktemp("loras")
-    save(place / "base.safetensors", ldm())
-    save(place / "mm.ckpt", motion("v3"))
-    save(place / "adapter.ckpt", adapter(random_pairs(LINEAR[:3])))
-    save(place / "lora.safetensors", kohya(random_pairs(LINEAR + CONV3), alpha=2))
-    save(place / "pan.ckpt", adapter(random_pairs([TEMPORAL.format(0) + "to_q"])))
-    argv = ["--base", place / "base.safetensors", "--motion-module", place / "mm.ckpt",
+    folder = tmp_path_factory.mktemp("loras")
+    save(folder / "base.safetensors", ldm())
+    save(folder / "mm.ckpt", motion("v3"))
+    save(folder / "adapter.ckpt", adapter(random_pairs(LINEAR[:3])))
+    save(folder / "lora.safetensors", kohya(random_pairs(LINEAR + CONV3), alpha=2))
+    save(folder / "pan.ckpt", adapter(random_pairs([TEMPORAL.format(0) + "to_q"])))
+    argv = ["--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
             "--dtype", "fp32", "--out"]
-    assert convert(*argv, place / "plain.safetensors") == 0
-    assert convert(*argv, place / "merged.safetensors", *loras(place)) == 0
-    return place
+    assert convert(*argv, folder / "plain.safetensors") == 0
+    assert convert(*argv, folder / "merged.safetensors", *lora_options(folder)) == 0
+    return folder
 
 
-def loras(place):
-    return ["--adapter", f"{place}/adapter.ckpt:0.5", "--lora", f"{place}/lora.safetensors:0.8",
-            f"{place}/lora.safetensors:-0.1", "--motion-lora", f"{place}/pan.ckpt"]
+def lora_options(folder):
+    return ["--adapter", f"{folder}/adapter.ckpt:0.5", "--lora", f"{folder}/lora.safetensors:0.8",
+            f"{folder}/lora.safetensors:-0.1", "--motion-lora", f"{folder}/pan.ckpt"]
 
 
-def test_merging_while_converting_and_while_loading_is_the_same(files):
-    given = [open_lora("--adapter", files / "adapter.ckpt", 0.5),
+def test_merging_while_converting_equals_merging_while_loading(files):
+    loras = [open_lora("--adapter", files / "adapter.ckpt", 0.5),
              open_lora("--lora", files / "lora.safetensors", 0.8),
              open_lora("--lora", files / "lora.safetensors", -0.1),
              open_lora("--motion-lora", files / "pan.ckpt")]
-    file, shapes = files / "plain.safetensors", read_shapes(files / "plain.safetensors")
-    model = load_model(file, "cpu", edit=merge(given, shapes))
-    found, plain = (load_file(files / f"{name}.safetensors") for name in ("merged", "plain"))
-    state = {f"{part}.{name}": t for part in ("unet", "vae", "text_encoder")
-             for name, t in getattr(model, part).state_dict().items()}
-    assert all(torch.equal(t, found[name]) for name, t in state.items())
-    changed = {name for name in found if not torch.equal(found[name], plain[name])}
+    path = files / "plain.safetensors"
+    shapes = read_shapes(path)
+    model = load_model(path, "cpu", transform=merge_loras(loras, shapes))
+    merged, plain = (load_file(files / f"{name}.safetensors") for name in ("merged", "plain"))
+    assert all(torch.equal(t, merged[name]) for name, t in model.state_dict().items())
+    changed = {name for name in merged if not torch.equal(merged[name], plain[name])}
     assert changed == {f"{m}.weight" for m in LINEAR + CONV3 + [TEMPORAL.format(0) + "to_q"]}
-    hashes = {load_model(file, "cpu", edit=merge(some, shapes) if some else None).sha256
-              for some in ([], given[:1], [Lora(given[0].source, 0.6)])}
-    assert len(hashes) == 3
+    first = loras[0].checkpoint
+    hashes = {load_model(path, "cpu", transform=merge_loras(group, shapes) if group else None
+                         ).sha256
+              for group in ([], [Lora(first, 0.5)], [Lora(first, 0.6)], [Lora(first, 0.5, True)])}
+    assert len(hashes) == 4
 
 
-def test_the_command_merges_and_records(files, tmp_path, capsys):
+def test_the_file_records_its_loras(files):
+    with safe_open(files / "merged.safetensors", framework="pt") as file:
+        sources = json.loads(file.metadata()["sources"])
+    assert list(sources) == [
+        "--base base.safetensors", "--motion-module mm.ckpt", "--adapter adapter.ckpt:0.5",
+        "--lora lora.safetensors:0.8", "--lora lora.safetensors:-0.1", "--motion-lora pan.ckpt:1"]
+
+
+def test_sample_merges_loras_and_records_them(files, tmp_path, capsys):
     out = tmp_path / "a.mp4"
     argv = ["--weights", files / "plain.safetensors", "--ref", REF, "--prompt", "a cat", "--size",
-            "64x64", "--frames", 2, "--steps", 1, "--guidance-steps", 1, "--out", out]
-    assert command.main([str(a) for a in argv + loras(files)]) == 0
+            "64x64", "--num-frames", 2, "--steps", 1, "--guidance-steps", 1, "--out", out]
+    assert command.main([str(a) for a in argv + lora_options(files)]) == 0
     assert json.loads(Path(f"{out}.json").read_text())["loras"] == [
         [f"{files}/adapter.ckpt", 0.5], [f"{files}/lora.safetensors", 0.8],
         [f"{files}/lora.safetensors", -0.1], [f"{files}/pan.ckpt", 1.0]]
     capsys.readouterr()
-    for wrong, message in (
-            (["--lora", files / "adapter.ckpt"], "not for --lora: give it with --adapter"),
-            (["--adapter", files / "pan.ckpt"], "not for --adapter: give it with --motion-lora"),
-            (["--lora", files / "mm.ckpt"], "convert_weights.py makes a model of it"),
-            (["--lora", f"{files}/lora.safetensors:inf"], "the scale inf is not possible")):
-        assert command.main([str(a) for a in argv + wrong]) == 2
+    for options, message in (
+            (["--lora", files / "adapter.ckpt"], "not for --lora. Pass it with --adapter"),
+            (["--adapter", files / "pan.ckpt"], "not for --adapter. Pass it with --motion-lora"),
+            (["--lora", files / "mm.ckpt"], "Pass it with --motion-module of convert_weights.py"),
+            (["--lora", f"{files}/lora.safetensors:inf"], "the scale inf is out of range")):
+        assert command.main([str(a) for a in argv + options]) == 2
         assert message in capsys.readouterr().err
 
 
-def test_a_lora_in_the_wrong_place_gets_the_right_command(files, tmp_path, capsys):
-    place = files
-    assert convert("--base", place / "base.safetensors", "--motion-module", place / "mm.ckpt",
-                   "--motion-lora", f"{place}/adapter.ckpt:0.5", "--out",
+def test_a_lora_with_the_wrong_option_is_rejected(files, tmp_path, capsys):
+    assert convert("--base", files / "base.safetensors", "--motion-module", files / "mm.ckpt",
+                   "--motion-lora", f"{files}/adapter.ckpt:0.5", "--out",
                    tmp_path / "o.safetensors") == 2
-    assert f"--adapter {place}/adapter.ckpt:0.5 --dtype" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"error: {files}/adapter.ckpt: AnimateDiff's domain adapter (v3_sd15_adapter), not for "
+        "--motion-lora. Pass it with --adapter\n")

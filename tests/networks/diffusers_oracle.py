@@ -80,16 +80,13 @@ def load_into_diffusers(oracle: nn.Module, network: nn.Module) -> nn.Module:
 
 def diffusers_unet(unet: UNet3D, config: UNetConfig) -> nn.Module:
     """Return diffusers' UNetMotionModel with the weights of a UNet."""
-    n = len(config.block_out_channels) - 1
+    levels = len(config.block_out_channels) - 1             # with cross-attention
     oracle = motion_unet.UNetMotionModel(
-        down_block_types=("CrossAttnDownBlockMotion",) * n + ("DownBlockMotion",),
-        up_block_types=("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * n,
-        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_num_groups, cross_attention_dim=config.cross_attention_dim,
-        num_attention_heads=config.num_attention_heads,
-        motion_num_attention_heads=config.motion_num_attention_heads,
-        motion_max_seq_length=config.motion_max_seq_length,
-        use_motion_mid_block=config.motion_mid_block)
+        down_block_types=("CrossAttnDownBlockMotion",) * levels + ("DownBlockMotion",),
+        up_block_types=("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * levels,
+        use_motion_mid_block=config.motion_mid_block, **{name: getattr(config, name) for name in (
+            "block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim",
+            "num_attention_heads", "motion_num_attention_heads", "motion_max_seq_length")})
     return load_into_diffusers(oracle, unet)
 
 

@@ -22,9 +22,15 @@ from mcl.networks.vae import AutoencoderKL
 from mcl.sampler import Sampler
 from mcl.schedule import NoiseSchedule, ddim_step
 from tests.conftest import SMALL, randn, randomize
-from tests.networks.diffusers_oracle import (diffusers_name, diffusers_noise, diffusers_unet,
-                                             load_into_diffusers, max_error, relative_error,
-                                             use_animatediff_norms)
+from tests.networks.diffusers_oracle import (
+    diffusers_name,
+    diffusers_noise,
+    diffusers_unet,
+    load_into_diffusers,
+    max_error,
+    relative_error,
+    use_animatediff_norms,
+)
 
 diffusers = pytest.importorskip("diffusers")
 sparse_unet = pytest.importorskip("diffusers.models.controlnets.controlnet_sparsectrl")

@@ -71,8 +71,8 @@ def test_rare_skills_are_sampled_more_often_and_photos_without_subject_less(tmp_
     captions = ["a red ring on a navy background", "a red star, navy ground",
                 "a red cross on a striped navy background", "a photo", "a cat before a photo"]
     latents = torch.arange(5.)[:, None, None, None, None].expand(5, NUM_FRAMES, 2, 1, 1)
-    torch.save({"latents": latents, "captions": [[caption] * 4 for caption in captions], "logvar": torch.zeros(2)},
-               tmp_path / "000000.pt")
+    torch.save({"latents": latents, "captions": [[caption] * 4 for caption in captions],
+                "logvar": torch.zeros(2)}, tmp_path / "000000.pt")
     clips, rng = LatentClips(tmp_path), np.random.default_rng(0)
     for frames, odds in ((NUM_FRAMES, [1, 2, 4, 1, 1]), (1, [1, 2, 4, .25, 1])):
         latents, texts = clips.batch(rng, 20000, frames, p_empty=0.0)

@@ -82,7 +82,7 @@ class Hyperparameters:
 
 
 def reconstruction_loss(output: Tensor, x: Tensor) -> Tensor:
-    """Return the loss of decoded frames (b, 3, H, W). Differences of neighbors sharpen the edges."""
+    """Return the loss of decoded frames (b, 3, H, W), with the differences of neighbors."""
     edges = sum(F.l1_loss(output.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
     return F.mse_loss(output, x) + 0.3 * F.l1_loss(output, x) + 0.3 * edges
 
@@ -252,11 +252,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Run all stages."""
-    params = Hyperparameters(**{f.name: getattr(args, f.name)
-                                for f in dataclasses.fields(Hyperparameters)})
+    names = [f.name for f in dataclasses.fields(Hyperparameters)]
+    params = Hyperparameters(**{name: getattr(args, name) for name in names})
     device, out = str(resolve_device(args.device)), args.out
     if not out.is_dir():
-        check_writable(out, folder=True)
+        check_writable(out, is_folder=True)
     photos = find_photos(args.photos, held_out=False)
     for word in EMOJI:
         emoji_sprite(word)                  # fails without the font, before anything is trained

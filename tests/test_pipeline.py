@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mcl import InputError, load_model, model_from_state_dicts, sparsectrl_condition
+from mcl import load_model, model_from_state_dicts, sparsectrl_condition
 from tests import foreign
 from tests.conftest import randn, randomize
 from tests.foreign import convert
@@ -127,11 +127,3 @@ def test_single_file_weights_in_memory_give_the_model():
     weights, state = foreign.mini_weights(), model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in state.items())
     assert len(state) == sum("mid_block.motion" not in name for name in weights)
-
-
-def test_incomplete_weights_in_memory_are_rejected():
-    with pytest.raises(InputError, match="the motion module"):
-        model_from_state_dicts(base=foreign.ldm())
-    with pytest.raises(InputError, match="motion: the tensor .*proj_in.bias is missing"):
-        model_from_state_dicts(base=foreign.ldm(), motion={
-            name: t for name, t in foreign.motion().items() if not name.endswith("proj_in.bias")})

@@ -10,7 +10,7 @@ from ..errors import InputError
 from .containers import open_checkpoint
 from .key_mapping import (LORA_KEY, POSITIONAL_ENCODING, count_blocks, map_motion_key,
                           map_text_key, map_unet_key, map_vae_key)
-from .lazy_tensor import Checkpoint, LazyTensor
+from .lazy_tensor import Checkpoint
 
 # The command line option of each part of a model, and of each kind of LoRA.
 OPTIONS = {"unet": "--base", "vae": "--vae", "text_encoder": "--text-encoder",
@@ -31,7 +31,8 @@ UNSUPPORTED_PATTERNS = (
     (r"\.oft_(blocks|diag)|\.oft_R\b|\.on_input$|(^|\.)ia3_", "an OFT or IA3 (LyCORIS)"),
     (r"temporal_attentions|positional_encoding$", "a Hotshot-XL motion module"),
     (r"^(string_to_param|emb_params|clip_[lg]$|<[^ ]+>$)", "a textual inversion embedding"),
-    (r"^(image_proj|ip_adapter)\b", "an IP-Adapter"))
+    (r"^(image_proj|ip_adapter)\b", "an IP-Adapter"),
+    (r"^(v_pred|ztsnr)$", "a v-prediction model"))      # empty tensors that trainers add
 # Tensors of a base that are not used, and why.
 IGNORED_PATTERNS = (
     (r"position_ids$", "position numbers, computed here"),
@@ -43,7 +44,6 @@ IGNORED_PATTERNS = (
     (r"(^|\.)(vision_model\.|text_projection(\.|$)|visual_projection\.|logit_scale$)",
      "of CLIP, but not of its text encoder"))
 FOREIGN_PART_NOTE = "another method's part, without which the motion may differ"
-V_PREDICTION_KEYS = {"v_pred", "ztsnr"}             # empty tensors that trainers add
 V_PREDICTION_METADATA = ("modelspec.prediction_type", "prediction_type", "yaml")
 # Values that the networks support. A config.json with others describes another architecture.
 SUPPORTED_VALUES: dict[str, dict[str, Any]] = {
@@ -59,7 +59,11 @@ CONTROLNET_KEY = re.compile(r"control_model\.|(controlnet\.)?(module\.)?controln
 TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
                1280: "the refiner of Stable Diffusion XL"}
 INPUT_CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix"}
-V1_MAX_SEQ_LENGTH, SD15_WIDTH = 24, 320
+# The projections of text embeddings, in networks and LoRAs.
+TEXT_PROJECTION = re.compile(
+    r"^(?!.*motion_modules).*attn2[._](processor\.)?to_k(\.weight$|.*(down|lora_A|hada_w1_b|\.diff$))")
+FIRST_PROJECTION = "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"
+V1_MAX_SEQ_LENGTH = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,6 @@ class DetectedCheckpoint(Checkpoint):
     """A checkpoint that can be used.
 
     Attributes:
-        path: The file or folder.
         option: The command line option that takes it.
         description: What it is, in words.
         key_maps: For each part that it has, the checkpoint's keys by this project's keys.
@@ -75,7 +78,6 @@ class DetectedCheckpoint(Checkpoint):
         motion_max_seq_length: Number of frames that its motion modules support.
     """
 
-    path: Path
     option: str = ""
     description: str = ""
     key_maps: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -98,35 +100,36 @@ def detect_file(path: Path) -> DetectedCheckpoint:
     Raises:
         InputError: If it cannot be part of a model; the message says what it is.
     """
-    return detect(path, open_checkpoint(path))
+    return detect(replace(open_checkpoint(path), path=path))
 
 
-def detect(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
+def detect(checkpoint: Checkpoint) -> DetectedCheckpoint:
     """Return what an open checkpoint is. Raises InputError as `detect_file` does."""
-    tensors = checkpoint.tensors
+    path, tensors = checkpoint.path, checkpoint.tensors
     for pattern, family in UNSUPPORTED_PATTERNS:
-        for key in (*tensors, *checkpoint.non_tensors):
-            if re.search(pattern, key):
-                raise unsupported(path, f"{family} ({key})")
+        for key in filter(re.compile(pattern).search, (*tensors, *checkpoint.non_tensors)):
+            raise unsupported(path, f"{family} ({key})")
     file_format = checkpoint.metadata.get("format", "")
     if file_format.startswith("mcl-model"):
-        return DetectedCheckpoint(**vars(checkpoint), path=path, option="--weights",
+        return DetectedCheckpoint(**vars(checkpoint), option="--weights",
                                   description="a converted model of this project")
     if file_format.startswith("mcl-motion"):
-        raise InputError(f"{path}: a saved motion, not a checkpoint. Pass it to sample.py with "
-                         "--motion")
+        raise InputError(f"{path}: a saved motion, not a checkpoint. Run sample.py --motion {path}")
     if not tensors:
         raise InputError(f"{path}: a checkpoint without tensors. Give another file")
+    for key in filter(TEXT_PROJECTION.search, tensors):
+        for width in TEXT_WIDTHS.keys() & tensors[key].shape[1:2]:
+            raise unsupported(path, f"{TEXT_WIDTHS[width]} (text embeddings of {width}, not 768)")
     has_motion = any(".motion_modules." in key for key in tensors)
     if any(map(CONTROLNET_KEY.match, tensors)) and not has_prefix(tensors, LDM_UNET):
         if not has_motion:
             raise unsupported(path, "a ControlNet without motion modules")
-        return detect_sparsectrl(path, checkpoint)
+        return detect_sparsectrl(checkpoint)
     if any(map(LORA_KEY.match, tensors)):
-        return detect_lora(path, checkpoint)
+        return detect_lora(checkpoint)
     if has_motion and not (has_prefix(tensors, "unet.") and has_prefix(tensors, "vae.")):
-        return detect_motion_module(path, checkpoint)
-    return detect_networks(path, checkpoint)
+        return detect_motion_module(checkpoint)
+    return detect_networks(checkpoint)
 
 
 def unsupported(path: Path, family: str) -> InputError:
@@ -149,83 +152,69 @@ def has_prefix(keys: Iterable[str], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in keys)
 
 
-def detect_sparsectrl(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
+def detect_sparsectrl(checkpoint: Checkpoint) -> DetectedCheckpoint:
     """Return a SparseCtrl and its kind."""
-    key_map, ignored, length = split_positional_encodings(path, checkpoint.tensors)
+    key_map, ignored, length = split_positional_encodings(checkpoint)
     kind = "rgb" if "controlnet_cond_embedding.weight" in key_map else "scribble"
     return DetectedCheckpoint(
-        **vars(checkpoint), path=path, option=OPTIONS["sparsectrl"],
-        description=f"AnimateDiff's SparseCtrl ({kind})", key_maps={"sparsectrl": key_map},
-        ignored=ignored, motion_max_seq_length=length or 32)
+        **vars(checkpoint), option=OPTIONS["sparsectrl"], key_maps={"sparsectrl": key_map},
+        description=f"AnimateDiff's SparseCtrl ({kind})", ignored=ignored,
+        motion_max_seq_length=length or 32)
 
 
-def split_positional_encodings(path: Path, tensors: Mapping[str, LazyTensor]
+def split_positional_encodings(checkpoint: Checkpoint
                                ) -> tuple[dict[str, str], dict[str, str], int]:
     """Return the key map, the ignored positional encodings, and their length or 0."""
-    key_map: dict[str, str] = {}
-    ignored: dict[str, str] = {}
-    for key in tensors:
-        target = map_motion_key(key)
-        if POSITIONAL_ENCODING.search(target):
-            ignored[key] = "positional encodings, computed here"
-        else:
-            add_unique(path, key_map, target, key)
-    lengths = {length for key in ignored for length in tensors[key].shape[1:2]}
+    ignored = {key: "positional encodings, computed here" for key in checkpoint.tensors
+               if POSITIONAL_ENCODING.search(key)}
+    key_map = make_key_map(checkpoint.path, {
+        key: map_motion_key(key) for key in checkpoint.tensors if key not in ignored})
+    lengths = {length for key in ignored for length in checkpoint.tensors[key].shape[1:2]}
     if len(lengths) > 1:
-        raise InputError(f"{path}: its positional encodings differ in length: {sorted(lengths)}. "
-                         "Give another file")
+        raise InputError(f"{checkpoint.path}: its positional encodings differ in length: "
+                         f"{sorted(lengths)}. Give another file")
     return key_map, ignored, min(lengths, default=0)
 
 
-def add_unique(path: Path, key_map: dict[str, str], target: str, key: str) -> None:
-    """Add a key to a key map. Raises InputError if the target has a key already."""
-    if target in key_map:
-        raise InputError(f"{path}: {key} and {key_map[target]} are the same tensor, {target}. "
-                         "Give another file")
-    key_map[target] = key
+def make_key_map(path: Path, targets: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys by their targets. Raises InputError if two keys have one target."""
+    key_map: dict[str, str] = {}
+    for key, target in targets.items():
+        if key_map.setdefault(target, key) != key:
+            raise InputError(f"{path}: {key} and {key_map[target]} are the same tensor, {target}. "
+                             "Give another file")
+    return key_map
 
 
-def detect_lora(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
+def detect_lora(checkpoint: Checkpoint) -> DetectedCheckpoint:
     """Return which of the three kinds of LoRA it is."""
-    tensors = checkpoint.tensors
-    for key, tensor in tensors.items():
-        if re.search(r"attn2[._](processor\.)?to_k.*(down|lora_A|hada_w1_b|\.diff$)", key):
-            reject_text_width(path, tensor.shape, "a LoRA for ")
-    option, description = LORA, "a LoRA for Stable Diffusion 1.5"
-    if any("motion_modules" in key for key in tensors):
-        option, description = MOTION_LORA, "a motion LoRA of AnimateDiff"
-    elif all(re.match(r"(down_blocks|mid_block|up_blocks)\..*\.processor\.", k) for k in tensors):
-        option, description = ADAPTER, "AnimateDiff's domain adapter (v3_sd15_adapter)"
-    return DetectedCheckpoint(**vars(checkpoint), path=path, option=option, description=description)
+    is_adapter = all(re.match(r"(down|mid|up)_blocks?\..*\.processor\.", key)
+                     for key in checkpoint.tensors)
+    option, description = (
+        (MOTION_LORA, "a motion LoRA of AnimateDiff")
+        if any("motion_modules" in key for key in checkpoint.tensors) else
+        (ADAPTER, "AnimateDiff's domain adapter (v3_sd15_adapter)") if is_adapter else
+        (LORA, "a LoRA for Stable Diffusion 1.5"))
+    return DetectedCheckpoint(**vars(checkpoint), option=option, description=description)
 
 
-def reject_text_width(path: Path, shape: tuple[int, ...], kind: str = "") -> None:
-    """Raise InputError for a projection of text embeddings that another family has."""
-    for width in shape[1:2]:
-        if width in TEXT_WIDTHS:
-            raise unsupported(path, f"{kind}{TEXT_WIDTHS[width]} (text embeddings of {width}, not "
-                              "768)")
-
-
-def detect_motion_module(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
+def detect_motion_module(checkpoint: Checkpoint) -> DetectedCheckpoint:
     """Return AnimateDiff's motion modules, alone or in the whole UNet of a training checkpoint."""
-    tensors = checkpoint.tensors
-    key_map, ignored, length = split_positional_encodings(path, tensors)
-    conv_in = tensors.get(key_map.get("conv_in.weight", ""))
-    if conv_in is not None and conv_in.shape[1:2] == (9,):
-        raise unsupported(path, "PIA (its UNet takes 9 channels)")
+    path, tensors = checkpoint.path, checkpoint.tensors
+    key_map, ignored, length = split_positional_encodings(checkpoint)
+    shapes = {target: tensors[key].shape for target, key in key_map.items()}
+    if shapes.get("conv_in.weight", ())[1:2] == (9,):
+        raise unsupported(path, "PIA (a UNet with 9 channels)")
+    if count_blocks(shapes, "down_blocks") == 3 and shapes.get(FIRST_PROJECTION, ())[:1] == (320,):
+        raise unsupported(path, "a motion module for Stable Diffusion XL")
     for target in [target for target in key_map if ".motion_modules." not in target]:
         ignored[key_map.pop(target)] = (
             "of the UNet, which --base gives" if UNET_KEY.match(target) else
             f"of {target.partition('.')[0]}, {FOREIGN_PART_NOTE}")
-    proj_in = key_map.get("down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight", "")
-    if proj_in and tensors[proj_in].shape[:1] == (SD15_WIDTH,) and (
-            count_blocks(key_map, "down_blocks") == 3):
-        raise unsupported(path, "a motion module for Stable Diffusion XL")
-    version = motion_version(path, checkpoint, key_map, length)
+    version = motion_version(checkpoint, key_map, length)
     preset = distillation_of(path)
     return DetectedCheckpoint(
-        **vars(checkpoint) | {"version": version}, path=path, option=OPTIONS["motion"],
+        **vars(checkpoint) | {"version": version}, option=OPTIONS["motion"],
         description=f"an AnimateDiff motion module, {version}{preset and ', '}{preset}",
         key_maps={"motion": key_map}, ignored=ignored,
         motion_max_seq_length=V1_MAX_SEQ_LENGTH if version == "v1" else length or 32)
@@ -246,8 +235,7 @@ def distillation_of(path: Path) -> str:
     return f"lightning-{steps[1]}" if steps else "animatelcm" * ("animatelcm" in name_hint(path))
 
 
-def motion_version(path: Path, checkpoint: Checkpoint, key_map: Mapping[str, str], length: int
-                   ) -> str:
+def motion_version(checkpoint: Checkpoint, key_map: Mapping[str, str], length: int) -> str:
     """Return "v1", "v2" or "v3".
 
     Only v2 has a module in the middle block. The positional encodings of v1 have 24 positions,
@@ -261,21 +249,21 @@ def motion_version(path: Path, checkpoint: Checkpoint, key_map: Mapping[str, str
     detected = ("v2" if has_prefix(key_map, "mid_block.") else
                 "v1" if length == V1_MAX_SEQ_LENGTH else "v3" if length and not is_adapter else "")
     if checkpoint.version not in (detected or ("", "v1", "v3")) and checkpoint.version:
-        raise InputError(f"{path}: motion_version = {checkpoint.version!r} does not fit its "
-                         f"tensors. Pass {detected or 'v1 or v3'}")
-    name = name_hint(path) if checkpoint.files else ""
+        raise InputError(f"{checkpoint.path}: motion_version = {checkpoint.version!r} does not fit "
+                         f"its tensors. Pass {detected or 'v1 or v3'}")
+    name = name_hint(checkpoint.path) if checkpoint.files else ""
     version = detected or checkpoint.version or (
         "v3" if re.search(r"v3|v1-5-3", name) else "v1" if re.search(r"v1(?!\d)|v14|v15", name)
         else "v3" if length else "")
     if not version:
         advice = ("Rename it so that v1 or v3 is in its name" if checkpoint.files else
                   'Pass motion_version="v1" or "v3"')
-        raise InputError(f"{path}: the motion module has no positional encodings, which tell v1 "
-                         f"from v3. {advice}")
+        raise InputError(f"{checkpoint.path}: the motion module has no positional encodings, which "
+                         f"tell v1 from v3. {advice}")
     return version
 
 
-def detect_networks(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
+def detect_networks(checkpoint: Checkpoint) -> DetectedCheckpoint:
     """Return UNet, VAE and text encoder: several under prefixes, or a single one without."""
     tensors = checkpoint.tensors
     is_prefixed = any(split_prefix(key)[0] for key in tensors)
@@ -292,22 +280,25 @@ def detect_networks(path: Path, checkpoint: Checkpoint) -> DetectedCheckpoint:
         else:
             keys.setdefault(part, {})[key] = name
     if not keys:
-        raise unknown_checkpoint_error(path, tensors)
-    motion = split_motion_modules(path, checkpoint, keys.get("unet", {}))
-    key_maps = {part: map_keys(path, part, names) for part, names in keys.items()} | motion.key_maps
+        raise unknown_checkpoint_error(checkpoint)
+    motion = split_motion_modules(checkpoint, keys.get("unet", {}))
+    parts = [part for part in OPTIONS if part in keys or part in motion.key_maps]
+    names = ", ".join(PART_NAMES[part] for part in parts)
+    container = ("single file" if has_prefix(tensors, LDM_UNET) else
+                 "diffusers folder" if checkpoint.path.is_dir() else "diffusers file")
     detected = replace(
-        motion, key_maps=key_maps, ignored=ignored | motion.ignored,
-        option=next(option for part, option in OPTIONS.items() if part in key_maps),
-        description=describe(path, tensors, key_maps))
-    if "unet" in key_maps:
-        check_unet(detected)
-    for part in (*(key_maps.keys() - {"motion"}), "scheduler"):
-        check_config(path, part, detected.config(part))
+        motion, option=OPTIONS[parts[0]], ignored=ignored | motion.ignored,
+        key_maps=motion.key_maps | {part: map_keys(checkpoint.path, part, names)
+                                    for part, names in keys.items()},
+        description=f"Stable Diffusion 1.5, {container} ({names})" if "unet" in parts else
+        f"a {names} of Stable Diffusion 1.5")
+    check_networks(detected)
     return detected
 
 
-def unknown_checkpoint_error(path: Path, tensors: Mapping[str, LazyTensor]) -> InputError:
+def unknown_checkpoint_error(checkpoint: Checkpoint) -> InputError:
     """Return the error for tensors that belong to no known network."""
+    path, tensors = checkpoint.path, checkpoint.tensors
     examples = ", ".join(sorted(tensors)[:2])
     if (len(tensors) == 1 or not any("." in key for key in tensors)) and all(
             t.shape[-1:] in ((768,), (1024,), (1280,)) and len(t.shape) < 3
@@ -317,27 +308,16 @@ def unknown_checkpoint_error(path: Path, tensors: Mapping[str, LazyTensor]) -> I
                       "python convert_weights.py --help lists the known kinds")
 
 
-def split_motion_modules(path: Path, checkpoint: Checkpoint, unet: dict[str, str]
-                         ) -> DetectedCheckpoint:
-    """Remove the motion modules, if any, from the keys of a UNet and return them as key map."""
+def split_motion_modules(checkpoint: Checkpoint, unet: dict[str, str]) -> DetectedCheckpoint:
+    """Remove the motion modules, if any, from the keys of a UNet and return them as a key map."""
     modules = {key: unet.pop(key) for key in list(unet) if ".motion_modules." in key}
     if not modules:
-        return DetectedCheckpoint(**vars(checkpoint), path=path)
-    motion = detect_motion_module(path, replace(checkpoint, tensors={
+        return DetectedCheckpoint(**vars(checkpoint))
+    motion = detect_motion_module(replace(checkpoint, tensors={
         key: checkpoint.tensors[name] for key, name in modules.items()}))
     key_map = {target: modules[key] for target, key in motion.key_maps["motion"].items()}
     return replace(motion, tensors=checkpoint.tensors, key_maps={"motion": key_map},
                    ignored={modules[key]: reason for key, reason in motion.ignored.items()})
-
-
-def describe(path: Path, tensors: Mapping[str, LazyTensor], parts: Iterable[str]) -> str:
-    """Return what a file of networks is, in words."""
-    names = ", ".join(PART_NAMES[part] for part in OPTIONS if part in parts)
-    if "unet" not in parts:
-        return f"a {names} of Stable Diffusion 1.5"
-    container = ("single file" if has_prefix(tensors, LDM_UNET) else
-                 "diffusers folder" if path.is_dir() else "diffusers file")
-    return f"Stable Diffusion 1.5, {container} ({names})"
 
 
 def split_prefix(key: str) -> tuple[str, str]:
@@ -357,29 +337,23 @@ def map_keys(path: Path, part: str, keys: Mapping[str, str]) -> dict[str, str]:
     downsamplers = map(re.compile(r"input_blocks\.(\d\d?)\.0\.op\.").match, keys)
     layers = min((int(match[1]) for match in downsamplers if match), default=3) - 1
     is_ldm, levels = has_prefix(keys, "input_blocks."), count_blocks(keys, "decoder.up")
-    key_map: dict[str, str] = {}
-    for key, name in keys.items():
-        add_unique(path, key_map, (
-            map_vae_key(key, levels) if part == "vae" else map_text_key(key)
-            if part == "text_encoder" else map_unet_key(key, layers) if is_ldm else key), name)
-    return key_map
+    return make_key_map(path, {name: (
+        map_vae_key(key, levels) if part == "vae" else map_text_key(key)
+        if part == "text_encoder" else map_unet_key(key, layers) if is_ldm else key)
+        for key, name in keys.items()})
 
 
-def check_unet(checkpoint: DetectedCheckpoint) -> None:
-    """Raise InputError for a UNet of another family, or one that predicts v instead of noise."""
-    path, shapes, metadata = checkpoint.path, checkpoint.shapes("unet"), checkpoint.metadata
-    for channels in shapes.get("conv_in.weight", ())[1:2]:
-        if channels in INPUT_CHANNELS:
-            raise unsupported(path, f"{INPUT_CHANNELS[channels]} (its UNet takes {channels} "
-                              "channels)")
-    for key, shape in shapes.items():
-        if key.endswith("attn2.to_k.weight"):
-            reject_text_width(path, shape)
-    signs = [*(V_PREDICTION_KEYS & {*checkpoint.tensors, *checkpoint.non_tensors}),
-             *(f"{key}: {metadata[key]}" for key in V_PREDICTION_METADATA
-               if str(metadata.get(key, "")).lower().startswith("v"))]
-    if signs:
-        raise unsupported(path, f"a v-prediction model ({min(signs)})")
+def check_networks(checkpoint: DetectedCheckpoint) -> None:
+    """Raise InputError for networks of another family, or that predict v instead of noise."""
+    path, metadata = checkpoint.path, checkpoint.metadata
+    conv_in = checkpoint.shapes("unet").get("conv_in.weight", ())
+    for channels in INPUT_CHANNELS.keys() & conv_in[1:2]:
+        raise unsupported(path, f"{INPUT_CHANNELS[channels]} (a UNet with {channels} channels)")
+    for key in V_PREDICTION_METADATA:
+        if "unet" in checkpoint.key_maps and str(metadata.get(key, "")).lower().startswith("v"):
+            raise unsupported(path, f"a v-prediction model ({key}: {metadata[key]})")
+    for part in checkpoint.key_maps.keys() & SUPPORTED_VALUES.keys() | {"scheduler"}:
+        check_config(path, part, checkpoint.config(part))
 
 
 def check_config(path: Path, part: str, config: Mapping[str, Any]) -> None:

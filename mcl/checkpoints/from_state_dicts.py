@@ -60,8 +60,8 @@ def model_from_state_dicts(
         checkpoint = Checkpoint(
             {prefix + key: wrap_tensor(tensor) for key, tensor in state.items()}, (),
             configs={part: dict(config) for part, config in (configs or {}).items()},
-            version=motion_version or "")
-        detected = (detect_networks if prefix else detect)(Path(role), checkpoint)
+            version=motion_version or "", path=Path(role))
+        detected = detect_networks(checkpoint) if prefix else detect(checkpoint)
         parts |= dict.fromkeys(detected.key_maps, detected)
         for reason in {r for r in detected.ignored.values() if r.endswith(FOREIGN_PART_NOTE)}:
             warnings.warn(f"{role}: ignored tensors {reason}", stacklevel=2)

@@ -35,6 +35,7 @@ class Checkpoint:
         metadata: Metadata of a safetensors file.
         configs: Content of config.json by part; "" is the config in the file's own folder.
         version: Version of the motion modules, "v1", "v2" or "v3"; "" if it is not known.
+        path: The file or folder, for error messages.
     """
 
     tensors: dict[str, LazyTensor]
@@ -43,6 +44,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     version: str = ""
+    path: Path = Path()
 
 
 def wrap_tensor(tensor: Tensor) -> LazyTensor:

@@ -56,6 +56,12 @@ class Lora:
     scale: float = 1.0
     ignore_alpha: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise InputError if the scale is not finite."""
+        if not math.isfinite(self.scale):
+            raise InputError(f"{self.checkpoint.path}: the scale {self.scale} is out of range: it "
+                             "must be a finite number")
+
 
 def parse_scaled(text: str) -> tuple[Path, float]:
     """Return (file.safetensors, 0.8) for "file.safetensors:0.8"; the scale is 1 without a number."""
@@ -72,14 +78,6 @@ def open_lora(option: str, path: Path, scale: float = 1.0, ignore_alpha: bool = 
     checkpoint = detect_file(path)
     if checkpoint.option != option:
         raise wrong_option_error(checkpoint, option)
-    return make_lora(checkpoint, scale, ignore_alpha)
-
-
-def make_lora(checkpoint: DetectedCheckpoint, scale: float, ignore_alpha: bool) -> Lora:
-    """Return a LoRA. Raises InputError if the scale is not finite."""
-    if not math.isfinite(scale):
-        raise InputError(f"{checkpoint.path}: the scale {scale} is out of range: it must be a "
-                         "finite number")
     return Lora(checkpoint, scale, ignore_alpha)
 
 
@@ -96,51 +94,48 @@ def lora_deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]
             fit, or a tensor is missing.
     """
     path, tensors = lora.checkpoint.path, lora.checkpoint.tensors
-    weights = {underscored(name.removesuffix(".weight")): name for name in shapes
-               if name.endswith(".weight")}
+    modules = {underscored(name.rpartition(".")[0]): name.rpartition(".")[0] for name in shapes}
     layers = count_blocks(shapes, "unet.down_blocks.0.resnets")
     has_mid_block = any(".mid_block.motion_modules." in name for name in shapes)
     peft = peft_config(lora.checkpoint)
     deltas: dict[str, WeightDelta] = {}
     ignored = {key: reason for pattern, reason in IGNORED_LORA_PATTERNS for key in tensors
                if re.search(pattern, key)}
-    for module, keys in group_by_module(path, tensors.keys() - ignored.keys()).items():
+    groups = group_by_module(path, tensors.keys() - ignored.keys())
+    for (module, kind), keys in groups.items():
         if "mid_block" in module and "motion_modules" in module and not has_mid_block:
             ignored |= dict.fromkeys(
                 keys.values(), "of the middle block's motion module, which only v2 has")
             continue
-        weight = weights.get(underscored(map_lora_module(module, layers)))
-        if weight is None:
+        name = modules.get(underscored(map_lora_module(module, layers)))
+        if name is None:
             raise InputError(f"{path}: it changes {module}, which this model does not have. Give a "
                              "LoRA for this model")
-        factors = {role: tensors[key] for role, key in keys.items()}
-        bias, bias_delta = weight.removesuffix("weight") + "bias", factors.pop("diff_b", None)
-        if bias_delta is not None and bias not in shapes:
-            ignored[keys["diff_b"]] = "of a bias that this layer does not have"
-        elif bias_delta is not None:
-            deltas[bias] = make_delta(lora, module, {"diff": bias_delta}, shapes[bias], None, None)
-        if factors.keys() - {"alpha"} or bias_delta is None:
-            if weight in deltas:
-                raise InputError(f"{path}: it changes {module} twice. Give another file")
-            part = weight.partition(".")[0]
-            alpha = next((peft[key] for key in (f"{part}.lora_alpha", "lora_alpha", "alpha")
-                          if peft.get(key)), None)
-            deltas[weight] = make_delta(lora, module, factors, shapes[weight], alpha,
-                                        peft.get(f"{part}.r", peft.get("r")))
+        weight, part = f"{name}.{kind}", name.partition(".")[0]
+        if weight in deltas:
+            raise InputError(f"{path}: it changes {module} twice. Give another file")
+        if weight not in shapes:
+            ignored[keys["diff"]] = "of a bias that this layer does not have"
+        elif keys.keys() != {"alpha"} or (module, "bias") not in groups:
+            alphas = [peft.get(key) for key in (f"{part}.lora_alpha", "lora_alpha", "alpha")]
+            deltas[weight] = make_delta(
+                lora, module, {role: tensors[key] for role, key in keys.items()}, shapes[weight],
+                next(filter(None, alphas), None), peft.get(f"{part}.r", peft.get("r")))
     return deltas, ignored
 
 
-def group_by_module(path: Path, keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return, for each module that a LoRA changes, its keys by role ("down", "up", "alpha")."""
-    modules: dict[str, dict[str, str]] = {}
+def group_by_module(path: Path, keys: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Return, for "weight" and "bias" of each module that a LoRA changes, its keys by role."""
+    groups: dict[tuple[str, str], dict[str, str]] = {}
     for key in sorted(keys):
         match = LORA_KEY.match(key)
         if not match:
             raise InputError(f"{path}: {key} belongs to no known kind of LoRA. Give another file")
         role = match["same"] or match["glora"] or str(match.lastgroup)
-        if modules.setdefault(match["module"], {}).setdefault(role, key) != key:
+        kind, role = ("bias", "diff") if role == "diff_b" else ("weight", role)
+        if groups.setdefault((match["module"], kind), {}).setdefault(role, key) != key:
             raise InputError(f"{path}: {match['module']} has two of {role}. Give another file")
-    return modules
+    return groups
 
 
 def make_delta(lora: Lora, module: str, factors: dict[str, LazyTensor], shape: Sequence[int],

@@ -85,20 +85,20 @@ class TensorUnpickler:
         """Return a dict or LazyTensor for the functions that make one, otherwise None."""
         if function in ("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2"):
             return self.make_tensor(*args[:4])
-        if function == "torch._utils _rebuild_tensor_v3":       # its storage has no type
+        if function == "torch._utils _rebuild_tensor_v3" and isinstance(args[6], str):
             return self.make_tensor(args[0]._replace(dtype=DTYPES[args[6]]), *args[1:4])
         if function == "torch._utils _rebuild_parameter":
             return args[0]
         return {} if function == "collections OrderedDict" else None
 
-    def find_storage(self, description: Any) -> Storage:
+    def find_storage(self, pid: Any) -> Storage:
         """Return the storage that a persistent id describes."""
-        kind, dtype, key, _, numel = description[:5]
-        if (kind != "storage" or not isinstance(key, str) or any(description[5:6])
+        kind, dtype, key, _, numel = pid[:5]
+        if (kind != "storage" or any(pid[5:6]) or {type(key), type(dtype)} != {str}
                 or not 0 <= numel <= self.max_size // DTYPES[dtype].itemsize):
             raise ValueError("a storage has an unknown description or an impossible size")
-        size = numel * DTYPES[dtype].itemsize
-        return self.storages.setdefault(key, Storage(key, DTYPES[dtype], size))
+        storage = Storage(key, DTYPES[dtype], numel * DTYPES[dtype].itemsize)
+        return self.storages.setdefault(key, storage)
 
     def make_tensor(self, storage: Storage, offset: int, size: Any, stride: Any) -> LazyTensor:
         """Return a tensor on disk. Its elements must lie in its storage."""
@@ -170,7 +170,7 @@ def open_legacy(path: Path) -> Any:
     with open(path, "rb") as file:
         pickles = io.BytesIO(file.read(MAX_PICKLE))
     _, _, _, content, keys = [unpickler.load(pickles) for _ in range(5)]
-    for key in keys:
+    for key in map(str.__str__, keys):      # raises TypeError for what is not a string
         places[key] = pickles.seek(8, io.SEEK_CUR)          # eight bytes repeat the length
         pickles.seek(unpickler.storages[key].size, io.SEEK_CUR)
     if pickles.tell() > path.stat().st_size or places.keys() != unpickler.storages.keys():

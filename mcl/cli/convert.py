@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..checkpoints import convert
 from ..checkpoints.detect import (FOREIGN_PART_NOTE, LORAS, OPTIONS, DetectedCheckpoint,
                                   detect_file, wrong_option_error)
-from ..checkpoints.lora import IGNORE_ALPHA_HELP, Lora, make_lora, parse_scaled
+from ..checkpoints.lora import IGNORE_ALPHA_HELP, Lora, parse_scaled
 from ..device import DTYPE_ALIASES, DTYPES
 from ..errors import InputError, escape_control_characters
 from ..files import OutputFile, check_io_conflicts, check_writable, sha256_of
@@ -33,20 +33,12 @@ EXAMPLE = """example:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return exit_code_of(lambda: run(build_parser().parse_args(argv)))
+    return exit_code_of(lambda: convert_files(build_parser().parse_args(argv)))
 
 
 def command() -> NoReturn:
     """Run the command as this process."""
     run_main(main)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Check or convert."""
-    if args.check:
-        return check_files(args.check)
-    convert_files(args)
-    return 0
 
 
 def build_parser() -> OneLineErrorParser:
@@ -91,12 +83,14 @@ def open_files(args: argparse.Namespace) -> tuple[dict[str, DetectedCheckpoint],
         for path, scale in vars(args)[option]:
             if detect(path).option != option:
                 raise wrong_option_error(detect(path), option)
-            loras.append(make_lora(detect(path), scale, args.ignore_alpha))
+            loras.append(Lora(detect(path), scale, args.ignore_alpha))
     return networks, loras
 
 
-def convert_files(args: argparse.Namespace) -> None:
-    """Convert the files of the command line and print what was used of each."""
+def convert_files(args: argparse.Namespace) -> int:
+    """Convert the files of the command line and print what was used of each, or check them."""
+    if args.check:
+        return check_files(args.check)
     if args.out is None:
         raise InputError("--out is missing: give the file to write, such as "
                          "--out weights/sd15.safetensors")
@@ -122,6 +116,7 @@ def convert_files(args: argparse.Namespace) -> None:
     print(f"{len(plan.shapes)} tensors written, {len(plan.deltas)} of them changed by LoRAs",
           file=sys.stderr)
     print(args.out)
+    return 0
 
 
 def usage_report(checkpoint: DetectedCheckpoint, plan: convert.ConversionPlan) -> str:

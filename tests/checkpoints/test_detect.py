@@ -45,7 +45,7 @@ def real(name, rank=8):
 
 
 def source(tensors, path="file", configs=None):
-    return detect(Path(path), Checkpoint(tensors, (Path(path),), configs=configs or {}))
+    return detect(Checkpoint(tensors, (Path(path),), configs=configs or {}, path=Path(path)))
 
 
 def base(kind="ldm"):
@@ -161,10 +161,10 @@ UNSUPPORTED = {
     "an inpainting model": {UNET + "input_blocks.0.0.weight": (320, 9, 3, 3)},
     "InstructPix2Pix": {UNET + "input_blocks.0.0.weight": (320, 8, 3, 3)},
     "an OFT": {"lora_unet_x.oft_blocks": (4, 8)},
-    "a LoRA for Stable Diffusion XL": {
+    r"Stable Diffusion XL \(text embeddings of 2048": {
         "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight":
             (4, 2048)},
-    "a LoRA for Stable Diffusion 2": {
+    r"Stable Diffusion 2 \(text embeddings of 1024": {
         "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 1024)},
     "a Hotshot-XL": {"down_blocks.0.temporal_attentions.0.x.weight": (4, 8)},
     "PIA": {"conv_in.weight": (320, 9, 3, 3), MM.format(0): (320, 320)},
@@ -278,10 +278,10 @@ def test_a_text_projection_in_a_base_is_ignored():
 def test_v_prediction_is_read_from_the_metadata(metadata, is_rejected):
     checkpoint = Checkpoint(real("diffusers_unet"), (), metadata=metadata)
     if not is_rejected:
-        assert detect(Path("file"), checkpoint).option == "--base"
+        assert detect(checkpoint).option == "--base"
         return
     with pytest.raises(InputError, match="a v-prediction model"):
-        detect(Path("file"), checkpoint)
+        detect(checkpoint)
 
 
 def test_the_folder_of_an_animatediff_pipeline_is_a_base_with_motion_modules():
@@ -397,4 +397,4 @@ def test_check_says_what_each_file_is(tmp_path, capsys):
     assert "a converted model of this project" in out and "--weights" in out
     Motion.save(Motion({}, {}, {}), tmp_path / "motion.safetensors")
     assert convert("--check", tmp_path / "motion.safetensors") == 2
-    assert "a saved motion, not a checkpoint. Pass it to sample.py" in capsys.readouterr().out
+    assert "a saved motion, not a checkpoint. Run sample.py --motion" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Files that strangers wrote: sizes that cannot be, bombs, loops, names that move the cursor."""
+"""Hostile files: impossible sizes, bombs, loops, and names with control characters."""
 import json
 import os
 import struct
@@ -9,39 +9,44 @@ import torch
 from safetensors.torch import save_file
 
 from mcl import InputError, ModelConfig, load_model
-from mcl.config import (SampleConfig, ScheduleConfig, SparseCtrlConfig, CLIPTextConfig, UNetConfig,
-                        VAEConfig, from_dict)
 from mcl.checkpoints.containers import open_checkpoint, read_json
+from mcl.checkpoints.model_file import FORMAT
+from mcl.checkpoints.pickles import LEGACY_START
+from mcl.config import (CLIPTextConfig, SampleConfig, ScheduleConfig, SparseCtrlConfig, UNetConfig,
+                        VAEConfig, from_dict)
 from mcl.errors import escape_control_characters
 
 from tests.foreign import convert, ldm, motion, save
 
 
-@pytest.mark.parametrize("kind, values", [
-    (UNetConfig, {"heads": 0}), (UNetConfig, {"heads": 7}), (UNetConfig, {"norm_groups": -4}),
-    (UNetConfig, {"heads": True}), (UNetConfig, {"heads": "8"}), (UNetConfig, {"heads": None}),
+@pytest.mark.parametrize("config, values", [
+    (UNetConfig, {"num_attention_heads": 0}), (UNetConfig, {"num_attention_heads": 7}),
+    (UNetConfig, {"norm_num_groups": -4}), (UNetConfig, {"num_attention_heads": True}),
+    (UNetConfig, {"num_attention_heads": "8"}), (UNetConfig, {"num_attention_heads": None}),
     (UNetConfig, {"layers_per_block": 10**6}), (UNetConfig, {"block_out_channels": ()}),
     (UNetConfig, {"block_out_channels": [320]}), (UNetConfig, {"block_out_channels": (1e9,)}),
-    (UNetConfig, {"attention_levels": (4,)}), (UNetConfig, {"attention_levels": (1, 0)}),
-    (UNetConfig, {"motion_modules": 1}), (UNetConfig, {"max_frames": 10**9}),
+    (UNetConfig, {"cross_attention_levels": (4,)}), (UNetConfig, {"cross_attention_levels": (1, 0)}),
+    (UNetConfig, {"motion_modules": 1}), (UNetConfig, {"motion_max_seq_length": 10**9}),
     (VAEConfig, {"scaling_factor": float("nan")}), (VAEConfig, {"scaling_factor": 0}),
-    (VAEConfig, {"norm_groups": 7}), (VAEConfig, {"latent_channels": -4}),
-    (CLIPTextConfig, {"layers": 10**6}), (CLIPTextConfig, {"heads": 5}), (CLIPTextConfig, {"vocab_size": 9}),
-    (ScheduleConfig, {"beta_start": float("nan")}), (ScheduleConfig, {"train_steps": 10**12}),
-    (SparseCtrlConfig, {"kind": "depth"}), (SparseCtrlConfig, {"sketch_channels": ()}),
-    (SampleConfig, {"frames": "16"}), (SampleConfig, {"cfg_scale": float("nan")}),
+    (VAEConfig, {"norm_num_groups": 7}), (VAEConfig, {"latent_channels": -4}),
+    (CLIPTextConfig, {"num_hidden_layers": 10**6}), (CLIPTextConfig, {"num_attention_heads": 5}),
+    (CLIPTextConfig, {"vocab_size": 9}), (ScheduleConfig, {"beta_start": float("nan")}),
+    (ScheduleConfig, {"num_train_timesteps": 10**12}), (SparseCtrlConfig, {"kind": "depth"}),
+    (SparseCtrlConfig, {"conditioning_embedding_channels": ()}),
+    (SampleConfig, {"num_frames": "16"}), (SampleConfig, {"cfg_scale": float("nan")}),
     (ModelConfig, {"name": 3}), (ModelConfig, {"unet": {}}), (ModelConfig, {"fps": 0}),
     (ModelConfig, {"unet": UNetConfig(in_channels=9)}),
     (ModelConfig, {"sparsectrl": SparseCtrlConfig("rgb", motion_num_attention_heads=7)})], ids=str)
-def test_impossible_values_are_refused_where_a_config_is_made(kind, values):
-    with pytest.raises(InputError, match="is not possible: |the rest gives"):
-        kind(**values)
+def test_impossible_values_are_rejected_when_a_config_is_created(config, values):
+    with pytest.raises(InputError, match="^[a-z_]* = .* is out of range: it must be "):
+        config(**values)
 
 
 @pytest.mark.parametrize("values", [
-    {"unet": 5}, {"unet": None}, {"unet": {"heads": [8]}}, {"sample": []}, {"vocabulary": "ab"},
-    {"unet": {"block_out_channels": [[320]]}}, [], {"strange": 1}], ids=str)
-def test_json_of_another_shape_is_refused(values):
+    {"unet": 5}, {"unet": None}, {"unet": {"num_attention_heads": [8]}}, {"sample": []},
+    {"training_vocabulary": "ab"}, {"unet": {"block_out_channels": [[320]]}}, [], {"strange": 1}],
+    ids=str)
+def test_json_of_another_structure_is_rejected(values):
     with pytest.raises(InputError):
         from_dict(ModelConfig, values)
 
@@ -49,7 +54,7 @@ def test_json_of_another_shape_is_refused(values):
 @pytest.mark.parametrize("text", [
     "", "[", "[]", "3", '{"a":' * 100000, '{"a": ' + "9" * 6000 + "}", b"\xff"],
     ids=lambda t: t[:9])
-def test_broken_json_is_refused(text, tmp_path):
+def test_broken_json_is_rejected(text, tmp_path):
     (tmp_path / "x.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match="x.json: not "):
         read_json(tmp_path / "x.json")
@@ -106,17 +111,29 @@ BOMBS = {
         tensor(b"K\x01", b"\x8a\x06" + bytes(5) + b"\x01\x85", b"K\0\x85"),
     "a storage of an exabyte":
         tensor(b"\x8a\x08" + bytes(7) + b"\x10", b"K\x02\x85", b"K\x01\x85"),
+    "tuples as a type":
+        b"\x80\x04" + pairs(b"t", b")") + b"(" + text(7).replace(b"a" * 7, b"storage")
+        + b"hd" + text(1) + b"NK\x01tQ.",
+    "tuples as a shape":
+        b"\x80\x04" + pairs(b"t", b")") + tensor(b"K\x01", b"hd", b"hd")[2:],
     "many dimensions, many times": b"".join((
         b"\x80\x02(", b"K\x01" * (1 << 20), b"tq\1(", persid(b"K\x01"), b"K\0h\1h\1tq\2",
         b"ctorch._utils\n_rebuild_tensor_v2\nq\3", b"h\3h\2R" * 2000, b"."))}
 
 
 @pytest.mark.parametrize("what", BOMBS)
-def test_a_bomb_of_pickle_takes_no_time(what, tmp_path, capsys):
+def test_a_pickle_bomb_takes_no_time(what, tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
         archive.writestr("x/data.pkl", BOMBS[what])
     assert convert("--check", tmp_path / "x.ckpt") == 2
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_tuples_as_the_name_of_a_storage_take_no_time(tmp_path):
+    legacy = LEGACY_START + b"N." + b"N." + b"}." + b"\x80\x04" + pairs(b"t", b")") + b"\x85."
+    (tmp_path / "x.ckpt").write_bytes(legacy)
+    with pytest.raises(InputError, match="x.ckpt: the file is truncated or damaged"):
+        open_checkpoint(tmp_path / "x.ckpt")
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
@@ -137,7 +154,7 @@ def test_a_storage_far_larger_than_its_file_is_refused(tmp_path):
         open_checkpoint(tmp_path / "bomb.ckpt")
 
 
-def test_what_is_no_file_and_what_may_not_be_read(tmp_path, monkeypatch):
+def test_pipes_and_unreadable_files_are_rejected(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="pipe: neither a file nor a folder"):
         open_checkpoint(tmp_path / "pipe")
@@ -150,7 +167,7 @@ def test_what_is_no_file_and_what_may_not_be_read(tmp_path, monkeypatch):
         open_checkpoint(tmp_path / "x.safetensors")
 
 
-def test_names_in_a_zip_that_are_no_text(tmp_path):
+def test_zip_entries_with_names_that_are_not_text_are_rejected(tmp_path):
     torch.save({"w": torch.zeros(1)}, tmp_path / "x.ckpt")
     data = bytearray((tmp_path / "x.ckpt").read_bytes())
     place = data.rfind(b"PK\x01\x02")
@@ -161,10 +178,10 @@ def test_names_in_a_zip_that_are_no_text(tmp_path):
         open_checkpoint(tmp_path / "x.ckpt")
 
 
-def test_complex_tensors_are_refused(tmp_path):
+def test_complex_tensors_are_rejected(tmp_path):
     state = {"w": torch.zeros(2, dtype=torch.complex64)}
     for name in ("x.safetensors", "x.ckpt"):
-        with pytest.raises(InputError, match=r": tensor w has the type .* not supported"):
+        with pytest.raises(InputError, match=r": the tensor w has the type .* not supported"):
             open_checkpoint(save(tmp_path / name, state))
 
 
@@ -175,7 +192,7 @@ def test_fp8_in_pickles_is_read(tmp_path):
     assert torch.equal(found["part"].read().float(), w[1:, :2].float())
 
 
-def test_what_is_printed_of_a_file_moves_no_cursor(tmp_path, capsys):
+def test_control_characters_of_file_names_and_keys_are_escaped(tmp_path, capsys):
     assert escape_control_characters("a\x1b[2J\n\u2028\u202e\udcffé 字") == r"a\x1b[2J\n\u2028\u202e\udcffé 字"
     evil = "evil\n\x1b[2J\x1b[31mRED"
     torch.save({evil: torch.zeros(1)}, tmp_path / "x.ckpt")
@@ -186,7 +203,7 @@ def test_what_is_printed_of_a_file_moves_no_cursor(tmp_path, capsys):
     assert captured.out.count("\n") == 5 and "\x1b" not in captured.out + captured.err
 
 
-def test_a_number_without_end_in_a_name_is_no_level(tmp_path):
+def test_huge_numbers_in_keys_are_no_block_numbers(tmp_path):
     unet = {f"model.diffusion_model.input_blocks.{'9' * 5000}.0.op.weight": torch.zeros(1),
             "model.diffusion_model.input_blocks.999999999.0.op.weight": torch.zeros(1)}
     base = save(tmp_path / "x.safetensors", ldm() | unet)
@@ -195,7 +212,7 @@ def test_a_number_without_end_in_a_name_is_no_level(tmp_path):
                    tmp_path / "o.safetensors") == 2
 
 
-def test_a_yaml_beside_a_checkpoint_may_say_v_prediction(tmp_path, capsys):
+def test_a_yaml_file_beside_a_checkpoint_can_declare_v_prediction(tmp_path, capsys):
     base = save(tmp_path / "x.safetensors", ldm(("unet",)))
     beside = tmp_path / "x.yaml"
     beside.write_text('model:\n  params:\n    parameterization: "eps"\n')
@@ -205,17 +222,17 @@ def test_a_yaml_beside_a_checkpoint_may_say_v_prediction(tmp_path, capsys):
     assert "a v-prediction model (yaml: v-prediction, by x.yaml)" in capsys.readouterr().out
 
 
-def test_the_parts_of_another_method_are_warned_of(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mcl.checkpoints.convert.write", lambda *_: None)
+def test_parts_of_another_method_are_warned_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mcl.checkpoints.convert.write_model", lambda *_: None)
     save(tmp_path / "base.safetensors", ldm())
     mm = save(tmp_path / "mm.ckpt", motion("v3") | {"img_encoder.x": torch.zeros(1)})
     assert convert("--base", tmp_path / "base.safetensors", "--motion-module", mm, "--out",
                    tmp_path / "o.safetensors") == 0
-    assert f"\nwarning: {mm}: left out: what is of img_encoder, another" in capsys.readouterr().err
+    assert f"warning: {mm}: ignored tensors of img_encoder, another" in capsys.readouterr().err
 
 
-def test_a_model_with_impossible_sizes_is_named_when_it_is_loaded(tmp_path):
+def test_a_model_file_with_impossible_sizes_is_rejected_by_name(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / "x.safetensors", {
-        "format": "mcl-model-1", "config": json.dumps({"unet": {"heads": 7}})})
+        "format": FORMAT, "config": json.dumps({"unet": {"num_attention_heads": 7}})})
     with pytest.raises(InputError, match="x.safetensors: .*multiples of 224"):
         load_model(tmp_path / "x.safetensors", device="cpu")

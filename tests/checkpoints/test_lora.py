@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from mcl import InputError, load_model
 from mcl.checkpoints.detect import detect
 from mcl.checkpoints.lazy_tensor import Checkpoint, wrap_tensor
-from mcl.checkpoints.lora import (Lora, apply_deltas, collect_deltas, lora_deltas, make_lora,
-                                  merge_loras, open_lora, parse_scaled)
+from mcl.checkpoints.lora import (Lora, apply_deltas, collect_deltas, lora_deltas, merge_loras,
+                                  open_lora, parse_scaled)
 from mcl.checkpoints.model_file import read_shapes
 from mcl.cli import sample as command
 
@@ -297,10 +297,11 @@ def test_a_lora_with_nan_is_rejected_by_its_name(tmp_path):
 
 
 def test_the_scale_must_be_finite():
-    checkpoint = detect(Path("x"), Checkpoint({
-        name: wrap_tensor(t) for name, t in kohya(random_pairs(LINEAR[:1])).items()}, ()))
+    checkpoint = detect(Checkpoint({
+        name: wrap_tensor(t) for name, t in kohya(random_pairs(LINEAR[:1])).items()}, (),
+        path=Path("x")))
     with pytest.raises(InputError, match="x: the scale inf is out of range"):
-        make_lora(checkpoint, torch.inf, False)
+        Lora(checkpoint, torch.inf)
 
 
 def test_the_scale_follows_the_last_colon(tmp_path):

@@ -34,8 +34,8 @@ CASES = [(form, layer, dora, tucker) for form in FORMS for layer in LAYERS for d
 def merge(state, layer, scale=1.0):
     """Return the layer's parameters after a merge, and the ignored keys."""
     checkpoint = Checkpoint({f"lora_unet_x.{name}": wrap_tensor(t) for name, t in state.items()},
-                            ())
-    lora = Lora(detect(Path("file"), checkpoint), scale)
+                            (), path=Path("file"))
+    lora = Lora(detect(checkpoint), scale)
     parameters = dict(layer.named_parameters())
     deltas, ignored = lora_deltas(lora, {f"unet.x.{name}": tuple(p.shape)
                                          for name, p in parameters.items()})
@@ -120,7 +120,7 @@ def test_tensors_of_other_networks_are_ignored_for_a_reason():
         "lora_unet_x.diff": (16, 12), "lora_unet_x.diff_b": (16,),
         "lora_te_text_projection.lora_down.weight": (4, 12),
         "bundle_emb.cat.string_to_param.*": (2, 12)}.items()}, ())
-    deltas, ignored = lora_deltas(Lora(detect(Path("file"), checkpoint)),
+    deltas, ignored = lora_deltas(Lora(detect(checkpoint)),
                                   {"unet.x.weight": tuple(layer.weight.shape)})
     assert list(deltas) == ["unet.x.weight"]
     assert ignored == {

@@ -19,7 +19,7 @@ except ImportError:             # outside ComfyUI
 
 @lru_cache(maxsize=1)
 def load_model(path: str) -> mcl.Model:
-    """Return the model of a file, or the demo model for an empty path. The last one stays loaded."""
+    """Return the model of a file, or the demo model for an empty path; keeps the last one."""
     return mcl.load_model(path or None)
 
 
@@ -50,12 +50,12 @@ class MotionCloneNode:
               motion_weight: float, weights: str) -> tuple[torch.Tensor]:
         """Return a clip (f, H, W, 3) in [0, 1] that moves like the reference (n, h, w, 3)."""
         model = load_model(weights.strip())
-        own = model.config.sample
+        defaults = model.config.sample
         settings: dict = {} if motion_weight < 0 else {"motion_weight": motion_weight}
         if steps:       # the guided steps keep their share of all steps
-            settings |= {name: -(-getattr(own, name) * steps // own.steps) for name in (
+            settings |= {name: -(-getattr(defaults, name) * steps // defaults.steps) for name in (
                 "steps", "guidance_steps", "guidance_warmup_steps", "guidance_cooldown_steps")}
-        bar = ProgressBar(build_config(own, **settings).steps) if ProgressBar else None
+        bar = ProgressBar(build_config(defaults, **settings).steps) if ProgressBar else None
         frames = rearrange(reference.clamp(0, 1) * 2 - 1, "f h w c -> f c h w")
         clip = mcl.clone(frames, prompt, model=model, seed=seed, **settings,
                          callback=lambda step: bar.update(1) if bar else None)

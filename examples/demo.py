@@ -1,149 +1,150 @@
-"""A page on which visitors clone motions: pip install -e '.[demo]', then python examples/demo.py
-
-Each clip is made by sample.py in a process of its own, whose errors are the page's, and which ends
-with its visitor or by a bad file, not the server. The price: the model is read anew each time.
-"""
+"""Web page on which visitors clone motions: python examples/demo.py --set steps=50."""
+import argparse
+import ast
+import base64
 import html
 import os
-import re
-import subprocess
+import signal
 import sys
 import tempfile
-from collections import Counter
-from contextlib import ExitStack
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
+
+import torch
+
+UPLOADS = tempfile.TemporaryDirectory(prefix="motionclone-")    # gradio asks for it when imported
+os.environ |= {"GRADIO_TEMP_DIR": UPLOADS.name, "GRADIO_ANALYTICS_ENABLED": "False"}
 try:
     import gradio as gr
 except ImportError:
     sys.exit("error: this page needs gradio: pip install -e '.[demo]'")
 
-from mcl.cli import OneLineErrorParser, exit_code_of, run_main, format_error
-from mcl.cli.arguments import check, parse
+import mcl
+from mcl.evaluation.html_report import write_html_report
+from mcl.evaluation.report import PREVIEW_STEPS, sample_unguided
+from mcl.presets import build_config
 from mcl.video.decode import iter_frames
-from mcl.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
-LONGEST, LARGEST, WAITING = 20, 50, 8   # seconds and megabytes of a clip; visitors in the queue
-BAR = re.compile(r"(.+): +\d+%\|.*\| (\d+)/(\d+) ")
+MAX_SECONDS, MAX_MEGABYTES, MAX_WAITING = 20, 50, 8     # of a clip; visitors in the queue
+RESULT = """<video src="{1}" style="width: 100%" controls autoplay loop muted playsinline
+    aria-label="The reference, and beside it the clone"></video><p>Left: your clip. Right: its
+    clone. Download <a href="{0}" download="clone.mp4">the clone</a> or <a href="{1}"
+    download="compare.mp4">both</a>.</p><p>Words that the model was not trained on: {2}.</p>"""
+REPORT = """<iframe srcdoc="{}" title="How the clone came about" sandbox="allow-scripts"
+    style="width: 100%; height: 90vh; border: 0"></iframe>"""
+uploads = defaultdict[str | None, set[str]](set)        # files of each visitor, by session
 
 
-class Desk:
-    """What is done for visitors, and by their sessions what is undone when their page is closed."""
+def leave(request: gr.Request) -> None:
+    """Delete the uploads of a visitor, except those that another visitor uploaded as well."""
+    for path in uploads.pop(request.session_hash, set()).difference(*uploads.values()):
+        Path(path).unlink(missing_ok=True)
 
-    def __init__(self, folder: str, options: list[str]):
-        self.folder, self.options = folder, options
-        self.visits, self.held = dict[str | None, ExitStack](), Counter[str]()
 
-    def leave(self, request: gr.Request) -> None:
-        self.visits.pop(request.session_hash, ExitStack()).close()
+def check(path: str | None, request: gr.Request) -> None:
+    """Refuse a clip that is too long or cannot be read, before the visitor waits for it."""
+    try:
+        if path is None:
+            raise mcl.InputError("There is no clip yet. Upload or record one.")
+        uploads[request.session_hash].add(path)
+        if any(end > MAX_SECONDS for _, end, _ in iter_frames(Path(path))):
+            raise mcl.InputError(f"{path}: longer than {MAX_SECONDS} s. Cut a part out of it.")
+    except mcl.InputError as error:
+        raise refusal(error, path) from error
 
-    def hold(self, clip: str, visit: ExitStack) -> None:
-        """Has an upload stay for this visit; gradio keeps it once for all who brought the same."""
-        self.held[clip] += 1
-        visit.callback(self.release, clip)
 
-    def release(self, clip: str) -> None:
-        self.held[clip] -= 1
-        if not self.held[clip]:
-            Path(clip).unlink(missing_ok=True)
+def refusal(error: mcl.InputError, path: str | None) -> gr.Error:
+    """Return an error message for the visitor, without the folder of the uploaded file."""
+    message = str(error).replace(os.path.join(os.path.dirname(path or ""), ""), "")
+    return gr.Error(html.escape(message), duration=None, print_exception=False)
 
-    def look(self, clip: str | None, request: gr.Request) -> None:
-        """Refuses a clip that is too long or cannot be read, before anybody waits for it."""
+
+def make_page(model: mcl.Model, config: mcl.SampleConfig) -> gr.Blocks:
+    """Return the page. One visitor is served at a time; the others wait in a queue."""
+    def clone(path: str, prompt: str, seed: int | None, request: gr.Request,
+              progress: gr.Progress = gr.Progress()) -> tuple[str, str]:    # noqa: B008
+        def stop_if_left(_: mcl.SamplerStep) -> None:
+            if request.session_hash not in uploads:
+                raise mcl.InputError("The visitor left.")
         try:
-            if clip is None:
-                raise InputError("there is no clip yet; upload or record one")
-            self.hold(clip, self.visits.setdefault(request.session_hash, ExitStack()))
-            if any(end > LONGEST for _, end, _ in iter_frames(Path(clip))):
-                raise InputError(f"{clip}: is longer than {LONGEST} s; cut a part out of it")
-        except InputError as error:
-            raise gr.Error(shown(format_error(error)[1], clip), None, print_exception=False) from error
+            reference = mcl.read_reference(model, path, config, progress=progress.tqdm)
+            clip = mcl.clone(reference, prompt, model=model, seed=seed or 0, callback=stop_if_left,
+                             progress=progress.tqdm, **vars(config))
+            return make_html(model, config, prompt, seed or 0, reference, clip)
+        except mcl.InputError as error:
+            raise refusal(error, path) from error
+        except (mcl.NumericalError, MemoryError, torch.OutOfMemoryError) as error:
+            raise gr.Error("The clone failed. Try again later, or with another clip.") from error
 
-    def clone(self, clip: str, prompt: str, seed: int | None, request: gr.Request,
-              progress: gr.Progress = gr.Progress()) -> tuple[str, str]:
-        """The clone beside its reference, and the page of --maps, as HTML."""
-        visit, said = self.visits.get(request.session_hash, ExitStack()), [""]
-        before = visit.pop_all()        # which stays until there is something new
-        visit.callback(before.close)
-        self.hold(clip, visit)
-        folder = visit.enter_context(tempfile.TemporaryDirectory(dir=self.folder))
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "sample.py", *self.options, f"--ref={clip}", "--compare",
-             f"--prompt={prompt}", f"--seed={seed or 0}", f"--out={folder}/clone.mp4",
-             f"--maps={folder}/page"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace")
-        visit.callback(process.wait)
-        visit.callback(process.kill)    # first of all; what is unfinished lies in the folder
-        if request.session_hash not in self.visits:             # whoever waited for it
-            visit.close()
-        with process:
-            for line in map(str.strip, process.stderr or ()):   # each state of a bar is a line
-                if bar := BAR.match(line):
-                    progress((int(bar[2]), int(bar[3])), desc=bar[1], unit="steps")
-                elif line:
-                    said.append(shown(line, clip))
-        if process.returncode:
-            line = said[-1] if process.returncode > 0 else f"failed: signal {-process.returncode}"
-            raise gr.Error(line, None, print_exception=False)
-        before.close()
-        base = f"gradio_api/file={folder}"
-        return f"""<video src="{base}/clone-compare.mp4" style="width: 100%" controls autoplay loop
-            muted playsinline aria-label="The reference, and beside it the clone"></video>
-            <p>Left the reference, right its clone. Download <a href="{base}/clone.mp4" download>the
-            clone</a>, <a href="{base}/clone-compare.mp4" download>both</a>, <a
-            href="{base}/page/index.html" download>the page</a></p>{"<br>".join(said)}""", f"""
-            <iframe src="{base}/page/index.html" title="What the method saw and did" loading="lazy"
-            sandbox="allow-scripts" style="width: 100%; height: 90vh; border: 0"></iframe>"""
-
-
-def shown(line: str, clip: str | None) -> str:
-    """A line as HTML, without the folder of an upload, which tells its owner nothing."""
-    return html.escape(line.replace(os.path.dirname(clip) + os.sep, "") if clip else line)
-
-
-def laid_out(desk: Desk) -> gr.Blocks:
     with gr.Blocks(title="MotionClone", delete_cache=(3600, 86400)) as page:
         gr.Markdown("# The motion of your clip, in a new video")
         with gr.Tab("Clone"), gr.Row():
-            with gr.Column(scale=2):
-                clip = gr.Video(label=f"Clip, at most {LONGEST} s and {LARGEST} MB")
+            with gr.Column():
+                clip = gr.Video(label=f"Clip, at most {MAX_SECONDS} s and {MAX_MEGABYTES} MB")
                 prompt = gr.Textbox("a red star on a navy background", label="Prompt")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1)
-                go = gr.Button("Clone the motion", variant="primary")
-            with gr.Column(scale=3):
-                made = gr.HTML("<p>The clone comes here.</p>", min_height=240)
+                seed = gr.Number(0, label="Seed, 0 or more", precision=0)
+                button = gr.Button("Clone the motion", variant="primary")
+            result = gr.HTML("<p>The clone will appear here.</p>", min_height=240)
         with gr.Tab("How it came about"):
-            explained = gr.HTML("<p>With the clone comes a page of what the method saw.</p>")
-        page.unload(desk.leave)
-        gr.on([clip.upload, clip.stop_recording], desk.look, clip, concurrency_limit=2)
-        go.click(desk.look, clip, concurrency_limit=2).success(
-            desk.clone, [clip, prompt, seed], [made, explained], show_progress_on=made)
-    return page.queue(max_size=WAITING, default_concurrency_limit=1)
+            report = gr.HTML("<p>A report on each clone will appear here.</p>")
+        page.unload(leave)
+        gr.on([clip.upload, clip.stop_recording], check, clip, concurrency_limit=2)
+        button.click(check, clip, concurrency_limit=2).success(
+            clone, [clip, prompt, seed], [result, report], show_progress_on=result)
+    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
-def serve(argv: list[str]) -> None:
-    p = OneLineErrorParser(prog="examples/demo.py", allow_abbrev=False, epilog="All others are sample.py's.")
-    p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    p.add_argument("--port", type=int, help="the first free one from 7860 on without it")
-    p.add_argument("--share", action="store_true", help="at a public address of gradio's, too")
-    args, options = p.parse_known_args(argv)
-    # Two: of what is made the browser shows pages as well, of what is uploaded nothing but clips.
-    with (tempfile.TemporaryDirectory(prefix="motionclone-") as made,
-          tempfile.TemporaryDirectory(prefix="motionclone-") as uploads):
-        check(parse([*options, "--prompt=", f"--ref={made}", f"--out={made}/clone.mp4"]))
-        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
-        gr.routes.DEFAULT_TEMP_DIR = uploads        # which was settled at the import
-        desk = Desk(made, options)
-        try:
-            laid_out(desk).launch(
-                server_name=args.host, server_port=args.port, share=args.share, show_error=True,
-                max_file_size=f"{LARGEST}mb", allowed_paths=[made], footer_links=[],
-                theme=gr.themes.Default(primary_hue="blue", font="system-ui"), run_history=False)
-        except OSError as error:
-            raise InputError(f"--host {args.host}, --port {args.port}: {error}") from error
-        finally:
-            for visit in list(desk.visits.values()):
-                visit.close()
+def make_html(model: mcl.Model, config: mcl.SampleConfig, prompt: str, seed: int,
+              reference: mcl.Reference, clip: mcl.Clip) -> tuple[str, str]:
+    """Return the reference beside its clone, and the HTML report, with all data in them."""
+    unguided = sample_unguided(model, prompt, config, seed, num_steps=PREVIEW_STEPS)
+    record = {"prompt": prompt, "seed": seed, "fps": clip.fps, "settings": vars(config)}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, "clone.mp4"), Path(folder, "pair.mp4")]
+        pair = [frames for frames in (reference.frames, clip.frames) if frames is not None]
+        for path, frames in zip(files, (clip.frames, torch.cat(pair, dim=-1))):
+            mcl.write_video(path, frames, clip.fps)
+        write_html_report(Path(folder, "report"), model, prompt, config, reference,
+                          {"unguided": unguided, "clone": clip.latents}, clip.steps, record)
+        report = Path(folder, "report", "index.html").read_text("utf-8")
+        urls = [f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+                for path in files]
+    words = html.escape(", ".join(model.out_of_vocabulary(prompt)) or "none")
+    return RESULT.format(*urls, words), REPORT.format(html.escape(report))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Return the name and the value of name=value; a value that is no Python literal is text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def main() -> None:
+    """Serve the page until the process is stopped."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
+    for name, default in ("host", "127.0.0.1"), ("weights", None), ("device", "auto"), (
+            "dtype", "auto"):
+        parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
+    parser.add_argument("--port", type=int, help="default: the first free port from 7860 on")
+    parser.add_argument("--share", action="store_true", help="serve at a public address, too")
+    parser.add_argument("--set", type=parse_setting, action="append", default=[],
+                        metavar="NAME=VALUE", help="a field of SampleConfig, such as steps=50")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # an exit deletes the uploads
+    try:
+        model = mcl.load_model(args.weights, args.device, args.dtype)
+        config = build_config(model.config.sample, **dict(args.set))
+        model.latent_shape(config)              # refuses an impossible size
+        make_page(model, config).launch(
+            server_name=args.host, server_port=args.port, share=args.share,
+            max_file_size=f"{MAX_MEGABYTES}mb", footer_links=[])
+    except (mcl.InputError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    run_main(lambda: exit_code_of(lambda: serve(sys.argv[1:])))
+    main()

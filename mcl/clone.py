@@ -233,9 +233,8 @@ def needs_checkpointing(model: Model, config: SampleConfig) -> bool:
 
 def feature_bytes(model: ModelConfig, config: SampleConfig, dtype: torch.dtype) -> int:
     """Return the bytes of one feature map at the UNet's highest resolution."""
-    length = make_context_windows(config.num_frames, config,
-                                  model.unet.motion_max_seq_length).length
-    positions = length * config.height * config.width // model.vae.downsampling ** 2
+    positions = (make_context_windows(config, model).length * config.height * config.width
+                 // model.vae.downsampling ** 2)
     return positions * model.unet.block_out_channels[0] * dtype.itemsize
 
 

@@ -6,6 +6,7 @@ command line are generated from `SampleConfig`.
 """
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
@@ -17,8 +18,9 @@ TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a finite number", s
                               bool: "true or false"}
 # Upper bounds. A file that asks for more describes no real network.
 MAX_LAYERS, MAX_LEVELS, MAX_CHANNELS, MAX_FRAMES, MAX_SIDE = 16, 8, 16384, 4096, 16384
+short_repr = reprlib.repr                   # cuts long and deep values
 VOCABULARY_SIZE = 49408                     # tokens of CLIP's tokenizer
-TIMESTEP_SPACINGS = ("motionclone", "linspace", "leading", "trailing", "lcm")
+SPACINGS = ("motionclone", "linspace", "leading", "trailing", "lcm")
 LCM_STEPS = 50                              # timesteps that consistency models are distilled on
 
 
@@ -45,21 +47,20 @@ class ValidatedConfig:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):       # type: ignore[arg-type]
-            value, element_type = getattr(self, spec.name), get_args(spec.type)[:1]
-            if element_type and isinstance(value, list):
+            value, types, limits = getattr(self, spec.name), get_args(spec.type), spec.metadata
+            if types and isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, spec.name, value)
-            kind = element_type[0] if element_type else spec.type
-            elements = value if element_type and isinstance(value, tuple) else (value,)
-            is_list = type(value) is tuple or not element_type
-            if not is_list or not all(has_type(element, kind) for element in elements):
+            kind, is_tuple = types[0] if types else spec.type, type(value) is tuple
+            elements = value if types and is_tuple else (value,)
+            if (types and not is_tuple) or not all(has_type(element, kind) for element in elements):
                 name = TYPE_NAMES.get(kind, "a group of settings by name")
-                self.fail(spec.name, f"a list, each {name}" if element_type else name)
-            low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
+                self.fail(spec.name, f"a list, each {name}" if types else name)
+            low, high = limits.get("low", -math.inf), limits.get("high", math.inf)
             if kind in (int, float) and not all(low <= element <= high for element in elements):
                 self.fail(spec.name, f"between {low} and {high}" if low < high else str(high))
-            choices = spec.metadata.get("choices")
-            if choices and not all(element in choices for element in elements):
+            choices = limits.get("choices")
+            if choices and value not in choices:
                 self.fail(spec.name, "one of " + ", ".join(choices))
         for name, (holds, legal) in self.constraints().items():
             if not holds:
@@ -71,8 +72,8 @@ class ValidatedConfig:
 
     def fail(self, name: str, legal: str) -> None:
         """Raise InputError for a field, with its value and the legal values."""
-        raise InputError(f"{name} = {short_repr(getattr(self, name))} is out of range: "
-                         f"it must be {legal}")
+        value = short_repr(getattr(self, name))
+        raise InputError(f"{name} = {value} is out of range: it must be {legal}")
 
 
 def has_type(value: Any, kind: Any) -> bool:
@@ -81,15 +82,6 @@ def has_type(value: Any, kind: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and (
             math.isfinite(value))
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def short_repr(value: Any) -> str:
-    """Return the repr of any value, cut to 80 characters."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):
-        text = type(value).__name__
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_channels(widths: tuple[int, ...], divisor: int) -> tuple[bool, str]:
@@ -200,61 +192,36 @@ class CLIPTextConfig(CLIPTransformerConfig):
 
 
 @dataclass(frozen=True)
-class ScheduleConfig(ValidatedConfig):
-    """Noise schedule of AnimateDiff: linear in beta itself, unlike Stable Diffusion's own."""
-
-    num_train_timesteps: int = bounded(1000, 1000, 1000)
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-
-    def constraints(self) -> dict[str, tuple[bool, str]]:
-        """Return the conditions between fields."""
-        return {"beta_start": (0 < self.beta_start < 1, "above 0 and below 1"),
-                "beta_end": (self.beta_start <= self.beta_end < 1, "beta_start or more, below 1")}
-
-
-@dataclass(frozen=True)
 class SampleConfig(ValidatedConfig):
     """Settings of the method. The defaults are the published ones for camera motion."""
 
     steps: int = bounded(100, 1, 1000, "sampling steps")
     guidance_steps: int = bounded(50, 0, 1000, "guided steps, from the first step on")
-    guidance_noise_range: float = bounded(
-        0.3, 0, 1, "fraction of the noise schedule that the guided steps cover")
-    timestep_spacing: str = bounded(
-        "motionclone", help="spacing of the timesteps", choices=TIMESTEP_SPACINGS)
+    guidance_noise_range: float = bounded(0.3, 0, 1, "fraction of the noise levels that is guided")
+    timestep_spacing: str = bounded("motionclone", help="timestep spacing", choices=SPACINGS)
     sampler: str = bounded("ddim", choices=("ddim", "lcm"), help="DDIM or consistency sampling")
     cfg_scale: float = bounded(8.5, 0, 1000, "classifier-free guidance scale")
-    cfg_end_fraction: float = bounded(
-        1.0, 0, 1, "fraction of the steps after which classifier-free guidance ends")
+    cfg_end_fraction: float = bounded(1.0, 0, 1, "fraction of the steps that use cfg_scale")
     negative_prompt: str = bounded("", help="what the clip should not show")
 
-    method: str = bounded("single-step", choices=("single-step", "inversion"),
-                          help="how the reference is read: noised once, or inverted by DDIM")
-    motion_weight: float = bounded(
-        2000.0, 0, 1e38, "weight of the motion loss at 16x512x512; 0 disables guidance")
+    method: str = bounded("single-step", help="noise the reference once, or invert it",
+                          choices=("single-step", "inversion"))
+    motion_weight: float = bounded(2000.0, 0, 1e38, "weight of the motion loss; 0 for no guidance")
     guidance_warmup_steps: int = bounded(10, 0, 1000, "steps over which the guidance weight rises")
     guidance_cooldown_steps: int = bounded(10, 0, 1000, "steps over which the guidance weight falls")
-    guidance_interval: int = bounded(
-        1, 1, 1000, "compute the gradient in every n-th guided step and reuse it in between")
-    guidance_repeats: int = bounded(
-        1, 1, 100, "times that each step with a gradient is taken, from renewed noise")
+    guidance_interval: int = bounded(1, 1, 1000, "compute the gradient in every n-th guided step")
+    guidance_repeats: int = bounded(1, 1, 100, "times that each step with a gradient is taken")
     extraction_timestep: int = bounded(400, 0, 999, "noise level at which the motion is extracted")
     top_k: int = bounded(1, 0, MAX_FRAMES, "values kept of each attention row; 0 keeps all")
-    guidance_blocks: tuple[str, ...] = bounded(
-        ("up_blocks.1",), help="UNet blocks or layers whose temporal attention is cloned")
-    guidance_block_weights: tuple[float, ...] = bounded(
-        (), 0, 1e38, "weight of each guidance block in the loss; empty for 1 each")
+    guidance_blocks: tuple[str, ...] = bounded(("up_blocks.1",), help="blocks that are cloned")
+    guidance_block_weights: tuple[float, ...] = bounded((), 0, 1e38, "their weights in the loss")
 
     inversion_steps: int = bounded(100, 1, 1000, "DDIM steps of --method inversion")
     ref_prompt: str = bounded("", help="what the reference shows, for inversion and subject")
-    subject: tuple[str, ...] = bounded((), help="two words that name the subject, in ref_prompt "
-                                       "and in prompt, for semantic guidance")
+    subject: tuple[str, ...] = bounded((), help="the subject's words in ref_prompt and in prompt")
     semantic_scale: float = bounded(0.0, 0, 1e38, "weight of semantic guidance")
-    semantic_blocks: tuple[str, ...] = bounded(
-        ("up_blocks.1",), help="UNet blocks whose keys semantic guidance compares")
-    mask_threshold: float = bounded(
-        0.3, 0, 1, "attention to the subject's word above which a position is foreground")
+    semantic_blocks: tuple[str, ...] = bounded(("up_blocks.1",), help="blocks that it compares")
+    mask_threshold: float = bounded(0.3, 0, 1, "attention above which a position is the subject")
 
     num_frames: int = bounded(16, 1, MAX_FRAMES, "length of the clip")
     height: int = bounded(512, 1, MAX_SIDE, "height in pixels")
@@ -262,12 +229,11 @@ class SampleConfig(ValidatedConfig):
     context_length: int = bounded(0, 0, MAX_FRAMES, "frames that the UNet sees at once; 0 for all")
     context_overlap: float = bounded(0.25, 0, 0.9, "fraction that neighboring windows share")
     closed_loop: bool = bounded(False, help="join the end of the clip to its beginning")
-    memory: str = bounded("auto", choices=("auto", "low", "high"),
-                          help="low recomputes activations in guided steps to save memory")
+    memory: str = bounded("auto", choices=("auto", "low", "high"), help="low saves memory, not time")
 
     def constraints(self) -> dict[str, tuple[bool, str]]:
         """Return the conditions between fields."""
-        num_blocks = len(self.guidance_blocks)
+        blocks, weights = len(self.guidance_blocks), len(self.guidance_block_weights)
         return {
             "guidance_steps": (self.guidance_steps <= self.steps,
                                f"between 0 and {self.steps}, the number of steps"),
@@ -279,10 +245,9 @@ class SampleConfig(ValidatedConfig):
             "top_k": (self.top_k <= self.num_frames,
                       f"between 1 and {self.num_frames}, the number of frames, or 0 for all"),
             "subject": (len(self.subject) in (0, 2), "two words"),
-            "guidance_blocks": (num_blocks > 0, "at least one block"),
+            "guidance_blocks": (blocks > 0, "at least one block"),
             "semantic_blocks": (len(self.semantic_blocks) > 0, "at least one block"),
-            "guidance_block_weights": (len(self.guidance_block_weights) in (0, num_blocks),
-                                       f"empty, or one number for each of {num_blocks} blocks")}
+            "guidance_block_weights": (weights in (0, blocks), f"empty, or {blocks} numbers")}
 
     @property
     def block_weight_map(self) -> dict[str, float]:
@@ -298,7 +263,6 @@ class ModelConfig(ValidatedConfig):
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text_encoder: CLIPTextConfig = field(default_factory=CLIPTextConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sparsectrl: SparseCtrlConfig = field(default_factory=SparseCtrlConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     fps: int = bounded(8, 1, 1000)              # frame rate of the training clips
@@ -319,6 +283,17 @@ class ModelConfig(ValidatedConfig):
                 unet.block_out_channels, control.motion_num_attention_heads)[0],
                 f"one whose heads divide the UNet's channels, {unet.block_out_channels}")}
 
+    def latent_shape(self, config: SampleConfig) -> tuple[int, int, int, int, int]:
+        """Return the shape (1, c, f, h, w) of a clip's latents.
+
+        Raises:
+            InputError: If height or width is not a multiple of the VAE's downsampling factor.
+        """
+        s = self.vae.downsampling
+        if config.height % s or config.width % s:
+            raise InputError(f"size {config.width}x{config.height}: use multiples of {s} pixels")
+        return 1, self.unet.in_channels, config.num_frames, config.height // s, config.width // s
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a config as plain dicts and lists, for JSON."""
@@ -331,17 +306,11 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         InputError: If a key is not a field of the class, or a value is not legal.
     """
-    fields = {spec.name: spec for spec in dataclasses.fields(kind)}     # type: ignore[arg-type]
+    fields = {spec.name: spec.type for spec in dataclasses.fields(kind)}    # type: ignore[arg-type]
     if not isinstance(values, Mapping):
-        raise InputError(f"{kind.__name__} = {short_repr(values)} is not valid: "
-                         "it must be a group of settings by name")
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise InputError(f"{kind.__name__} has no setting {unknown[0]!r}: "
-                         f"it has {', '.join(fields)}")
-    parsed = {}
-    for key, value in values.items():
-        if dataclasses.is_dataclass(fields[key].type):
-            value = from_dict(fields[key].type, value)          # type: ignore[arg-type]
-        parsed[key] = value
-    return kind(**parsed)
+        raise InputError(f"{kind.__name__} is {short_repr(values)}: it must be settings by name")
+    if unknown := sorted(set(values) - set(fields)):
+        raise InputError(f"{kind.__name__} has no setting {unknown[0]!r}: it has {', '.join(fields)}")
+    return kind(**{key: from_dict(fields[key], value)       # type: ignore[arg-type]
+                   if dataclasses.is_dataclass(fields[key]) else value
+                   for key, value in values.items()})

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .config import SampleConfig
+from .config import ModelConfig, SampleConfig
 from .errors import InputError
 
 
@@ -33,19 +33,21 @@ class ContextWindows(NamedTuple):
         return (offset + torch.arange(self.length, device="cpu")) % self.num_frames
 
 
-def make_context_windows(num_frames: int, config: SampleConfig, max_length: int) -> ContextWindows:
+def make_context_windows(config: SampleConfig, model: ModelConfig, num_frames: int = 0
+                         ) -> ContextWindows:
     """Return evenly spaced windows that overlap by config.context_overlap or more.
 
     A clip that fits into one window, and is not a closed loop, gets a single window.
 
     Args:
-        num_frames: Frames of the clip.
-        config: Settings with context_length, context_overlap and closed_loop.
-        max_length: Frames that the UNet can see at once.
+        config: Settings with num_frames, context_length, context_overlap and closed_loop.
+        model: Config of the model, which knows how many frames the UNet can see at once.
+        num_frames: Frames of a clip of another length than config.num_frames.
 
     Raises:
-        InputError: If config.context_length is more than `max_length`.
+        InputError: If config.context_length is more than the UNet can see.
     """
+    num_frames, max_length = num_frames or config.num_frames, model.unet.motion_max_seq_length
     if config.context_length > max_length:
         raise InputError(f"context_length = {config.context_length} is out of range: this model "
                          f"sees at most {max_length} frames")

@@ -22,7 +22,7 @@ from .model import Model
 from .motion import Motion, motion_loss, motion_metadata, top_k_motion
 from .networks.attention import AttentionMaps, AttentionRequest
 from .sampler import unet_forward
-from .schedule import NoiseSchedule, ddim_step
+from .schedule import NUM_TRAIN_TIMESTEPS, NoiseSchedule, ddim_step
 
 
 @torch.no_grad()
@@ -83,8 +83,7 @@ class InvertedReference:
 
     def motion_at(self, t: int, config: SampleConfig, offset: int | None = None) -> Motion:
         """Return the motion at timestep t, in all context windows or in the one at `offset`."""
-        windows = make_context_windows(config.num_frames, config,
-                                       self.model.config.unet.motion_max_seq_length)
+        windows = make_context_windows(config, self.model.config)
         offsets = windows.offsets if offset is None else (offset,)
         request = AttentionRequest(temporal=config.guidance_blocks)
         return top_k_motion(
@@ -99,7 +98,7 @@ def inversion_guidance(inverted: InvertedReference, config: SampleConfig) -> Gui
     Raises:
         InputError: If the reference was not inverted with these settings.
     """
-    shape = inverted.model.latent_shape(config)
+    shape = inverted.model.config.latent_shape(config)
     for t in guided_timesteps(inverted.model.schedule, config):
         if t not in inverted.latents or inverted.latents[t].shape != shape:
             raise InputError(f"the reference was not inverted to latents of shape {shape} at "
@@ -178,8 +177,7 @@ def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleC
     """
     timesteps = inversion_timesteps(model.schedule, config)
     guided = set(guided_timesteps(model.schedule, config))
-    windows = make_context_windows(latents.shape[2], config,
-                                   model.config.unet.motion_max_seq_length)
+    windows = make_context_windows(config, model.config, latents.shape[2])
     stored: MutableMapping[int, Tensor] = {}
     if cache_dir is not None:
         key = hashlib.sha256(latents.detach().float().cpu().contiguous().numpy().tobytes())
@@ -208,5 +206,5 @@ def inversion_timesteps(schedule: NoiseSchedule, config: SampleConfig) -> list[i
     They are evenly spaced up to the noisiest guided timestep, and include every guided timestep.
     """
     guided = guided_timesteps(schedule, config)
-    even = np.linspace(0, schedule.config.num_train_timesteps - 1, config.inversion_steps).round()
+    even = np.linspace(0, NUM_TRAIN_TIMESTEPS - 1, config.inversion_steps).round()
     return sorted({*(int(t) for t in even if t < max(guided, default=0)), *guided})

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig, SampleConfig, to_dict
+from .config import ModelConfig, to_dict
 from .errors import InputError
 from .networks.sparsectrl import SparseCtrl
 from .networks.text_encoder import TextEncoder
@@ -34,7 +34,7 @@ class Model(nn.Module):
         """Create a model with random weights."""
         super().__init__()
         self.config, self.file_sha256 = config, ""
-        self.tokenizer, self.schedule = Tokenizer(), NoiseSchedule(config.schedule)
+        self.tokenizer, self.schedule = Tokenizer(), NoiseSchedule()
         self.unet, self.vae = UNet3D(config.unet), AutoencoderKL(config.vae)
         self.text_encoder = TextEncoder(config.text_encoder)
         self.sparsectrl = SparseCtrl(config.unet, config.sparsectrl) if (
@@ -59,19 +59,6 @@ class Model(nn.Module):
         for tensor in self.state_dict().values():
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-    def latent_shape(self, config: SampleConfig) -> tuple[int, int, int, int, int]:
-        """Return the shape (1, c, f, h, w) of a clip's latents.
-
-        Raises:
-            InputError: If height or width is not a multiple of the VAE's downsampling factor.
-        """
-        s = self.config.vae.downsampling
-        if config.height % s or config.width % s:
-            raise InputError(f"size {config.width}x{config.height} is out of range: width and "
-                             f"height must be multiples of {s}")
-        c = self.config.unet.in_channels
-        return 1, c, config.num_frames, config.height // s, config.width // s
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Return text embeddings (b, 77, d). Warns if a prompt is longer than 75 tokens."""

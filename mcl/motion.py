@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import SampleConfig
+from .config import ModelConfig, SampleConfig
 from .context_windows import ContextWindows, make_context_windows
 from .errors import InputError, NumericalError
 from .files import save_safetensors
@@ -71,20 +71,13 @@ class Motion:
         """Raise InputError if the motion does not fit the model or the settings."""
         if self.metadata.get("model", model.sha256) != model.sha256:
             raise InputError("the motion was extracted with another model: extract it again")
-        self.check_config(config, model.latent_shape(config)[2:],
-                          model.config.unet.motion_max_seq_length)
+        self.check_config(config, model.config)
 
-    def check_config(self, config: SampleConfig, shape: tuple[int, int, int], max_length: int
-                     ) -> None:
-        """Raise InputError if the motion was extracted at another size or with other settings.
-
-        Args:
-            config: Settings of the new clip.
-            shape: (f, h, w) of the new clip's latents.
-            max_length: Frames that the UNet can see at once.
-        """
-        windows = make_context_windows(config.num_frames, config, max_length)
-        for name, value in motion_metadata(config, windows, shape[1], shape[2]).items():
+    def check_config(self, config: SampleConfig, model: ModelConfig) -> None:
+        """Raise InputError if the motion was extracted at another size or with other settings."""
+        h, w = model.latent_shape(config)[3:]
+        expected = motion_metadata(config, make_context_windows(config, model), h, w)
+        for name, value in expected.items():
             if self.metadata.get(name, value) != value:
                 raise InputError(f"the motion was extracted with {name} = {self.metadata[name]}, "
                                  f"not {value}: extract it again, or use the same settings")
@@ -165,8 +158,7 @@ def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = 
         raise InputError(f"latents have shape {tuple(latents.shape)}: expected one clip, "
                          f"(1, {model.config.unet.in_channels}, f, h, w)")
     t = config.extraction_timestep
-    windows = make_context_windows(latents.shape[2], config,
-                                   model.config.unet.motion_max_seq_length)
+    windows = make_context_windows(config, model.config, latents.shape[2])
     k = config.top_k or windows.length
     if k > windows.length:
         raise InputError(f"top_k = {k} is out of range: it must be between 1 and "

@@ -11,6 +11,7 @@ from .config import SampleConfig
 from .errors import InputError
 
 FAST_PRESET = "fast"            # two thirds of the model's own steps
+FAST_FIELDS = ("steps", "guidance_steps", "guidance_warmup_steps", "guidance_cooldown_steps")
 PUBLISHED_SEMANTIC_RATIO = 42 / 1667        # weight of the semantic loss to that of the motion loss
 # Fields that describe the clip to be made. A preset leaves them as they are.
 CLIP_FIELDS = ("negative_prompt", "ref_prompt", "subject", "num_frames", "height", "width",
@@ -41,24 +42,7 @@ PRESETS: dict[str, SampleConfig] = {
     "inversion-200": SampleConfig(steps=200, guidance_steps=120, **_INVERSION),
     "inversion-500": SampleConfig(steps=500, guidance_steps=300, **_INVERSION),
     **DISTILLED_PRESETS}
-
-
-def preset_config(name: str, own: SampleConfig) -> SampleConfig:
-    """Return the settings of a preset for a clip of the size that `own` has.
-
-    Args:
-        name: One of `PRESETS`, or "fast" for two thirds of the model's own steps.
-        own: The model's own settings.
-
-    Raises:
-        InputError: If there is no such preset.
-    """
-    if name == FAST_PRESET:
-        names = ("steps", "guidance_steps", "guidance_warmup_steps", "guidance_cooldown_steps")
-        return dataclasses.replace(own, **{n: -(-2 * getattr(own, n) // 3) for n in names})
-    if name not in PRESETS:
-        raise InputError(f"preset = {name!r} is not known: use {', '.join((*PRESETS, FAST_PRESET))}")
-    return dataclasses.replace(PRESETS[name], **{n: getattr(own, n) for n in CLIP_FIELDS})
+PRESET_NAMES = (*PRESETS, FAST_PRESET)
 
 
 def build_config(own: SampleConfig, preset: str | None = None, **settings: Any) -> SampleConfig:
@@ -66,25 +50,32 @@ def build_config(own: SampleConfig, preset: str | None = None, **settings: Any) 
 
     Args:
         own: The model's own settings.
-        preset: Name of a preset.
+        preset: One of `PRESETS`, or "fast" for two thirds of the model's own steps.
         settings: Fields of `SampleConfig`.
 
     Raises:
-        InputError: If a name is not a field of SampleConfig, or a value is not legal.
+        InputError: If the preset or a setting is not known, or a value is not legal.
     """
     names = [field.name for field in dataclasses.fields(SampleConfig)]
-    for name in settings:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            raise InputError(f"unknown setting {name!r}: " + (
-                f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"))
-    config = own if preset is None else preset_config(preset, own)
+    for name in set(settings) - set(names):
+        close = difflib.get_close_matches(name, names, n=1)
+        raise InputError(f"unknown setting {name!r}: " + (
+            f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"))
+    if preset is not None and preset not in PRESET_NAMES:
+        raise InputError(f"preset = {preset!r} is not known: use one of {', '.join(PRESET_NAMES)}")
+    if preset == FAST_PRESET:
+        config = dataclasses.replace(own, **{n: -(-2 * getattr(own, n) // 3) for n in FAST_FIELDS})
+    elif preset is not None:
+        clip = {name: getattr(own, name) for name in CLIP_FIELDS}
+        config = dataclasses.replace(PRESETS[preset], **clip)
+    else:
+        config = own
+    guided = config.guidance_steps
+    if "guidance_steps" not in settings and settings.get("steps", guided) < guided:
+        raise InputError(f"{f'preset {preset}' if preset else 'this model'} guides {guided} steps: "
+                         f"use steps = {guided} or more, or set guidance_steps as well")
     if "guidance_blocks" in settings:
         settings.setdefault("guidance_block_weights", ())   # the old ones belong to other blocks
-    if "guidance_steps" not in settings and settings.get("steps", 1000) < config.guidance_steps:
-        raise InputError(f"{f'preset {preset}' if preset else 'this model'} guides "
-                         f"{config.guidance_steps} steps: use steps = {config.guidance_steps} or "
-                         "more, or set guidance_steps as well")
     if settings.get("subject") and not config.semantic_scale:
         weight = settings.get("motion_weight", config.motion_weight)
         settings.setdefault("semantic_scale", PUBLISHED_SEMANTIC_RATIO * weight)

@@ -66,9 +66,9 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
     config = config or model.config.sample
     sampler = Sampler(model, prompt, config, control, generator)
     z = initial_noise(model, config, generator) if latents is None else latents
-    if z.shape != model.latent_shape(config):
-        raise InputError(f"latents have shape {tuple(z.shape)}: expected "
-                         f"{model.latent_shape(config)} for these settings")
+    shape = model.config.latent_shape(config)
+    if z.shape != shape:
+        raise InputError(f"latents have shape {tuple(z.shape)}: expected {shape}")
     guidance = resolve_guidance(guidance, motion, model, config)
     return sampling_loop(sampler, z.to(model.device, torch.float32), guidance,
                          gradient_checkpointing)
@@ -126,8 +126,8 @@ class Sampler:
                  control: Tensor | None = None, generator: torch.Generator | None = None):
         """Check and prepare a run; the arguments and errors are those of `sample`."""
         self.model, self.config, self.control, self.generator = model, config, control, generator
-        b, c, f, h, w = model.latent_shape(config)
-        self.windows = make_context_windows(f, config, model.config.unet.motion_max_seq_length)
+        b, c, f, h, w = model.config.latent_shape(config)
+        self.windows = make_context_windows(config, model.config)
         timesteps = model.schedule.timesteps(config.steps, config.timestep_spacing,
                                              config.guidance_steps, config.guidance_noise_range)
         self.timestep_pairs = list(zip(timesteps, [*timesteps[1:], -1], strict=True))
@@ -234,7 +234,7 @@ def unet_forward(model: Model, z: Tensor, t: int, text: Tensor,
 def initial_noise(model: Model, config: SampleConfig, generator: torch.Generator | None = None
                   ) -> Tensor:
     """Return standard normal latents (1, c, f, h, w), drawn on the CPU."""
-    return torch.randn(model.latent_shape(config), generator=generator)
+    return torch.randn(model.config.latent_shape(config), generator=generator)
 
 
 def encode_prompts(model: Model, prompt: str | Tensor, negative_prompt: str

@@ -3,17 +3,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import LCM_STEPS, ScheduleConfig
+from .config import LCM_STEPS
+
+NUM_TRAIN_TIMESTEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012       # AnimateDiff's: linear in beta itself
 
 
 class NoiseSchedule:
     """Noise levels of the diffusion process: alpha_bar_t, the cumulative product of 1 - beta."""
 
-    def __init__(self, config: ScheduleConfig):
+    def __init__(self) -> None:
         """Compute alpha_bar for all training timesteps."""
-        self.config = config
-        betas = torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps,
-                               device="cpu")
+        betas = torch.linspace(BETA_START, BETA_END, NUM_TRAIN_TIMESTEPS, device="cpu")
         self.alphas_cumprod = (1 - betas).cumprod(dim=0)
 
     def alpha_bar(self, t: int | Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class NoiseSchedule:
             guidance_steps: Number of guided steps.
             noise_range: Fraction of the schedule that the guided steps cover, 0 to 1.
         """
-        total = self.config.num_train_timesteps
+        total = NUM_TRAIN_TIMESTEPS
         if spacing == "leading":
             ascending = np.arange(steps) * float(total // steps) + 1
         elif spacing == "trailing":

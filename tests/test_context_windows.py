@@ -9,6 +9,7 @@ from mcl import (
     AttentionRequest,
     Guidance,
     InputError,
+    ModelConfig,
     Motion,
     SampleConfig,
     extract_motion,
@@ -18,12 +19,14 @@ from mcl import (
     semantic_guidance,
     sparsectrl_condition,
 )
+from mcl.config import UNetConfig
 from mcl.context_windows import ContextWindows, blend_windows, make_context_windows
 from mcl.inversion import inversion_guidance
 from mcl.motion import motion_loss
 from mcl.sampler import Sampler
 from tests.conftest import randn
 
+MODEL = ModelConfig(unet=UNetConfig(motion_max_seq_length=16))
 NUM_FRAMES, OFFSETS = 9, (0, 2, 5)      # windows of 4; neighbors share 1 or 2 frames
 WEIGHTS = np.array([1, 2, 2, 1.0])      # of the frames of a window
 
@@ -63,14 +66,14 @@ def blend(parts):
     (9, {"context_length": 4, "context_overlap": 0.5, "closed_loop": True}, (0, 1, 3, 5, 7), 4),
     (48, {"context_overlap": 0.0}, (0, 16, 32), 16), (1, {"closed_loop": True}, (0,), 1)])
 def test_windows_are_evenly_spaced_and_cover_every_frame(num_frames, settings, offsets, length):
-    windows = make_context_windows(num_frames, SampleConfig(**settings), 16)
+    windows = make_context_windows(SampleConfig(**settings), MODEL, num_frames)
     assert windows == ContextWindows(num_frames, length, offsets)
     assert sorted({int(f) for offset in offsets for f in windows.frame_indices(offset)}) == list(
         range(num_frames))
 
 
 def test_window_of_a_closed_loop_continues_at_the_first_frame():
-    windows = make_context_windows(16, SampleConfig(closed_loop=True), 16)
+    windows = make_context_windows(SampleConfig(closed_loop=True), MODEL)
     assert windows.frame_indices(8).tolist() == [*range(8, 16), *range(8)]
 
 

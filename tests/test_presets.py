@@ -57,7 +57,8 @@ def test_preset_gives_the_published_settings_over_any_model(name, model_settings
     config = build_config(model_settings, name)
     assert {field: getattr(config, field) for field in PUBLISHED[name]} == PUBLISHED[name]
     fields = [f.name for f in dataclasses.fields(SampleConfig)]
-    expected = {f: getattr(model_settings if f in CLIP_FIELDS else PRESETS[name], f) for f in fields}
+    expected = {field: getattr(model_settings if field in CLIP_FIELDS else PRESETS[name], field)
+                for field in fields}
     assert dataclasses.asdict(config) == expected
 
 

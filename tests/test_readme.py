@@ -1,11 +1,14 @@
-"""What the README promises: its commands run, its code runs, its files are there."""
+"""README.md and BENCHMARKS.md: their commands and code run, and the files and options exist."""
+import dataclasses
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -13,106 +16,192 @@ import numpy as np
 import pytest
 import torch
 
-import convert_weights
 import mcl
-import sample as command
-
+from mcl.cli import arguments, convert, sample
 from tests import foreign
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"python (sample\.py .*)", README)
+ROOT = Path(__file__).parents[1]
+README, BENCHMARKS = ((ROOT / name).read_text("utf-8") for name in ("README.md", "BENCHMARKS.md"))
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+         for line in block.splitlines() if line and not line.startswith("#")]
+# Without the installation that precedes some of them: ["sample.py", "--ref", ...].
+COMMANDS = [shlex.split(line.rpartition("&& ")[2])[1:] for line in SHELL]
+NEEDS_CHECKPOINTS = [argv for argv in COMMANDS
+                     if argv[0] == "convert_weights.py" or "--weights" in argv]
+DEMO = [argv[1:] for argv in COMMANDS if argv[0] == "sample.py" and "--weights" not in argv]
+PYTHON = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+# Makes the models that README's code loads quick: two steps at a small size.
+QUICK_MODELS = """
+import dataclasses, sys
+import mcl
+
+load_model = mcl.load_model
+
+def load_quick_model(path=None, **_):
+    model = load_model(path, "cpu", {dtype!r})
+    settings = dataclasses.replace(model.config.sample, steps=2, guidance_steps=1, height=64,
+                                   width=64)
+    model.config = dataclasses.replace(model.config, sample=settings)
+    return model
+
+mcl.load_model = sys.modules["mcl.clone"].load_model = load_quick_model
+"""
+
+
+@pytest.fixture(autouse=True)
+def keep_warnings():
+    """Restore the display of warnings, which the commands change."""
+    with warnings.catch_warnings():
+        yield
 
 
 @pytest.fixture
-def beside_examples(tmp_path, monkeypatch):
-    """A folder to write to in which the paths of the README lead where they should."""
-    for name in ("examples", "weights"):
-        (tmp_path / name).symlink_to(ROOT / name)
+def folder(tmp_path, monkeypatch):
+    """Return an empty working directory in which the examples of README exist."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "jobs.jsonl").write_text(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_every_command_of_the_readme_runs(beside_examples, capsys):
-    commands = [shlex.split(c)[1:] for c in COMMANDS
-                if "--help" not in c and "--weights" not in c]
-    assert len(commands) == 6
-    for argv in commands:
-        few = ["--inversion-steps", "2"] if "inversion" in argv else []
-        assert command.main(argv + ["--steps", "2", "--guidance-steps", "1", *few]) == 0
-        assert Path(capsys.readouterr().out.splitlines()[-1]).exists()
+def run_python(*argv, cwd, path=ROOT):
+    """Run Python in a process of its own, with the package from `path`, and return its output."""
+    process = subprocess.run([sys.executable, "-W", "error::DeprecationWarning", *map(str, argv)],
+                             cwd=cwd, capture_output=True, text=True,
+                             env=os.environ | {"PYTHONPATH": str(path)})
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
-def test_every_command_for_other_weights_runs(tmp_path, monkeypatch, capsys):
-    """In the order of the README, with small random files of the names that it gives."""
-    foreign.save(tmp_path / "v1-5-pruned-emaonly.safetensors", foreign.ldm())
-    foreign.save(tmp_path / "vae-ft-mse-840000-ema-pruned.safetensors", {
-        name.removeprefix("first_stage_model."): t for name, t in foreign.ldm(("vae",)).items()})
-    foreign.save(tmp_path / "v3_sd15_mm.ckpt", foreign.motion())
-    foreign.save(tmp_path / "v3_sd15_adapter.ckpt", {
-        "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora."
-        f"{way}.weight": torch.zeros(shape) for way, shape in (("down", (4, 96)), ("up", (96, 4)))})
-    foreign.save(tmp_path / "v3_sd15_sparsectrl_rgb.ckpt", foreign.sparsectrl("rgb"))
-    imageio.imwrite(tmp_path / "kite.png", np.zeros((64, 64, 3), np.uint8))
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    commands = [shlex.split(c) for c in re.findall(
-        r"python ((?:convert_weights.py|sample.py --weights) .*)", README)]
-    assert len(commands) == 7
-    small = ["--steps", "1", "--guidance-steps", "0", "--frames", "1", "--size", "64x64"]
-    for name, *argv in commands:
-        if name == "sample.py":
-            assert command.main([a for a in argv if a not in ("--preset", "camera")] + small) == 0
+def code_spans(text):
+    """Return the code in the lines of a document, without its code blocks."""
+    return re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def test_all_commands_of_the_readme_are_tested():
+    num_pytest = COMMANDS.count(["-m", "pytest"])       # .ci/run runs this one
+    assert num_pytest == 1
+    assert len(COMMANDS) == len(NEEDS_CHECKPOINTS) + len(DEMO) + num_pytest
+    assert len(NEEDS_CHECKPOINTS) == 4 and len(DEMO) == 6
+
+
+@pytest.mark.parametrize("argv", DEMO, ids=range(len(DEMO)))
+def test_command_for_the_demo_model_runs(folder, capsys, argv):
+    few = ["--inversion-steps", "2"] if "inversion" in argv else []
+    few += ["--steps", "2", "--guidance-steps", "1", "--size", "64x64"]
+    assert sample.main(argv + few) == 0
+    assert Path(capsys.readouterr().out.splitlines()[-1]).exists()
+
+
+def test_commands_for_stable_diffusion_run(folder):
+    """Small random files have the names that README gives; the commands run in README's order."""
+    foreign.save(folder / "v1-5-pruned-emaonly.safetensors", foreign.ldm())
+    foreign.save(folder / "v3_sd15_mm.ckpt", foreign.motion())
+    foreign.save(folder / "v3_sd15_sparsectrl_rgb.ckpt", foreign.sparsectrl("rgb"))
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
+    foreign.save(folder / "v3_sd15_adapter.ckpt", {f"{layer}.down.weight": torch.zeros(4, 96),
+                                                   f"{layer}.up.weight": torch.zeros(96, 4)})
+    imageio.imwrite(folder / "kite.png", np.zeros((64, 64, 3), np.uint8))
+    (folder / "weights").mkdir()
+    for name, *argv in NEEDS_CHECKPOINTS:
+        if name == "convert_weights.py":
+            assert convert.main(argv) == 0
         else:
-            assert convert_weights.main(argv) == 0
-    assert (tmp_path / "out.mp4").exists()
-
-
-def code_of_the_readme(dtype="auto"):
-    """Its blocks in order, as one program of two steps."""
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    quick = ("\nimport dataclasses\nmodel.config = dataclasses.replace(model.config, "
-             "sample=dataclasses.replace(model.config.sample, steps=2, guidance_steps=1))\n")
-    changed = re.sub(r"load_model\(\).*\n", f"load_model(device='cpu', dtype={dtype!r})\n" + quick,
-                     code)
-    assert changed != code
-    return changed
+            assert sample.main(argv + ["--steps", "1", "--guidance-steps", "0",
+                                       "--num-frames", "1", "--size", "64x64"]) == 0
+            (folder / "out.mp4").unlink()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_code_of_the_readme_runs(beside_examples, capsys, dtype):
-    exec(code_of_the_readme(dtype), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["0", "1", "0", "1"]
-    assert all(float(line.split()[1]) > 0 for line in lines[::2])
-    assert (beside_examples / "out.mp4").exists()
+def test_python_code_of_the_readme_runs(folder, dtype):
+    lines = run_python("-c", QUICK_MODELS.format(dtype=dtype) + PYTHON, cwd=folder).splitlines()
+    assert len(lines) == 2                              # one for each step
+    assert float(lines[0].split()[1]) > 0 and lines[1].endswith("None")
+    for name in ("star.mp4", "zigzag.safetensors", "fox.mp4"):
+        assert (folder / name).stat().st_size > 0
 
 
-def test_the_code_of_the_readme_runs_with_an_installed_wheel(tmp_path):
-    """Built of a copy, unpacked where a package would lie, and run in another directory."""
+def test_installed_wheel_runs_the_python_code_and_the_commands(folder):
+    source, site = folder / "source", folder / "site"
     for name in ("mcl", "weights"):
-        shutil.copytree(ROOT / name, tmp_path / "source" / name,
-                        ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "source")
+        shutil.copy(ROOT / name, source)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir",
-                    tmp_path, tmp_path / "source"], check=True)
-    wheel, = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "examples").symlink_to(ROOT / "examples")
-    code = code_of_the_readme() + "\nimport mcl\nprint(mcl.__file__, mcl.__version__)"
-    done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code],
-                          cwd=tmp_path / "elsewhere", capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
-    *_, last = done.stdout.splitlines() or [done.stderr]
-    assert last == f"{tmp_path / 'site' / 'mcl' / '__init__.py'} {mcl.__version__}", done.stderr
-    assert (tmp_path / "site" / "mcl" / "py.typed").exists()
-    assert (tmp_path / "site" / "mcl" / "evaluation" / "html_report.html").exists()
+                    folder, source], check=True)
+    wheel, = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    shutil.rmtree(source)
+
+    code = QUICK_MODELS.format(dtype="auto") + PYTHON + "\nprint(mcl.__file__, mcl.__version__)"
+    *_, last = run_python("-c", code, cwd=folder, path=site).splitlines()
+    assert last == f"{site / 'mcl' / '__init__.py'} {mcl.__version__}"
+
+    dist_info, = site.glob("*.dist-info")
+    scripts = {script.name: script for script in PathDistribution(dist_info).entry_points}
+    start = {name: ["-c", f"import sys; from {scripts[name].module} import {scripts[name].attr}; "
+                          f"sys.exit({scripts[name].attr}())"]
+             for name in ("mcl-sample", "mcl-convert")}
+    run_python(*start["mcl-sample"], "--ref", "examples/zigzag.mp4", "--prompt", "a red star",
+               "--steps", "1", "--guidance-steps", "0", "--size", "64x64", cwd=folder, path=site)
+    assert (folder / "out.mp4").exists()
+    weights = site / "mcl" / "weights" / "tiny.safetensors"
+    assert "complete" in run_python(*start["mcl-convert"], "--check", weights, cwd=folder,
+                                    path=site)
+    assert "penguin" in run_python("-m", "mcl", "--list-words", cwd=folder, path=site)
+    for name in ("py.typed", "evaluation/html_report.html"):
+        assert (site / "mcl" / name).exists()
+    assert not (site / "mcl" / "weights" / "training").exists()
 
 
-def test_every_file_that_the_readme_names_is_there():
-    named = re.findall(r"`((?:mcl|tests|examples|weights)/[\w./]*|\w+\.(?:py|md))`", README)
-    assert len(named) > 15
-    assert [name for name in named if not (ROOT / name).exists()] == []
+def test_quick_start_is_on_the_first_screen():
+    screen = README.splitlines()[:30]
+    assert SHELL[0] in screen and "--prompt" in SHELL[0]
+    assert sum(line.startswith("clip = mcl.clone(") for line in screen) == 1
+
+
+@pytest.mark.parametrize("text, max_lines, max_bytes", [(README, 220, 14_000),
+                                                        (BENCHMARKS, 160, 12_000)])
+def test_documents_are_short(text, max_lines, max_bytes):
+    assert len(text.splitlines()) <= max_lines and len(text.encode()) <= max_bytes
+
+
+@pytest.mark.parametrize("text", [README, BENCHMARKS], ids=["README", "BENCHMARKS"])
+def test_named_files_exist(text):
+    spans = " ".join(code_spans(text))
+    names = re.findall(r"(?:^|\s)((?:mcl|tests|examples|weights)/[\w./-]*|\w+\.(?:py|md))", spans)
+    names += [name.replace(".", "/") + ".py"
+              for name in re.findall(r"python -m ((?:mcl|tests|weights)[\w.]*)", spans)]
+    names += [name for name in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in name]
+    assert len(names) > 5
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_options_and_presets_in_the_readme_exist():
+    parsers = arguments.build_parser(show_all=True), convert.build_parser()
+    options = re.findall(r"--[a-z][a-z-]+", " ".join(parser.format_help() for parser in parsers))
+    spans = [span for span in code_spans(README) if "torchrun" not in span]
+    named = [option for span in spans for option in re.findall(r"--[a-z][a-z-]+", span)]
+    assert len(named) > 10 and set(named) <= set(options)
+    assert set(spans) >= mcl.presets.PRESETS.keys()
+
+
+def test_options_and_settings_in_the_benchmarks_exist():
+    """Options without a script in front of them belong to the script that was named last."""
+    settings, source = {field.name for field in dataclasses.fields(mcl.SampleConfig)}, ""
+    for span in code_spans(BENCHMARKS):
+        script = re.match(r"(?:python )?(?:-m )?([\w./]+)", span)
+        if script and "--" in span:
+            path = "mcl/cli/arguments.py" if script[1] == "sample.py" else script[1]
+            is_file = path.endswith(".py")
+            source = (ROOT / (path if is_file else path.replace(".", "/") + ".py")).read_text()
+        options = re.findall(r"--[a-z-]+", span)
+        assert [option for option in options if f'"{option}"' not in source] == [], span
+        assert set(re.findall(r"(\w+)=", span)) <= settings, span
+
+
+def test_linters_are_those_of_the_ci():
+    ci = (ROOT / ".ci" / "run").read_text()
+    linters = re.findall(r"`(\.venv/bin/[^`]+)`", README)
+    assert len(linters) == 2 and all(line in ci.splitlines() for line in linters)
+    assert next(line for line in README.splitlines() if "python -m pytest" in line) in SHELL

@@ -2,13 +2,12 @@
 import pytest
 import torch
 
-from mcl.config import ScheduleConfig
 from mcl.schedule import NoiseSchedule, ddim_step
 
 
 @pytest.fixture(scope="module")
 def schedule():
-    return NoiseSchedule(ScheduleConfig())
+    return NoiseSchedule()
 
 
 @pytest.mark.parametrize("t, alpha_bar", [

@@ -30,10 +30,8 @@ from tests.conftest import randn
 
 
 def test_tokens_of_a_word_are_at_all_of_its_positions(small):
-    ids = small.tokenizer.encode("a photorealistic zebrafish, a zebra")
-    assert [small.tokenizer.decode([i]) for i in ids] == [
-        "a", "photo", "realistic", "zebra", "fish", ",", "a", "zebra"]
     prompt = "a photorealistic zebrafish, a Zebra"
+    assert [len(ids) for _, ids in small.tokenizer.split(prompt)] == [1, 2, 2, 1, 1, 1]
     assert subject_tokens(small, prompt, "zebrafish") == [4, 5]
     assert subject_tokens(small, prompt, "ZEBRA") == [8]
     assert subject_tokens(small, prompt, "a") == [1, 7]
@@ -44,7 +42,7 @@ def test_tokens_of_a_word_are_at_all_of_its_positions(small):
     ("a photorealistic zebrafish, a Zebra", "fish",
      "'fish' is not in the prompt .*: use one of a, photorealistic, zebrafish, a, zebra"),
     ("", "fish", "'fish' is not in the prompt ''"), ("a fish", "", "'' is not in the prompt"),
-    ("a " * 75 + "fish", "fish", "'fish' is beyond the .*75 tokens")])
+    ("a " * 75 + "fish", "fish", "'fish' is not among the first 75 tokens")])
 def test_word_that_is_not_read_is_rejected(small, prompt, word, message):
     with pytest.raises(InputError, match=message):
         subject_tokens(small, prompt, word)

@@ -23,7 +23,7 @@ from ..files import check_readable, check_writable
 from ..model import Model
 from ..motion import Motion
 from ..networks.attention import AttentionRequest
-from ..presets import FAST_PRESET, PRESETS, build_config
+from ..presets import PRESET_NAMES, build_config
 from ..semantic import require_single_window, subject_tokens
 from ..video.read import FITS
 from ..video.write import check_output_path
@@ -65,8 +65,8 @@ def build_parser(show_all: bool = False) -> OneLineErrorParser:
     add(files, "--out", "out.mp4, out.gif, out.webp, or a folder of PNGs [out.mp4]", type=Path,
         default=Path("out.mp4"))
     add(files, "--weights", "converted model; without it the built-in demo model runs", type=Path)
-    add(files, "--preset", "published settings: " + ", ".join((*PRESETS, FAST_PRESET)),
-        choices=(*PRESETS, FAST_PRESET), metavar="NAME")
+    add(files, "--preset", "published settings: " + ", ".join(PRESET_NAMES),
+        choices=PRESET_NAMES, metavar="NAME")
     add(files, "--seed", "seed of the initial noise [0]", type=int, default=0)
     add(files, "--num-samples", "number of clips, with seeds counted up [1]", type=int, default=1)
     add(files, "--size", f"size of the clip [{default.width}x{default.height}]", type=parse_size,
@@ -276,9 +276,8 @@ def check_method(args: argparse.Namespace, config: SampleConfig) -> None:
 
 def check_model(args: argparse.Namespace, config: SampleConfig, model: Model) -> None:
     """Raise an error for settings and inputs that the model or the machine cannot take."""
-    height, width = model.latent_shape(config)[3:]
-    max_length = model.config.unet.motion_max_seq_length
-    windows = make_context_windows(config.num_frames, config, max_length)
+    model.config.latent_shape(config)
+    windows = make_context_windows(config, model.config)
     if config.semantic_scale:
         require_single_window(windows)
     usual_weight = model.config.sample.motion_weight
@@ -291,8 +290,7 @@ def check_model(args: argparse.Namespace, config: SampleConfig, model: Model) ->
     for prompt, word in zip((config.ref_prompt, args.prompt), config.subject, strict=False):
         subject_tokens(model, prompt, word)
     if args.motion is not None:
-        Motion.load(args.motion).check_config(config, (config.num_frames, height, width),
-                                              max_length)
+        Motion.load(args.motion).check_config(config, model.config)
     for image, frame in args.image:
         refuse_first((
             (not model.config.sparsectrl.kind, f"--image {image}: this model has no SparseCtrl. "

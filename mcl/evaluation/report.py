@@ -164,8 +164,8 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
     return "\n".join([
         line("", rows),
-        *(line(f"{name} {arrow}", [f"{row[name]:z.3f}".replace("nan", "-") for row in rows.values()])
-          for name, arrow in METRICS.items()),
+        *(line(f"{name} {arrow}", (f"{row[name]:z.3f}".replace("nan", "-") for row in
+                                   rows.values())) for name, arrow in METRICS.items()),
         line("verdict", map(verdict, rows.values())),
         *(f"- {name}: {NAN_REASONS[name]}" for name in METRICS
           if any(math.isnan(row[name]) for row in rows.values()))])

@@ -11,7 +11,7 @@ import re
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Tokenizer:
         Raises:
             ValueError: If the merges file is missing, damaged or another file.
         """
-        self._byte_ids, self._bytes, self._merges = _read_vocabulary(MERGES)
+        self._byte_ids, self._merges = _read_vocabulary(MERGES)
         self._cache: dict[str, tuple[int, ...]] = {
             "<|startoftext|>": (START,), "<|endoftext|>": (END,)}
 
@@ -70,19 +70,6 @@ class Tokenizer:
         """
         return [(piece, list(self._encode_piece(piece)))
                 for piece in _pretokenize(normalize_text(text))]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the normalized text of ids, with a space after each piece.
-
-        Start, end and padding are left out. Bytes that are not UTF-8 become U+FFFD.
-
-        Raises:
-            ValueError: If an id is not between 0 and 49407.
-        """
-        ids = [int(i) for i in ids]
-        if invalid := [i for i in ids if not 0 <= i <= END]:
-            raise ValueError(f"token id {invalid[0]} is out of range: it must be 0 to {END}")
-        return b"".join(self._bytes[i] for i in ids if i < START).decode("utf-8", "replace").strip()
 
     def _encode_piece(self, piece: str) -> tuple[int, ...]:
         """Return the ids of one word, digit or run of signs."""
@@ -169,8 +156,8 @@ def _char_class(char: str) -> str:
     return " " if char == "\u0345" or char.isspace() and not "\x1c" <= char <= "\x1f" else "X"
 
 
-def _read_vocabulary(path: Path) -> tuple[dict[int, int], list[bytes], dict[tuple[int, int], int]]:
-    """Return the id of each byte, the bytes of each id, and the id of each merged pair of ids.
+def _read_vocabulary(path: Path) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
+    """Return the id of each byte, and the id of each merged pair of ids.
 
     Raises:
         ValueError: If the file is not CLIP's merges file.
@@ -180,18 +167,15 @@ def _read_vocabulary(path: Path) -> tuple[dict[int, int], list[bytes], dict[tupl
     symbols |= {byte: chr(256 + n) for n, byte in enumerate(remaining)}
     tokens = [*symbols.values(), *(f"{symbol}</w>" for symbol in symbols.values())]
     ids = {token: i for i, token in enumerate(tokens)}
-    table = [bytes([byte]) for byte in symbols] + [bytes([byte]) + b" " for byte in symbols]
-    merges = {}
+    merges: dict[tuple[int, int], int] = {}
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for line in islice(file, 1, 1 + START - 512):   # CLIP does not use the rest of the file
                 first, second = line.split()
-                pair = ids[first], ids[second]
-                merges[pair] = ids[first + second] = len(table)
-                table.append(table[pair[0]] + table[pair[1]])
+                merges[ids[first], ids[second]] = ids[first + second] = 512 + len(merges)
         if len(ids) != START or (ids["in"], ids["jekyll</w>"]) != (512, START - 1):
             raise ValueError(f"{len(ids) + 2} tokens")
     except (OSError, EOFError, zlib.error, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not CLIP's merges file of 49,408 tokens ({error!r}): install "
                          f"mcl again, or `git checkout -- {path.name}` in its folder") from error
-    return {byte: i for i, byte in enumerate(symbols)}, table, merges
+    return {byte: i for i, byte in enumerate(symbols)}, merges

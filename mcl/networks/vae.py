@@ -145,13 +145,11 @@ class AutoencoderKL(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(frames)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, frames: Tensor, noise: Tensor | None = None, chunk_size: int = 4) -> Tensor:
-        """Return the scaled latents (1, c, f, H/s, W/s) of a clip.
+    def encode(self, frames: Tensor, chunk_size: int = 4) -> Tensor:
+        """Return the scaled latents (1, c, f, H/s, W/s) of a clip: the posterior's mean.
 
         Args:
             frames: Frames (f, 3, H, W) in [-1, 1], of any floating-point type and device.
-            noise: Standard normal noise (f, c, H/s, W/s) for a sample of the posterior; None for
-                its mean.
             chunk_size: Number of frames that are encoded at a time.
 
         Raises:
@@ -162,8 +160,7 @@ class AutoencoderKL(nn.Module):
         if frames.shape[-2] % s or frames.shape[-1] % s:
             raise InputError(f"frames of {frames.shape[-2]}x{frames.shape[-1]} cannot be encoded: "
                              f"height and width must be multiples of {s}")
-        inputs = (frames,) if noise is None else (frames, noise)
-        z = self._map_chunks(AutoencoderKL._encode_chunk, inputs, chunk_size)
+        z = self._map_chunks(AutoencoderKL._encode_chunk, frames, chunk_size)
         return rearrange(z * self.config.scaling_factor, "f c h w -> 1 c f h w")
 
     def decode(self, latents: Tensor, chunk_size: int = 4) -> Tensor:
@@ -177,28 +174,27 @@ class AutoencoderKL(nn.Module):
             NumericalError: If the frames are not finite, even in float32.
         """
         z = rearrange(latents, "b c f h w -> (b f) c h w")
-        return self._map_chunks(AutoencoderKL._decode_chunk, (z,), chunk_size).clamp_(-1, 1)
+        return self._map_chunks(AutoencoderKL._decode_chunk, z, chunk_size).clamp_(-1, 1)
 
-    def _encode_chunk(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
+    def _encode_chunk(self, frames: Tensor) -> Tensor:
         """Return the unscaled latents (b, c, h, w) of a few frames."""
-        mean, logvar = self.moments(frames)
-        return mean if noise is None else mean + (logvar / 2).exp() * noise
+        return self.moments(frames)[0]
 
     def _decode_chunk(self, latents: Tensor) -> Tensor:
         """Return the frames (b, 3, H, W) of a few scaled latents (b, c, h, w)."""
         return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
 
-    def _map_chunks(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...],
-                    chunk_size: int) -> Tensor:
-        """Return function(self, *inputs), computed for a few frames at a time.
+    def _map_chunks(self, function: Callable[..., Tensor], inputs: Tensor, chunk_size: int
+                    ) -> Tensor:
+        """Return function(self, inputs), computed for a few frames at a time.
 
         Many community VAEs overflow in float16, but most do not. If one does, the function is
         computed again by a float32 copy of the network, one frame at a time to save memory.
         """
         dtype = self.quant_conv.weight.dtype
         outputs = []
-        for chunks in zip(*(tensor.split(chunk_size) for tensor in inputs), strict=True):
-            outputs.append(function(self, *(x.to(self.quant_conv.weight) for x in chunks)))
+        for chunk in inputs.split(chunk_size):
+            outputs.append(function(self, chunk.to(self.quant_conv.weight)))
             if torch.isfinite(outputs[-1]).all():
                 continue
             if dtype in (torch.float32, torch.float64):

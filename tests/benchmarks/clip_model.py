@@ -2,7 +2,8 @@
 
 Weights are those of Hugging Face's CLIPModel, such as openai/clip-vit-large-patch14.
 """
-import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,11 +125,11 @@ def load_clip(path: Path) -> CLIPModel:
     """
     try:
         tensors = {name: t.float() for name, t in load_file(path).items() if name not in IGNORED}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}). Give the model.safetensors of a "
-                         "CLIPModel") from error
-    with torch.device("meta"):
-        model = CLIPModel(*infer_clip_configs(path, tensors))
+        with torch.device("meta"):
+            model = CLIPModel(*infer_clip_configs(path, tensors))
+    except (OSError, SafetensorError, KeyError, InputError) as error:
+        raise InputError(f"{path}: not a CLIPModel ({error}). Give the model.safetensors of "
+                         "openai/clip-vit-large-patch14") from error
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     check_names(path, set(tensors), shapes)
     for name, tensor in tensors.items():
@@ -137,26 +138,26 @@ def load_clip(path: Path) -> CLIPModel:
     return load_weights(model, tensors.items())
 
 
-def infer_clip_configs(path: Path, tensors: dict[str, Tensor]
+def infer_clip_configs(path: Path, tensors: Mapping[str, Tensor]
                        ) -> tuple[CLIPTextConfig, CLIPVisionConfig, int]:
-    """Return the sizes of both transformers, and of the common space, from the shapes."""
-    def sizes(part: str) -> dict[str, int]:
-        hidden = len(tensors[f"{part}.encoder.layers.0.layer_norm1.weight"])
-        numbers = {name.split(".")[3] for name in tensors if name.startswith(f"{part}.encoder.")}
-        fc1 = tensors[f"{part}.encoder.layers.0.mlp.fc1.weight"]
-        return {"hidden_size": hidden, "num_attention_heads": hidden // HEAD_SIZE,
-                "intermediate_size": len(fc1), "num_hidden_layers": len(numbers)}
+    """Return the sizes of both transformers, and of the common space, from the shapes.
 
+    Raises:
+        KeyError: If a tensor is missing.
+        InputError: If a size is not possible, or a config.json beside the file has an activation
+            that OpenAI's models do not have.
+    """
     config = path.parent / "config.json"
-    if config.is_file() and "quick_gelu" not in json.dumps(json.loads(config.read_text("utf-8"))):
-        raise InputError(f"{config}: not one of OpenAI's CLIP models, whose activation is "
-                         "quick_gelu. Give openai/clip-vit-large-patch14")
-    try:
-        places = len(tensors["vision_model.embeddings.position_embedding.weight"]) - 1
-        text, vision = CLIPTextConfig(**sizes("text_model")), CLIPVisionConfig(
-            patch_size=tensors["vision_model.embeddings.patch_embedding.weight"].shape[-1],
-            patches_per_side=round(places ** 0.5), **sizes("vision_model"))
-        return text, vision, len(tensors["text_projection.weight"])
-    except (KeyError, InputError) as error:
-        raise InputError(f"{path}: not a CLIPModel ({error}). Give the model.safetensors of "
-                         "openai/clip-vit-large-patch14") from error
+    if config.exists() and "quick_gelu" not in config.read_text("utf-8"):
+        raise InputError(f"{config} has another activation than quick_gelu")
+    sizes = {}
+    for part in ("text_model", "vision_model"):
+        mlp, hidden = tensors[f"{part}.encoder.layers.0.mlp.fc1.weight"].shape
+        layers = {name.split(".")[3] for name in tensors if name.startswith(f"{part}.encoder.")}
+        sizes[part] = {"hidden_size": hidden, "intermediate_size": mlp,
+                       "num_hidden_layers": len(layers), "num_attention_heads": hidden // HEAD_SIZE}
+    patch_size = tensors["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    positions = len(tensors["vision_model.embeddings.position_embedding.weight"])
+    vision = CLIPVisionConfig(patch_size=patch_size, patches_per_side=math.isqrt(positions - 1),
+                              **sizes["vision_model"])
+    return (CLIPTextConfig(**sizes["text_model"]), vision, len(tensors["text_projection.weight"]))

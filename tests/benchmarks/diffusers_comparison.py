@@ -17,7 +17,6 @@ if not __package__:     # run as a file
 
 from mcl.cli.process import OneLineErrorParser, exit_code_of, run_main
 from mcl.config import ModelConfig, SampleConfig
-from mcl.errors import InputError
 from tests.benchmarks.step_cost import TIMESTEP, random_model, time_call
 from tests.networks.diffusers_oracle import diffusers_noise, diffusers_unet
 
@@ -27,24 +26,18 @@ def run(args: argparse.Namespace) -> None:
     """Measure both UNets and print their times."""
     config, device = ModelConfig(), torch.device("cpu")
     settings = SampleConfig(num_frames=args.frames, height=args.size, width=args.size)
-    if args.repeat < 1 or args.frames > config.unet.motion_max_seq_length:
-        raise InputError("--repeat must be 1 or more, --frames at most "
-                         f"{config.unet.motion_max_seq_length}")
     model = random_model(config, device, torch.float32)
-    z = torch.randn(model.latent_shape(settings))
+    z = torch.randn(model.config.latent_shape(settings))
     oracle = diffusers_unet(model.unet, config.unet)
     text = torch.randn(1, config.text_encoder.max_position_embeddings,
                        config.unet.cross_attention_dim)
     passes = {"mcl": lambda: model.unet(z, TIMESTEP, text),
               "diffusers": lambda: diffusers_noise(oracle, z, TIMESTEP, text)}
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for _ in range(args.repeat + 1):
-        for name, action in passes.items():
-            times[name].append(time_call(action, device))
-    medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}     # warm
-    for name, seconds in times.items():
-        print(f"{name}: {medians[name]:.2f} s, of {', '.join(f'{s:.2f}' for s in seconds[1:])}")
-    print(f"ratio {medians['mcl'] / medians['diffusers']:.2f}")
+    rounds = [{name: time_call(action, device) for name, action in passes.items()}
+              for _ in range(args.repeat + 1)][1:]          # the first is slower
+    medians = {name: statistics.median(times[name] for times in rounds) for name in passes}
+    print(f"seconds in turns: {rounds}\nmedians: {medians}\n"
+          f"ratio: {medians['mcl'] / medians['diffusers']:.2f}")
 
 
 def main(argv: list[str] | None = None) -> int:

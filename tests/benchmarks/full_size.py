@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
 if not __package__:     # run as a file
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from mcl.checkpoints.model_file import build_on_meta
 from mcl.cli.process import OneLineErrorParser, exit_code_of, run_main
 from mcl.config import ModelConfig
 from mcl.files import atomic_write, check_writable, stream_safetensors
 
+ROOT = Path(__file__).parents[2]
 LOAD = "from mcl import load_model; load_model({!r}, device='cpu', dtype='float16')"
 FILES = {"unet": "unet/diffusion_pytorch_model.safetensors",
          "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -53,7 +53,7 @@ def measure_command(title: str, argv: Sequence[str]) -> None:
 
 def run(folder: Path) -> None:
     """Write the files, and measure both commands."""
-    check_writable(folder, folder=True)
+    check_writable(folder, is_folder=True)
     base, module, out = (folder / name for name in ("sd15", "v3_sd15_mm.ckpt", "out.safetensors"))
     model = build_on_meta(ModelConfig())
     motion = {name: t.shape for name, t in model.unet.state_dict().items() if "motion_mod" in name}

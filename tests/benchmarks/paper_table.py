@@ -24,7 +24,8 @@ from mcl.cli.process import OneLineErrorParser, exit_code_of, run_main
 from tests.benchmarks.clip_model import CLIPModel, load_clip
 from weights.training.intervals import mean_ci95
 
-PAPER_RESULTS = {"CLIP text alignment": 0.3187, "CLIP temporal consistency": 0.9621}  # 2406.05338
+# Results of MotionClone, arXiv 2406.05338.
+PAPER_RESULTS = {"CLIP text alignment": 0.3187, "CLIP temporal consistency": 0.9621}
 Record = dict[str, Any]
 
 
@@ -36,14 +37,14 @@ def read_record(path: Path, clip: CLIPModel) -> Record:
     """
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
-        metrics, prompt, settings = record["report"]["clone"], record["prompt"], record["settings"]
-        (record["reference"], record["seed"], record["report"]["unguided"])     # noqa: B018
-        size = (settings["height"], settings["width"])
-        frames = read_video(path.with_suffix(""), settings["num_frames"], size)
+        settings = record["settings"]
+        frames = read_video(path.with_suffix(""), settings["num_frames"],
+                            (settings["height"], settings["width"]))
+        scores = clip.clip_scores(record["prompt"], frames)
+        record["report"]["clone"].update(zip(PAPER_RESULTS, scores))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as a record with its clip ({error}). Give files "
                          "that sample.py --report wrote") from error
-    metrics.update(zip(PAPER_RESULTS, clip.clip_scores(prompt, frames)))
     return record
 
 

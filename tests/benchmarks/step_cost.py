@@ -2,12 +2,12 @@
 
     python tests/benchmarks/step_cost.py --model sd15 --frames 16 8 24 --sizes 256 384 512
 
-Prints a Markdown table of arithmetic, time and memory for a forward pass of the UNet, a step without
-guidance and a step with it. The weights are random, because the cost does not depend on them. The
-first length is combined with every size, and the first size with every length. The arithmetic is
-counted at every size on tensors without data. Steps that would take too long, or do not fit into
-memory, are extrapolated from the largest that were measured: time by arithmetic, memory by the
-number of latent elements.
+Prints a Markdown table of arithmetic, time and memory for a forward pass of the UNet, a step
+without guidance and a step with it. The weights are random, because the cost does not depend on
+them. The first length is combined with every size, and the first size with every length. The
+arithmetic is counted at every size on tensors without data. Steps that would take too long, or do
+not fit into memory, are extrapolated from the largest that were measured: time by arithmetic,
+memory by the number of latent elements.
 """
 import argparse
 import ctypes
@@ -16,7 +16,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ from mcl.clone import needs_checkpointing
 from mcl.config import ModelConfig, SampleConfig, UNetConfig
 from mcl.device import DTYPES, disable_malloc_trimming, resolve_device, resolve_dtype
 from mcl.errors import InputError
-from mcl.guidance import motion_guidance, resolve_guidance
+from mcl.guidance import motion_guidance
 from mcl.model import Model
-from mcl.motion import top_k_motion
+from mcl.motion import Motion
 from mcl.networks.attention import AttentionRequest
 from mcl.networks.ops import to_channels_last
 from mcl.networks.unet import UNet3D
@@ -47,39 +47,23 @@ CONFIGS = {"tiny": TINY, "sd15": ModelConfig(),
            "sd15-v2": ModelConfig(unet=UNetConfig(motion_mid_block=True))}
 TIMESTEP = 800                          # all timesteps cost the same
 ATEN = torch.ops.aten
-# Products and convolutions. PyTorch's own table has no fused attention of CPUs.
-FLOP_FORMULAS = {
-    ATEN._scaled_dot_product_flash_attention_for_cpu:
-        flop_registry[ATEN._scaled_dot_product_flash_attention],
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
-        flop_registry[ATEN._scaled_dot_product_flash_attention_backward], **flop_registry}
+# PyTorch's own table of products and convolutions has no fused attention of CPUs.
+FLOP_FORMULAS = {**flop_registry, **{
+    getattr(ATEN, f"_scaled_dot_product_flash_attention_for_cpu{suffix}"): flop_registry[
+        getattr(ATEN, f"_scaled_dot_product_flash_attention{suffix}")]
+    for suffix in ("", "_backward")}}
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
     """Cost of one kind of step; `peak_bytes` is beside the weights, None if unknown."""
 
-    num_frames: int
-    size: int
+    settings: SampleConfig
     kind: str
     flops: int
     seconds: float
     peak_bytes: float | None
     is_measured: bool = True
-
-
-class FlopCounter(TorchDispatchMode):
-    """Counts floating-point operations; torch's FlopCounterMode does not allow autograd.grad."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in FLOP_FORMULAS:
-            self.total += FLOP_FORMULAS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
@@ -94,15 +78,16 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 def benchmark_steps(model: Model, config: SampleConfig, gradient_checkpointing: bool
                     ) -> dict[str, Callable[[], object]]:
     """Return functions that take one step each, by the kind of the step."""
-    z = torch.randn(model.latent_shape(config), device=model.device)
-    text, null_text = torch.randn(
-        2, 1, model.config.text_encoder.max_position_embeddings,
-        model.config.unet.cross_attention_dim, device=model.device, dtype=model.dtype)
-    sampler = Sampler(model, text, null_text, config)
+    z = torch.randn(model.config.latent_shape(config), device=model.device)
+    embeds = torch.randn(2, model.config.text_encoder.max_position_embeddings,
+                         model.config.unet.cross_attention_dim)
+    sampler = Sampler(model, embeds, config)
+    text, null_text = sampler.text, sampler.negative_embeds
     maps = model.unet.forward_to_attention(z.to(model.dtype), TIMESTEP, null_text,
                                            AttentionRequest(temporal=config.guidance_blocks))
-    guidance = resolve_guidance(
-        [motion_guidance(top_k_motion([maps], 1, sampler.windows, {}))], model.unet)
+    top = {name: probs.topk(1) for name, probs in maps.temporal.items()}
+    guidance = [motion_guidance(Motion({name: t.values for name, t in top.items()},
+                                       {name: t.indices for name, t in top.items()}))]
 
     def unguided() -> None:
         sampler.predict_noise(z, TIMESTEP, text)
@@ -116,22 +101,36 @@ def benchmark_steps(model: Model, config: SampleConfig, gradient_checkpointing: 
             "unguided step": unguided, "guided step": guided}
 
 
-def count_flops(config: ModelConfig, settings: SampleConfig, gradient_checkpointing: bool
-                ) -> dict[str, int]:
+class FlopCounter(TorchDispatchMode):
+    """Counts floating-point operations. PyTorch's FlopCounterMode does not allow autograd.grad."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in FLOP_FORMULAS:
+            self.total += FLOP_FORMULAS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def count_step_flops(config: ModelConfig, settings: SampleConfig, gradient_checkpointing: bool
+                     ) -> dict[str, int]:
     """Return the arithmetic of each kind of step, counted on tensors without data."""
-    totals = {}
-    with FakeTensorMode(), torch.no_grad():
-        model = random_model(config, torch.device("cpu"), torch.float32)
-        for kind, step in benchmark_steps(model, settings, gradient_checkpointing).items():
+    with FakeTensorMode():
+        model = build_on_meta(config)
+        model.unet = UNet3D(config.unet).requires_grad_(False).eval()
+        steps = benchmark_steps(model, settings, gradient_checkpointing)
+        flops = {}
+        for kind, step in steps.items():
             with FlopCounter() as counter:
                 step()
-            totals[kind] = counter.total
-    return totals
+            flops[kind] = counter.total
+    return flops
 
 
 def time_call(action: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that an action takes on a device."""
-    synchronize = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
+    synchronize = getattr(torch, device.type).synchronize
     synchronize()
     start = time.perf_counter()
     action()
@@ -167,40 +166,33 @@ def peak_rss() -> int:
 def measure_steps(model: Model, settings: SampleConfig, flops: dict[str, int],
                   gradient_checkpointing: bool, repeat: int) -> list[StepCost]:
     """Return the cost of each kind of step: the median time of `repeat` steps after one."""
-    with torch.no_grad():
-        steps = benchmark_steps(model, settings, gradient_checkpointing)
+    steps = benchmark_steps(model, settings, gradient_checkpointing)
     peaks = {kind: peak_memory(step, model.device) for kind, step in steps.items()}
     # In turns, because a machine's speed may change from minute to minute.
     rounds = [{kind: time_call(step, model.device) for kind, step in steps.items()}
               for _ in range(repeat)]
-    return [StepCost(settings.num_frames, settings.width, kind, flops[kind],
-                     statistics.median(r[kind] for r in rounds), peaks[kind]) for kind in steps]
+    return [StepCost(settings, kind, flops[kind], statistics.median(r[kind] for r in rounds),
+                     peaks[kind]) for kind in steps]
 
 
-def extrapolate(costs: Sequence[StepCost], settings: SampleConfig, flops: dict[str, int]
-                ) -> list[StepCost]:
-    """Return the estimated cost of steps at another size, from measured costs of a smaller size."""
-    frames, size = settings.num_frames, settings.width
-    estimates = []
-    for cost in costs:
-        growth = frames * size ** 2 / (cost.num_frames * cost.size ** 2)
-        peak = None if cost.peak_bytes is None else cost.peak_bytes * growth
-        seconds = cost.seconds * flops[cost.kind] / cost.flops
-        estimates.append(StepCost(frames, size, cost.kind, flops[cost.kind], seconds, peak, False))
-    return estimates
+def extrapolate(cost: StepCost, settings: SampleConfig, flops: int) -> StepCost:
+    """Return the estimated cost of a step at another size, from a measured one."""
+    positions, known = (s.num_frames * s.height * s.width for s in (settings, cost.settings))
+    peak = None if cost.peak_bytes is None else cost.peak_bytes * positions / known
+    return StepCost(settings, cost.kind, flops, cost.seconds * flops / cost.flops, peak, False)
 
 
 def format_row(cost: StepCost) -> str:
     """Return one row of the Markdown table."""
-    peak = "?" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e9:.2f}"
-    return " | ".join([
-        f"| {cost.num_frames} | {cost.size}x{cost.size} | {cost.kind}", f"{cost.flops / 1e12:.3g}",
-        f"{cost.seconds:.3g}", f"{cost.flops / cost.seconds / 1e9:.0f}", peak,
-        f"{'measured' if cost.is_measured else 'extrapolated'} |"])
+    config, peak = cost.settings, "?" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e9:.2f}"
+    return (f"| {config.num_frames} | {config.width}x{config.height} | {cost.kind} "
+            f"| {cost.flops / 1e12:.3g} | {cost.seconds:.3g} "
+            f"| {cost.flops / cost.seconds / 1e9:.0f} | {peak} "
+            f"| {'measured' if cost.is_measured else 'extrapolated'} |")
 
 
 def print_machine(model: Model) -> None:
-    """Print the machine, its rate of matrix products, and the model."""
+    """Print the machine, its speed in matrix products, and the model."""
     device, n = model.device, 2048
     name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"{device.type}, {torch.get_num_threads()} threads")
@@ -215,25 +207,24 @@ def print_machine(model: Model) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure and print all costs."""
     config, device = CONFIGS[args.model], resolve_device(args.device)
-    sample, limit = config.sample, config.unet.motion_max_seq_length
-    frames, sizes = args.frames or [sample.num_frames], args.sizes or [sample.width]
-    pairs = {(n, sizes[0]) for n in frames} | {(frames[0], size) for size in sizes}
-    all_settings = [dataclasses.replace(sample, num_frames=n, height=size, width=size, top_k=1)
-                    for n, size in sorted(pairs, key=lambda pair: pair[0] * pair[1] ** 2)]
+    limit, use_low_memory = config.unet.motion_max_seq_length, args.memory == "low"
+    frames, sizes = args.frames or [config.sample.num_frames], args.sizes or [config.sample.width]
     if args.repeat < 1 or max(frames) > limit:
         raise InputError(f"--repeat must be 1 or more, --frames at most {limit} for this model")
+    pairs = {(n, sizes[0]) for n in frames} | {(frames[0], size) for size in sizes}
+    all_settings = [dataclasses.replace(config.sample, num_frames=n, height=size, width=size)
+                    for n, size in sorted(pairs, key=lambda pair: pair[0] * pair[1] ** 2)]
     model = random_model(config, device, resolve_dtype(args.dtype, device))
     for settings in all_settings:
-        model.latent_shape(settings)                        # refuses impossible sizes
-    use_low_memory = args.memory == "low"
+        model.config.latent_shape(settings)                        # rejects impossible sizes
     if not use_low_memory:
         disable_malloc_trimming()
     print_machine(model)
     print("| frames | size | | TFLOP | seconds | GFLOP/s | peak GB | |\n" + "|---" * 8 + "|")
     measured: list[StepCost] = []
     for settings in all_settings:
-        flops = count_flops(config, settings, use_low_memory)
-        costs = extrapolate(measured, settings, flops)
+        flops = count_step_flops(config, settings, use_low_memory)
+        costs = [extrapolate(cost, settings, flops[cost.kind]) for cost in measured]
         fits = use_low_memory or not needs_checkpointing(model, settings)
         if not costs or (fits and max(cost.seconds for cost in costs) < args.max_seconds):
             costs = measured = measure_steps(model, settings, flops, use_low_memory, args.repeat)

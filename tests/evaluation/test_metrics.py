@@ -11,7 +11,7 @@ from mcl.evaluation.metrics import (camera_curves, change_centroids, curve_corre
 from mcl.evaluation.tracking import tracklets
 from mcl.motion import Motion
 from weights.training.held_out import held_out_path
-from weights.training.scenes import COLORS, GROUNDS, Scene, render
+from weights.training.scenes import BACKGROUNDS, COLORS, Scene, render
 
 FRAMES = 16
 STILL = torch.zeros(FRAMES)
@@ -20,8 +20,8 @@ STILL = torch.zeros(FRAMES)
 def make_clip(path, size=128, color="red", ground="gray", shape="star", texture="plain", **camera):
     """Render a subject on a path (f, 2), or at rest in the center, and a camera motion."""
     return render(Scene(
-        shape=shape, color=COLORS[color], texture=texture, ground=GROUNDS[ground],
-        second=(0.8, 0.8, 0.8), cell=0.4, texture_angle=0.2,
+        shape=shape, color=COLORS[color], texture=texture, background=BACKGROUNDS[ground],
+        second_color=(0.8, 0.8, 0.8), cell_size=0.4, texture_angle=0.2,
         center=torch.zeros(FRAMES, 2) if path is None else path, radius=STILL + 0.35, angle=STILL,
         **{"pan": torch.zeros(FRAMES, 2), "zoom": STILL + 1, "roll": STILL} | camera), size)
 

@@ -1,4 +1,4 @@
-"""The walk through the paper: it runs, and what it stores is of a whole run."""
+"""The notebook runs, and its stored outputs belong to a whole run."""
 import os
 from pathlib import Path
 
@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "walkthrough.ipynb"
 
 
-def said(notebook):
-    """All that its cells print, and the number of pictures that they draw."""
+def outputs_of(notebook):
+    """Return all that the cells print, and the number of pictures that they draw."""
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     return ("".join(out.text for out in outputs if out.output_type == "stream"),
             sum("image/png" in out.get("data", {}) for out in outputs))
@@ -22,21 +22,22 @@ def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
-def test_it_runs_and_its_loop_is_sample_s_to_the_byte(notebook, monkeypatch, tmp_path):
-    stored = said(notebook)
+def test_notebook_runs_and_its_loop_equals_clone_bit_for_bit(notebook, monkeypatch, tmp_path):
+    stored_text, stored_pictures = outputs_of(notebook)
     monkeypatch.setenv("WALKTHROUGH_QUICK", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    text, pictures = said(notebook)
-    assert "\nequal: True\n" in text and "the same as extract_motion: True\n" in text
+    text, pictures = outputs_of(notebook)
+    assert "\nequal: True\n" in text and "equal to extract_motion: True\n" in text
     lines = dict(line.split(":") for line in text.splitlines() if line.count(":") == 1)
     assert float(lines["by hand"]) == pytest.approx(float(lines["motion_loss"]), rel=1e-5)
     assert float(lines["after a step of length 2"]) < float(lines["g at the start"])
-    assert (len(text.splitlines()), pictures) == (len(stored[0].splitlines()), stored[1])
+    assert len(text.splitlines()) == len(stored_text.splitlines())
+    assert pictures == stored_pictures
 
 
-def test_it_is_stored_with_small_outputs_of_a_whole_run(notebook):
-    text, pictures = said(notebook)
+def test_stored_outputs_are_small_and_belong_to_a_whole_run(notebook):
+    text, pictures = outputs_of(notebook)
     assert NOTEBOOK.stat().st_size < 600e3 and pictures == 9
     assert "equal: True" in text and "Warning" not in text and str(Path.home()) not in text
     fidelity = {line[:14].strip(): float(line[14:]) for line in text.splitlines()

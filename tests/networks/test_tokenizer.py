@@ -213,23 +213,9 @@ def test_split_gives_the_positions_of_a_word(tokenizer):
     assert [piece for piece, _ in split] == ["it", "'s", "a", "zxqv", ",", "caf\u00e9", "!!"]
     start = 1 + sum(len(ids) for _, ids in split[:3])
     row = tokenizer("It\u2019s a ZXQV, caf\u00e9!!")[0]
-    assert tokenizer.decode(row[start:start + len(split[3][1])]) == "zxqv"
+    assert row[start:start + len(split[3][1])].tolist() == tokenizer.encode("zxqv")
     split[3][1].clear()
     assert tokenizer.encode("zxqv") != []
-
-
-def test_decode_returns_the_pieces(tokenizer):
-    for text in prompts(FRAGMENTS[:-2], 300, seed=6):
-        words = pieces(tokenizer, text)
-        assert tokenizer.decode(tokenizer.encode(text)) == " ".join(words)
-    assert tokenizer.decode(tokenizer("a photo of a cat")[0]) == "a photo of a cat"
-    assert tokenizer.decode([tokenizer.encode("\U0001f408")[0]]).endswith("\ufffd")
-
-
-@pytest.mark.parametrize("invalid", [-1, 49408])
-def test_decode_rejects_an_id_out_of_range(tokenizer, invalid):
-    with pytest.raises(ValueError, match=f"{invalid} is out of range: it must be 0 to 49407"):
-        tokenizer.decode([320, invalid])
 
 
 def damaged_files():

@@ -1,102 +1,103 @@
-"""The measures of cloning: what they say to a perfect clone, and to one of another motion."""
+"""Tests of the evaluation: metrics of perfect and of wrong clones, the table, resumed runs."""
 import dataclasses
 import json
 
-import imageio.v3 as imageio
 import pytest
 import torch
 
-from mcl import InputError
-from mcl.config import TINY
+import mcl
 from weights.training import evaluate
-from weights.training.clips import tone
-from weights.training.evaluate import door, measured, save_strip, sheet, strip_name, table
 from weights.training.clip_metrics import measure, psnr
-from weights.training.held_out import CAMERAS, PATHS, held_out_cases, word_cases
-from weights.training.scenes import COLORS, GROUNDS, render
-from weights.training.vocabulary import EMOJI, emoji
+from weights.training.clips import shade
+from weights.training.evaluate import clone_case, format_table, suitability_summary
+from weights.training.held_out import CAMERAS, PATHS, emoji_cases, held_out_cases
+from weights.training.records import read_jsonl
+from weights.training.scenes import BACKGROUNDS, COLORS, EMOJI, emoji_sprite, render
+from weights.training.train import TINY
 
 
-def perfect(case, scene=None):
-    """What was asked for, drawn with a scene's motion."""
-    ground = GROUNDS[case.ground]
-    return render(dataclasses.replace(scene or case.scene, shape=case.shape, ground=ground,
-                                      color=COLORS[case.color], second=tone(ground)), 128)
+def perfect(case):
+    """Return the frames of a perfect clone: the prompt, rendered with the reference's motion."""
+    background = BACKGROUNDS[case.background]
+    return render(dataclasses.replace(
+        case.scene, shape=case.shape, color=COLORS[case.color], background=background,
+        second_color=shade(background)), 128)
 
 
 @pytest.mark.parametrize("case", held_out_cases(PATHS, 6, 16, 40), ids=lambda case: case.motion)
-def test_a_perfect_clone_of_an_object_is_measured_as_one(case):
-    found = measure(perfect(case), case)
-    assert found["direction"] > 0.97 and found["position error"] < 0.06    # not all are centred
-    assert (found["found"], found["colour"], found["ground"]) == (1, 1, 1)
-    assert found["shape"] >= 0.9
+def test_perfect_clone_of_a_moving_object_has_perfect_metrics(case):
+    values = measure(perfect(case), case)
+    assert values["direction"] > 0.97 and values["position error"] < 0.06    # not all are centred
+    assert (values["found"], values["colour"], values["ground"]) == (1, 1, 1)
+    assert values["shape"] >= 0.9
     turned = measure(perfect(case).flip(-1, -2), case)
     assert turned["direction"] < -0.9 and turned["position error"] > 0.3
 
 
 @pytest.mark.parametrize("case", held_out_cases(CAMERAS, 3, 16, 40), ids=lambda case: case.motion)
-def test_a_perfect_clone_of_a_camera_is_measured_as_one(case):
+def test_perfect_clone_of_a_moving_camera_has_perfect_metrics(case):
     frames = perfect(case)
-    found = measure(frames, case)
-    assert found["camera"] > 0.97 and found["ground"] == 1
-    ground = GROUNDS[case.ground]
-    swapped = render(dataclasses.replace(case.scene, ground=tone(ground), second=ground), 128)
-    assert measure(swapped, case)["ground"] == 1        # the same two tones in each other's place
+    values = measure(frames, case)
+    assert values["camera"] > 0.97 and values["ground"] == 1
+    color = BACKGROUNDS[case.background]
+    swapped = dataclasses.replace(case.scene, background=shade(color), second_color=color)
+    assert measure(render(swapped, 128), case)["ground"] == 1
     assert measure(frames.flip(0), case)["camera"] < 0
 
 
-def test_the_door_counts_who_passes_and_who_is_followed():
-    found = [(.5, .1, {"direction": .9}), (.5, .1, {"direction": .6}),
-             (.3, .1, {"direction": .2, "camera": .8}), (.5, .2, {"direction": .6})]
-    records = [{"movement": moved, "denoising error": error, **figures}
-               for moved, error, figures in found]
-    wanted = dataclasses.replace(TINY, min_reference_motion=.4, max_denoising_error=.15)
-    assert door(records, wanted) == ("not warned of: 2 of 4 references, of which 1 are followed; "
-                                     "of the others 1 are")
+def test_suitability_summary_counts_references_that_pass_and_clones_that_follow():
+    rows = [(.5, .1, {"direction": .9}), (.5, .1, {"direction": .6}),
+            (.3, .1, {"direction": .2, "camera": .8}), (.5, .2, {"direction": .6})]
+    records = [{"movement": motion, "denoising error": error, **values}
+               for motion, error, values in rows]
+    config = dataclasses.replace(TINY, min_reference_motion=.4, max_denoising_error=.15)
+    assert suitability_summary(records, config) == (
+        "2 of 4 references pass without a warning, 1 of them are followed; of the others 1 are")
 
 
-def test_a_perfect_clone_with_an_emoji_is_measured_as_one_and_another_as_none(drawn_words):
-    for case in word_cases(6, 4, 40):
-        drawn, other = (render(dataclasses.replace(
-            case.scene, shape=word, skin=drawn_words(word), ground=GROUNDS[case.ground]), 128)
+def test_right_emoji_is_recognized_and_another_one_is_not(drawn_words):
+    for case in emoji_cases(6, 4, 40):
+        background = BACKGROUNDS[case.background]
+        right, wrong = (render(dataclasses.replace(
+            case.scene, shape=word, sprite=drawn_words(word), background=background), 128)
             for word in (case.shape, next(w for w in EMOJI if w != case.shape)))
-        found = measure(drawn, case)
-        assert found["direction"] > 0.97 and found["position error"] < 0.06
-        assert (found["found"], found["shape"], found["ground"]) == (1, 1, 1)
-        assert measure(other, case)["shape"] == 0 and "colour" not in found
-        star = dataclasses.replace(case.scene, shape="star", ground=GROUNDS[case.ground])
+        values = measure(right, case)
+        assert values["direction"] > 0.97 and values["position error"] < 0.06
+        assert (values["found"], values["shape"], values["ground"]) == (1, 1, 1)
+        assert measure(wrong, case)["shape"] == 0 and "colour" not in values
+        star = dataclasses.replace(case.scene, shape="star", background=background)
         assert measure(render(star, 128), case)["shape"] == 0
 
 
-def test_without_the_font_of_the_emoji_nothing_is_sampled(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("weights.training.vocabulary.FONT", tmp_path / "none.ttf")
-    monkeypatch.setattr("weights.training.evaluate.clone", None)
-    emoji.cache_clear()
-    assert evaluate.main(["--clips", "1", "--word-clips", "1"]) == 2
+def test_missing_emoji_font_is_reported_before_sampling(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("weights.training.scenes.FONT", tmp_path / "none.ttf")
+    monkeypatch.setattr("weights.training.evaluate.clone_case", None)
+    emoji_sprite.cache_clear()
+    assert evaluate.main(["--clips", "1", "--emoji-clips", "1"]) == 2
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "apt-get install fonts-noto-color-emoji" in line
 
 
-def test_a_subject_that_changes_is_not_steady():
+def test_subject_that_changes_is_not_steady():
     case = held_out_cases(("circle",), 1, 8, 40)[0]
-    own, other = perfect(case), perfect(dataclasses.replace(case, shape="ring"))
+    right, other = perfect(case), perfect(dataclasses.replace(case, shape="ring"))
     assert measure(other, case)["steady"] == 1 and measure(other, case)["shape"] == 0
-    assert measure(torch.cat([own[:5], other[5:]]), case)["steady"] == 5 / 8
+    assert measure(torch.cat([right[:5], other[5:]]), case)["steady"] == 5 / 8
 
 
-def test_the_psnr_of_an_error_of_a_tenth_of_the_range_is_20():
+def test_psnr_of_an_error_of_a_tenth_of_the_range_is_20():
     frames = torch.zeros(2, 3, 8, 8)
     assert psnr(frames + 0.2, frames) == pytest.approx(20, abs=1e-4)
 
 
-def test_a_camera_keeps_its_texture_or_is_given_another():
+def test_prompt_of_a_camera_has_the_reference_texture_or_another_one():
     for case in held_out_cases(CAMERAS, 6, 16, 40):
         assert case.scene.texture in case.prompt
     for case in held_out_cases(CAMERAS, 6, 16, 40, other_textures=True):
         assert case.scene.texture not in case.prompt
 
 
-def test_the_table_has_means_over_clips_and_their_intervals():
+def test_table_has_means_over_clips_with_confidence_intervals():
     base = {"row": "unguided", "kind": "object", "colour": 1.0, "ground": 1.0, "flicker": 0.0}
     records = [base | {"clip": clip, "seed": seed, "direction": d, "position error": 0.5,
                        "shape": shape}
@@ -106,7 +107,7 @@ def test_the_table_has_means_over_clips_and_their_intervals():
                            "direction": 9.0, "position error": 9.0})
     records.append(base | {"clip": "d", "seed": 0, "kind": "still", "direction": None,
                            "position error": 0.1, "shape": 1.0})
-    first, second = (line.split(" | ") for line in table(records).splitlines()[2:])
+    first, second = (line.split(" | ") for line in format_table(records).splitlines()[2:])
     assert first[0] == "| unguided" and second[0] == "| unguided: still"
     assert first[1] == "0.400 ± 2.541"      # clips 0.2 and 0.6; 12.706 * 0.283 / sqrt(2)
     assert first[2:4] == ["0.500 ± 0.000", "0.900"]         # one camera clip has no interval
@@ -114,64 +115,66 @@ def test_the_table_has_means_over_clips_and_their_intervals():
     assert second[1:4] == ["-", "0.100", "-"] and second[-1] == "1 x 1.0 |"
 
 
-def test_the_sheet_has_the_best_on_the_left_and_the_worst_on_the_right(tmp_path):
-    records = [{"row": "default", "clip": f"a {i}", "seed": 0, "kind": kind, "direction": .7,
-                name: score}
-               for i, (kind, name, score) in enumerate([("object", "direction", .5),
-                                                        ("camera", "camera", .9),
-                                                        ("object", "direction", -.2)])]
-    for i, r in enumerate(records):
-        clip = torch.full((4, 3, 16, 16), -0.5 + 0.5 * i)
-        save_strip(tmp_path / strip_name(r), [torch.full_like(clip, -1.0), clip])
-    sheet(records, tmp_path, 1)
-    picture = imageio.imread(tmp_path / "sheet.png")
-    assert picture.shape == (2 * 8 + 8, 2 * (2 * 8 + 8), 3)     # two frames of four, at half size
-    reference, clone = picture[6, :, 0], picture[14, :, 0]
-    assert reference[6] == 0 and clone[6] == 128 and clone[24 + 6] == 191
-
-
-def test_an_evaluation_goes_on_from_a_line_that_was_cut_off(tmp_path):
-    whole = {"model": "m", "row": "default", "kind": "object", "clip": "circle", "seed": 0}
+def test_incomplete_last_record_is_ignored_and_other_damage_is_rejected(tmp_path):
+    record = {"row": "default", "clip": "circle"}
     path = tmp_path / "study.jsonl"
-    assert measured(path, {"model": "m"}) == []
-    path.write_text(json.dumps(whole) + "\n" + json.dumps(whole)[:30])
-    assert measured(path, {"model": "m"}) == [whole]
-    with pytest.raises(InputError, match="figures of another model"):
-        measured(path, {"model": "n"})
-    for content, message in (('{"mod\n{}\n', "line 1: is cut off"),
-                             ("[1]\n", "no figures of an evaluation")):
+    assert read_jsonl(path, {"row"}) == []
+    path.write_text(json.dumps(record) + "\n" + json.dumps(record)[:30])
+    assert read_jsonl(path, {"row"}) == [record]
+    for content, message in (('{"mod\n{}\n', "cannot be read"), ("[1]\n", "record 1: has no row"),
+                             ("{}\n", "record 1: has no row"), ('{"row": 1}\nnull\n', "record 2")):
         path.write_text(content)
-        with pytest.raises(InputError, match=message):
-            measured(path, {"model": "m"})
+        with pytest.raises(mcl.InputError, match=message):
+            read_jsonl(path, {"row"})
 
 
-def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
-    made = []
+def test_measured_clips_are_not_measured_again(tmp_path, monkeypatch, capsys):
+    calls = []
 
-    def clone(model, case, config, guided, seed):
-        made.append((case.motion, guided, seed))
-        return perfect(case) if guided else perfect(case).flip(0, -1, -2)
+    def clone_case(model, case, reference, settings, is_guided, seed):
+        calls.append((case.motion, is_guided, seed))
+        return perfect(case) if is_guided else perfect(case).flip(0, -1, -2)
 
-    monkeypatch.setattr(evaluate, "clone", clone)
+    monkeypatch.setattr(evaluate, "clone_case", clone_case)
     command = ["--seed", "200", "--clips", "1", "--camera-clips", "1", "--still-clips", "0",
                "--out", str(tmp_path / "f.jsonl"), "--save", str(tmp_path)]
     assert evaluate.main(command) == 0
-    assert sorted(made) == [(m, g, 0) for m in ("figure eight", "pan") for g in (False, True)]
-    said, clips = capsys.readouterr().out, len(list(tmp_path.glob("*, 0.png")))
-    assert "not warned of: 2 of 2 references, of which 2 are followed" in said and clips == 4
-    assert (tmp_path / "sheet.png").exists()
-    assert evaluate.main(command) == 0 and len(made) == 4
-    assert capsys.readouterr().out == said
+    expected = [(m, g, 0) for m in ("figure eight", "pan") for g in (False, True)]
+    assert sorted(calls) == expected
+    output, clips = capsys.readouterr().out, len(list(tmp_path.glob("*.mp4")))
+    assert "2 of 2 references pass without a warning, 2 of them are followed" in output
+    assert clips == 4
+    assert evaluate.main(command) == 0 and len(calls) == 4
+    assert capsys.readouterr().out == output
     assert evaluate.main([*command, "--seeds", "2", "--guided-only"]) == 0
-    assert sorted(made[4:]) == [("figure eight", True, 1), ("pan", True, 1)]
+    assert sorted(calls[4:]) == [("figure eight", True, 1), ("pan", True, 1)]
     capsys.readouterr()
-    assert evaluate.main([*command, "--set", "top_k=8", "frames=8"]) == 0
-    assert sorted(made[6:]) == [(m, g, 0) for m in ("figure eight", "pan") for g in (False, True)]
+    assert evaluate.main([*command, "--set", "top_k=8", "num_frames=8"]) == 0
+    assert sorted(calls[6:]) == expected
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in rows[2:6]] == [
-        "| default", "| default, unguided", "| top_k = 8, frames = 8",
-        "| top_k = 8, frames = 8, unguided"]
-    assert evaluate.main([*command, "--save", command[-3]]) == 2
-    assert "f.jsonl: is a file; give the name of a folder" in capsys.readouterr().err
+        "| default", "| default, unguided", "| top_k = 8, num_frames = 8",
+        "| top_k = 8, num_frames = 8, unguided"]
     assert evaluate.main([*command, "--dtype", "bfloat16"]) == 2
-    assert "figures of another model or dtype" in capsys.readouterr().err
+    assert "records of another model or dtype" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"method": "inversion", "inversion_steps": 3}, {"semantic_scale": 10.0}])
+def test_cases_are_cloned_by_the_public_function(embedded, settings):
+    case, = held_out_cases(("circle",), 1, 16, 40)
+    settings |= {"steps": 2, "guidance_steps": 1}
+    reference = render(case.scene, 128)
+    subject = {"subject": (case.scene.shape, case.shape)} if "semantic_scale" in settings else {}
+    expected = mcl.clone(reference, case.prompt, model=embedded, seed=2040,
+                         ref_prompt=case.ref_prompt, **subject, **settings).frames
+    assert torch.equal(clone_case(embedded, case, reference, settings, True, 2), expected)
+    config = dataclasses.replace(embedded.config.sample, steps=2, guidance_steps=1)
+    *_, state = mcl.sample(embedded, case.prompt, None, config,
+                           generator=torch.Generator().manual_seed(40))
+    assert torch.equal(clone_case(embedded, case, reference, settings, False),
+                       embedded.vae.decode(state.latents))
+
+
+def test_published_weights_have_the_config_of_the_training(embedded):
+    assert embedded.config == TINY

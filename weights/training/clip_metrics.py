@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mcl.evaluation.metrics import camera_curves, curve_correlation, flicker
 
+from . import scenes
 from .clips import shade
 from .held_out import CAMERAS, EvalCase
-from .scenes import (BACKGROUNDS, COLORS, EMOJI, SHAPES, Rgb, Scene, emoji_sprite, projected_center,
-                     render)
+from .scenes import BACKGROUNDS, COLORS, EMOJI, SHAPES, Rgb, Scene, emoji_sprite, render
 
 K = TypeVar("K")
 MIN_AREA = 0.004                # fraction of the picture below which a mask is no subject
@@ -34,10 +34,10 @@ def measure(frames: Tensor, case: EvalCase) -> dict[str, float]:
     Returns:
         By name: "direction" (mean cosine of the subject's steps), "position error", "flicker",
         "camera" (correlation of the camera's curves, for moving cameras with a texture); and as
-        fractions of the frames: "found" (there is a subject), "colour" (not for emoji), "ground" and
-        "shape" (right), "steady" (the most frequent subject, right or not).
+        fractions of the frames: "found" (there is a subject), "colour" (not for emoji), "ground"
+        and "shape" (right), "steady" (the most frequent subject, right or not).
     """
-    target = projected_center(case.scene)
+    target = scenes.projected_center(case.scene)
     mask = (subject_mask(frames, case.color, case.background) if case.color else
             foreground_mask(frames, case.background))
     center, is_found = track(mask)
@@ -77,7 +77,7 @@ def camera_agreement(frames: Tensor, case: EvalCase) -> float:
 
 
 def subject_mask(frames: Tensor, color: str, background: str) -> Tensor:
-    """Return where frames (f, 3, H, W) in [-1, 1] are nearer to the subject's color: (f, H, W) bool."""
+    """Return masks (f, H, W) of where frames (f, 3, H, W) are nearer to the subject's color."""
     to_subject, to_background = (
         (frames / 2 + 0.5 - torch.tensor(c)[:, None, None]).square().sum(dim=1)
         for c in (COLORS[color], BACKGROUNDS[background]))
@@ -85,7 +85,7 @@ def subject_mask(frames: Tensor, color: str, background: str) -> Tensor:
 
 
 def foreground_mask(frames: Tensor, background: str) -> Tensor:
-    """Return where frames (f, 3, H, W) in [-1, 1] differ from a plain background: (f, H, W) bool."""
+    """Return masks (f, H, W) of where frames (f, 3, H, W) differ from a plain background."""
     difference = (frames + 1) / 2 - rearrange(torch.tensor(BACKGROUNDS[background]), "c -> c 1 1")
     return difference.abs().amax(dim=1) > 0.12
 
@@ -138,7 +138,7 @@ def best_subject(frame: Tensor, mask: Tensor, background: str) -> str:
 
 
 def crop_resize(picture: Tensor, mask: Tensor, size: int = 48) -> tuple[Tensor, float]:
-    """Return the box around a mask (H, W), as (c, size, size) of a picture, and its aspect ratio."""
+    """Return the box around a mask (H, W), as (c, size, size) of a picture, and its aspect."""
     rows, columns = (torch.nonzero(mask.any(dim=d)).flatten() for d in (1, 0))
     crop = picture[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
     return F.interpolate(crop[None], (size, size), mode="area")[0], crop.shape[1] / crop.shape[2]

@@ -110,7 +110,7 @@ def path(rng: Rng, num_frames: int, reach: float, max_frequency: float = 1.5) ->
     size = 2 * reach * rng.uniform(.25, 1)
     if kind == "bounce":                                    # it bounces off the picture's edges
         return torch.tensor(points * reach, dtype=torch.float32)
-    # Fit the path into a box of random size and place. Some motions are small, some fill the picture.
+    # Fit the path into a box of random size and place, for small and for large motions.
     low, high = points.min(axis=0), points.max(axis=0)
     scale = (size / np.maximum(high - low, 1e-6)).min()
     corner = rng.uniform(-reach, np.maximum(reach - (high - low) * scale, -reach + 1e-9))
@@ -157,7 +157,7 @@ def with_article(words: str) -> str:
 
 
 def caption(scene: Scene, rng: Rng) -> str:
-    """Return a random description of a scene. It never mentions motion, and may leave out details."""
+    """Return a random description of a scene, without its motion, with or without details."""
     is_shape = scene.shape in SHAPES
     if not scene.shape or (is_shape and scene.sprite is not None):
         return "a photo"
@@ -180,8 +180,9 @@ def caption(scene: Scene, rng: Rng) -> str:
         f"{a_subject} on {behind}"]
     if subject == f"{color} {scene.shape}":
         a_shape = with_article(scene.shape)
-        phrases += [f"{a_shape} that is {color}, {place}", f"{a_shape} that is {color} on {a_place}",
-                    f"{a_shape} that is {color}", f"{a_shape} in {color} on {a_place}"]
+        that = f"{a_shape} that is {color}"
+        phrases += [f"{that}, {place}", f"{that} on {a_place}", that,
+                    f"{a_shape} in {color} on {a_place}"]
     return str(rng.choice(phrases))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 
 from mcl.errors import InputError
 from mcl.files import atomic_write
@@ -29,8 +30,8 @@ def random_frames(seed: int, count: int, photos: Sequence[Path]) -> tuple[Tensor
     rng = np.random.default_rng([7, seed])
     scenes = [random_photo_scene(rng, NUM_FRAMES, photos)
               for _ in range(math.ceil(count / FRAMES_PER_SCENE))]
-    frames = [render(select_frames(s, rng.permutation(NUM_FRAMES)[:FRAMES_PER_SCENE].tolist()), SIZE)
-              for s in scenes]
+    frames = [render(select_frames(s, indices[:FRAMES_PER_SCENE].tolist()), SIZE)
+              for s in scenes for indices in (rng.permutation(NUM_FRAMES),)]
     captions = [caption(s, rng) for _ in range(FRAMES_PER_SCENE) for s in scenes]
     return rearrange(frames, "n f c h w -> (f n) c h w")[:count], captions[:count]
 
@@ -56,7 +57,7 @@ def encode_clips(folder: Path, photos: Sequence[Path], vae: AutoencoderKL, num_c
                  device: str) -> None:
     """Render random clips and write their latents and captions to a folder, in shards."""
     folder.mkdir(exist_ok=True)
-    for first in range(0, num_clips, CLIPS_PER_SHARD):
+    for first in tqdm(range(0, num_clips, CLIPS_PER_SHARD), folder.name, file=sys.stderr):
         file = folder / f"{first:06d}.pt"
         if file.exists():
             continue
@@ -73,7 +74,6 @@ def encode_clips(folder: Path, photos: Sequence[Path], vae: AutoencoderKL, num_c
         with atomic_write(file) as temporary:
             torch.save({"latents": torch.stack(latents), "captions": captions,
                         "logvar": torch.stack(logvars).mean(dim=0)}, temporary)
-        print(f"{folder.name} {first + CLIPS_PER_SHARD}/{num_clips}", file=sys.stderr, flush=True)
 
 
 class LatentClips:

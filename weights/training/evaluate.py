@@ -55,6 +55,12 @@ def clone_case(model: Model, case: EvalCase, reference: Tensor, settings: dict[s
                  **settings).frames
 
 
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Return ("steps", 50) for "steps=50"."""
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
 def select_cases(args: argparse.Namespace, num_frames: int) -> list[EvalCase]:
     """Return the cases that the options ask for."""
     photos = find_photos(args.photos, held_out=True) if args.photo_clips else []
@@ -94,8 +100,9 @@ def measure_case(model: Model, case: EvalCase, settings: dict[str, Any], is_guid
 
 def run(args: argparse.Namespace) -> None:
     """Measure all cases and print the table."""
-    if args.out:
-        check_writable(args.out)
+    for path in (args.out, args.save and args.save / "clip.mp4"):
+        if path:
+            check_writable(path)
     model, settings = load_model(args.weights, dtype=args.dtype), dict(args.set)
     row = ", ".join(f"{name} = {json.dumps(value)}" for name, value in args.set) or "default"
     rows = {row: True} if args.guided_only else {row: True, f"{row}, unguided": False}
@@ -177,12 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--seeds", type=int, default=1,
                    help="clips of each case, from different noise; 0 only prints the table")
     p.add_argument("--guided-only", action="store_true", help="leave out the unguided clips")
-    p.add_argument("--set", type=lambda text: (text.partition("=")[0],
-                                               json.loads(text.partition("=")[2])),
-                   nargs="*", default=[], metavar="NAME=JSON",
+    p.add_argument("--set", type=parse_setting, nargs="*", default=[], metavar="NAME=JSON",
                    help="settings in place of the model's own, such as steps=50")
     p.add_argument("--out", type=Path, help="file of the records; an existing one is continued")
-    p.add_argument("--save", type=Path, help="existing folder for the clips beside their references")
+    p.add_argument("--save", type=Path, help="existing folder for clips beside their references")
     return exit_code_of(lambda: run(p.parse_args(argv)))
 
 

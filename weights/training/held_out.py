@@ -97,7 +97,7 @@ def held_out_cases(kinds: Sequence[str], count: int, num_frames: int, seed: int,
         count: Number of cases.
         num_frames: Length of the references.
         seed: Seed of the first case.
-        other_textures: Whether prompts ask for another texture than a moving camera's reference has.
+        other_textures: Whether prompts ask for another texture than the reference of a camera has.
         photos: Photographs for the backgrounds; a moving camera then sees no subject.
         has_camera_shake: Whether the camera is held by hand.
     """
@@ -123,8 +123,9 @@ def emoji_cases(count: int, num_frames: int, seed: int, photos: Sequence[Path] =
         if photos:
             scene = dataclasses.replace(scene, shape=ref_word, sprite=sprite)
         prompt = f"{with_article(word)} on {with_article(case.background)} background"
-        cases.append(dataclasses.replace(case, kind=case.kind.replace("object", "emoji"), shape=word,
-                                         color="", scene=scene, prompt=prompt))
+        kind = case.kind.replace("object", "emoji")
+        cases.append(dataclasses.replace(case, kind=kind, shape=word, color="", scene=scene,
+                                         prompt=prompt))
     return cases
 
 

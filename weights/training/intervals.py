@@ -19,7 +19,7 @@ def student_t_95(degrees_of_freedom: int) -> float:
 
 
 def mean_ci95(groups: Sequence[Sequence[float]], digits: int) -> str:
-    """Return the mean of the groups' means with its 95 % confidence interval, such as "0.98 ± 0.01".
+    """Return the mean of the groups' means with its 95 % confidence interval: "0.98 ± 0.01".
 
     Args:
         groups: Values of each group, such as those of all seeds of a clip; no group is empty.

@@ -19,23 +19,22 @@ from torch import Tensor
 from mcl.errors import InputError
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
-COLORS = {
-    "red": (.90, .15, .15), "green": (.15, .75, .25), "blue": (.20, .35, .95),
-    "yellow": (.95, .85, .15), "purple": (.60, .20, .80), "orange": (1.0, .55, .10),
-    "white": (.97, .97, .97), "cyan": (.20, .85, .90)}
-BACKGROUNDS = {
-    "black": (.05, .05, .05), "gray": (.50, .50, .50), "navy": (.08, .10, .35),
-    "brown": (.40, .25, .12), "pink": (.98, .75, .80), "teal": (.10, .40, .40)}
+COLORS = {"red": (.90, .15, .15), "green": (.15, .75, .25), "blue": (.20, .35, .95),
+          "yellow": (.95, .85, .15), "purple": (.60, .20, .80), "orange": (1.0, .55, .10),
+          "white": (.97, .97, .97), "cyan": (.20, .85, .90)}
+BACKGROUNDS = {"black": (.05, .05, .05), "gray": (.50, .50, .50), "navy": (.08, .10, .35),
+               "brown": (.40, .25, .12), "pink": (.98, .75, .80), "teal": (.10, .40, .40)}
 TEXTURES = ("plain", "checkered", "striped", "dotted")
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_INSTALL = "apt-get install fonts-noto-color-emoji"
 _PAIRS = """
     apple 🍎 banana 🍌 lemon 🍋 pineapple 🍍 strawberry 🍓 watermelon 🍉 carrot 🥕 eggplant 🍆
-    mushroom 🍄 burger 🍔 donut 🍩 pizza 🍕 cheese 🧀 cat 🐱 dog 🐶 fox 🦊 panda 🐼 pig 🐷 frog 🐸 rabbit 🐰
-    chick 🐤 penguin 🐧 bird 🐦 fish 🐟 dolphin 🐬 octopus 🐙 crab 🦀 ladybug 🐞 tree 🌳 cactus 🌵
-    flower 🌸 tulip 🌷 sun ☀️ moon 🌙 earth 🌍 cloud ☁️ rainbow 🌈 fire 🔥 lightning ⚡ drop 💧 bus 🚌
-    rocket 🚀 boat ⛵ umbrella ☂️ basketball 🏀 bell 🔔 key 🔑 lock 🔒 lamp 💡 gift 🎁 gem 💎 magnet 🧲
-    book 📕 flag 🚩 crown 👑 cap 🧢 shirt 👕 dress 👗 skull 💀 face 😀 ghost 👻 alien 👽 hand ✋
+    mushroom 🍄 burger 🍔 donut 🍩 pizza 🍕 cheese 🧀 cat 🐱 dog 🐶 fox 🦊 panda 🐼 pig 🐷 frog 🐸
+    rabbit 🐰 chick 🐤 penguin 🐧 bird 🐦 fish 🐟 dolphin 🐬 octopus 🐙 crab 🦀 ladybug 🐞 tree 🌳
+    cactus 🌵 flower 🌸 tulip 🌷 sun ☀️ moon 🌙 earth 🌍 cloud ☁️ rainbow 🌈 fire 🔥 lightning ⚡
+    drop 💧 bus 🚌 rocket 🚀 boat ⛵ umbrella ☂️ basketball 🏀 bell 🔔 key 🔑 lock 🔒 lamp 💡
+    gift 🎁 gem 💎 magnet 🧲 book 📕 flag 🚩 crown 👑 cap 🧢 shirt 👕 dress 👗 skull 💀 face 😀
+    ghost 👻 alien 👽 hand ✋
 """.split()
 EMOJI = dict(zip(_PAIRS[::2], _PAIRS[1::2]))
 Rgb = tuple[float, float, float]                # sRGB in [0, 1]
@@ -100,14 +99,14 @@ def rotate(points: Tensor, angle: Tensor) -> Tensor:
 
 
 def render(scene: Scene, size: int) -> Tensor:
-    """Return frames (f, 3, size, size) in [-1, 1] of a scene, with edges smoothed over one pixel."""
+    """Return frames (f, 3, size, size) in [-1, 1] of a scene, with edges one pixel wide."""
     line = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     picture = rearrange(torch.stack([x, y], dim=-1), "h w two -> 1 h w two")
     zoom, roll = (rearrange(v, "f -> f 1 1") for v in (scene.zoom, scene.roll))
     depth_zoom = zoom * (1 + picture @ torch.tensor(scene.tilt))
-    world = rotate(picture, roll) / depth_zoom[..., None] + rearrange(scene.pan,
-                                                                      "f two -> f 1 1 two")
+    pan = rearrange(scene.pan, "f two -> f 1 1 two")
+    world = rotate(picture, roll) / depth_zoom[..., None] + pan
     pixels = zoom * (size / 2)                              # pixels per unit of the world
 
     background = torch.tensor(scene.background)
@@ -155,7 +154,7 @@ def texture_cover(scene: Scene, world: Tensor, pixels: Tensor) -> Tensor:
 
 
 def signed_distance(shape: str, p: Tensor) -> Tensor:
-    """Return the distance (...) to the outline of a shape of radius 1, negative inside; p (..., 2)."""
+    """Return the distance of points (..., 2) to a shape of radius 1, negative inside."""
     x, y = p.unbind(-1)
     if shape == "circle":
         return p.norm(dim=-1) - 0.9

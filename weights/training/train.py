@@ -30,6 +30,7 @@ from mcl.device import resolve_device
 from mcl.files import check_writable
 from mcl.model import Model
 from mcl.networks.ops import to_channels_last
+from mcl.schedule import NUM_TRAIN_TIMESTEPS
 from mcl.networks.vae import AutoencoderKL
 
 from .clips import VOCABULARY, Rng
@@ -81,7 +82,7 @@ class Hyperparameters:
 
 
 def reconstruction_loss(output: Tensor, x: Tensor) -> Tensor:
-    """Return the loss of decoded frames (b, 3, H, W). Differences of neighbors sharpen the edges."""
+    """Return the loss of decoded frames (b, 3, H, W), with the differences of neighbors."""
     edges = sum(F.l1_loss(output.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
     return F.mse_loss(output, x) + 0.3 * F.l1_loss(output, x) + 0.3 * edges
 
@@ -119,7 +120,7 @@ def denoising_loss(model: Model, x0: Tensor, text: Tensor, rng: Rng) -> Tensor:
     subject, its place and its shape. The timesteps of a batch are stratified over the schedule.
     """
     fraction = (rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0)
-    t = torch.from_numpy((fraction * model.schedule.config.num_train_timesteps).astype(np.int64))
+    t = torch.from_numpy((fraction * NUM_TRAIN_TIMESTEPS).astype(np.int64))
     noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)).to(x0)
     z = model.schedule.add_noise(x0, noise, t)
     with autocast(x0.device):
@@ -251,11 +252,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Run all stages."""
-    params = Hyperparameters(**{f.name: getattr(args, f.name)
-                                for f in dataclasses.fields(Hyperparameters)})
+    names = [f.name for f in dataclasses.fields(Hyperparameters)]
+    params = Hyperparameters(**{name: getattr(args, name) for name in names})
     device, out = str(resolve_device(args.device)), args.out
     if not out.is_dir():
-        check_writable(out, folder=True)
+        check_writable(out, is_folder=True)
     photos = find_photos(args.photos, held_out=False)
     for word in EMOJI:
         emoji_sprite(word)                  # fails without the font, before anything is trained

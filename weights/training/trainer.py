@@ -3,7 +3,6 @@ import copy
 import itertools
 import math
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mcl.files import atomic_write
 
@@ -99,27 +99,24 @@ class TrainingRun:
         """
         # Loading an optimizer's state replaces its groups, so they are read here.
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        start_time, first, mean = time.perf_counter(), self.step, math.nan
-        while self.step < steps:
-            cosine = (1 + math.cos(math.pi * self.step / steps)) / 2
+        progress, mean = tqdm(range(self.step, steps), self.file.stem, file=sys.stderr), math.nan
+        for step in progress:
+            cosine = (1 + math.cos(math.pi * step / steps)) / 2
             for group, lr in zip(groups, self.lrs):
-                group["lr"] = lr * min(1, (self.step + 1) / 50) * (.02 + .98 * cosine)
-            loss = loss_of(self.step)
+                group["lr"] = lr * min(1, (step + 1) / 50) * (.02 + .98 * cosine)
+            loss = loss_of(step)
             self.module.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
             for optimizer in self.optimizers:
                 optimizer.step()
-            decay = min(EMA_DECAY, (self.step + 1) / (self.step + 10))
+            decay = min(EMA_DECAY, (step + 1) / (step + 10))
             with torch.no_grad():
                 for average, p in zip(self.average.parameters(), self.module.parameters()):
                     average.lerp_(p, 1 - decay)
-            self.step += 1
+            self.step = step + 1
             mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
-            if self.step % 20 == 0:
-                pace = (time.perf_counter() - start_time) / (self.step - first)
-                print(f"{self.file.stem} {self.step}/{steps} mean loss {mean:.4f} "
-                      f"{pace:.2f} s/step", file=sys.stderr, flush=True)
+            progress.set_postfix(mean_loss=f"{mean:.4f}")
             if self.step % 100 == 0 or self.step == steps:
                 self.save()
         self.module.load_state_dict(self.average.state_dict())

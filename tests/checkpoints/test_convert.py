@@ -401,7 +401,8 @@ def test_an_input_is_not_overwritten(folder, capsys):
 @pytest.mark.parametrize("error, code, line", [
     (KeyboardInterrupt(), 130, "interrupted; no unfinished file is left"),
     (MemoryError(), 1, "failed: out of memory")])
-def test_an_interrupted_conversion_leaves_no_file(error, code, line, folder, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_conversion_leaves_no_file(error, code, line, folder, tmp_path, monkeypatch,
+                                                  capsys):
     def stop(*_):
         raise error
     monkeypatch.setattr("mcl.checkpoints.convert.apply_deltas", stop)

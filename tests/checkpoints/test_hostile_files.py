@@ -31,7 +31,8 @@ from tests.foreign import convert, ldm, motion, save
     (UNetConfig, {"num_attention_heads": "8"}), (UNetConfig, {"num_attention_heads": None}),
     (UNetConfig, {"layers_per_block": 10**6}), (UNetConfig, {"block_out_channels": ()}),
     (UNetConfig, {"block_out_channels": [320]}), (UNetConfig, {"block_out_channels": (1e9,)}),
-    (UNetConfig, {"cross_attention_levels": (4,)}), (UNetConfig, {"cross_attention_levels": (1, 0)}),
+    (UNetConfig, {"cross_attention_levels": (4,)}),
+    (UNetConfig, {"cross_attention_levels": (1, 0)}),
     (UNetConfig, {"motion_modules": 1}), (UNetConfig, {"motion_max_seq_length": 10**9}),
     (VAEConfig, {"scaling_factor": float("nan")}), (VAEConfig, {"scaling_factor": 0}),
     (VAEConfig, {"norm_num_groups": 7}), (VAEConfig, {"latent_channels": -4}),
@@ -199,7 +200,8 @@ def test_fp8_in_pickles_is_read(tmp_path):
 
 
 def test_control_characters_of_file_names_and_keys_are_escaped(tmp_path, capsys):
-    assert escape_control_characters("a\x1b[2J\n\u2028\u202e\udcffé 字") == r"a\x1b[2J\n\u2028\u202e\udcffé 字"
+    text = escape_control_characters("a\x1b[2J\n\u2028\u202e\udcffé 字")
+    assert text == r"a\x1b[2J\n\u2028\u202e\udcffé 字"
     evil = "evil\n\x1b[2J\x1b[31mRED"
     torch.save({evil: torch.zeros(1)}, tmp_path / "x.ckpt")
     vae = save(tmp_path / f"{evil}.safetensors", {

@@ -297,7 +297,8 @@ def test_a_lora_that_does_not_fit_is_rejected(change, message, tmp_path):
 def test_a_lora_with_nan_is_rejected_by_its_name(tmp_path):
     state = kohya(random_pairs(LINEAR[:1]))
     state[next(iter(state))].fill_(torch.nan)
-    deltas, _ = lora_deltas(open_lora("--lora", save(tmp_path / "nan.safetensors", state)), shapes())
+    path = save(tmp_path / "nan.safetensors", state)
+    deltas, _ = lora_deltas(open_lora("--lora", path), shapes())
     with pytest.raises(InputError, match=r"nan.safetensors: .*\(down\) has values that are not"):
         apply_deltas(mini_weights()[LINEAR[0] + ".weight"], [*deltas.values()], torch.float16)
 

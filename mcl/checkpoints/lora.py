@@ -173,8 +173,8 @@ def make_delta(lora: Lora, module: str, factors: dict[str, LazyTensor], shape: S
             raise ValueError("quantized")
     except (ArithmeticError, IndexError, KeyError, RuntimeError, ValueError) as error:
         roles = ", ".join(f"{role} {t.shape}" for role, t in factors.items())
-        raise InputError(f"{path}: {module} has {roles or 'no factors'}, which do not make a change "
-                         f"of a weight {tuple(shape)}. Give a LoRA for this model") from error
+        raise InputError(f"{path}: {module} has {roles or 'no factors'}, which make no change of a "
+                         f"weight {tuple(shape)}. Give a LoRA for this model") from error
     return delta
 
 

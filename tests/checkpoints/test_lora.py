@@ -269,7 +269,7 @@ def test_several_loras_are_added_in_float32_and_converted_once(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.popitem(), r"has down \(4, 64\), which do not make a change"),
+    (lambda s: s.popitem(), r"has down \(4, 64\), which make no change"),
     (lambda s: s.update({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}),
      "it changes lora_unet_x, which this model does not have"),
     (lambda s: s.update({"lora_unet_conv_in.set_weight": torch.zeros(2)}),
@@ -299,7 +299,7 @@ def test_a_lora_with_nan_is_rejected_by_its_name(tmp_path):
     state[next(iter(state))].fill_(torch.nan)
     path = save(tmp_path / "nan.safetensors", state)
     deltas, _ = lora_deltas(open_lora("--lora", path), shapes())
-    with pytest.raises(InputError, match=r"nan.safetensors: .*\(down\) has values that are not"):
+    with pytest.raises(InputError, match=r"nan.safetensors: .*\(down\) is not finite"):
         apply_deltas(mini_weights()[LINEAR[0] + ".weight"], [*deltas.values()], torch.float16)
 
 

@@ -22,7 +22,7 @@ from ..inversion import InvertedReference
 from ..model import Model
 from ..motion import Motion, extract_motion
 from ..sampler import SamplerStep
-from .report import PREVIEW_STEPS
+from .report import PREVIEW_STEPS, result_line
 from .tracking import tracklets
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
@@ -110,7 +110,7 @@ def write_page(folder: Path, clips: Sequence[ClipView], motion: Motion, masks: S
                                 dense_maps(motion, ranks=True)], motion.metadata["grids"])
     data = {
         "shape": shape, "layers": list(motion.values), "heads": heads, "k": k, "grid": grid,
-        "maps": maps, "record": record,
+        "maps": maps, "record": record, "result": result_line(record.get("report", {})),
         "steps": [(step.timestep, step.loss, step.guidance_weight) for step in steps],
         "clips": [{"title": clip.title, "note": clip.note, **sprite_and_tracks(clip.frames)}
                   for clip in clips],

@@ -153,6 +153,13 @@ def verdict(row: Mapping[str, float]) -> str:
     return "follows" if max(known) >= FOLLOW_THRESHOLD else "does not follow"
 
 
+def result_line(report: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the verdict and the decisive metrics of a report in one sentence, or "" without one."""
+    metrics = [f"{name} {report['clone'][name]:.2f} (unguided {report['unguided'][name]:.2f})"
+               for name in DECISIVE_METRICS if report]
+    return f"Verdict: {verdict(report['clone'])}. {', '.join(metrics)}." if report else ""
+
+
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Return the metrics of clips as a table of text, 80 columns wide for up to three clips.
 

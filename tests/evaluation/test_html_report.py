@@ -18,7 +18,7 @@ from mcl import AttentionRequest, InputError, Motion, Reference, SamplerStep, cl
 from mcl.clone import subject_masks
 from mcl.evaluation import html_report
 from mcl.evaluation.html_report import TEMPLATE, ClipView, write_html_report, write_page
-from mcl.evaluation.report import PREVIEW_STEPS, sample_unguided
+from mcl.evaluation.report import METRICS, PREVIEW_STEPS, sample_unguided
 from mcl.files import FOLDER_MARKER
 from mcl.motion import reference_noise
 from mcl.presets import build_config
@@ -131,9 +131,13 @@ def test_page_is_complete_for_every_way_of_sampling(settings, tmp_path, embedded
 
 def test_page_says_how_many_steps_the_unguided_clip_had(tmp_path, embedded):
     settings = {"num_frames": 2, "height": 32, "width": 32, "steps": 10}
-    for measured, steps in (({}, PREVIEW_STEPS), ({"clone": {}}, 10)):
-        page, *_ = write_report(tmp_path / "maps", embedded, report=measured, **settings)
-        assert f"in {steps} steps;" in data_of(page)[0]["clips"][1]["note"]
+    measured = {"clone": dict.fromkeys(METRICS, 0.9), "unguided": dict.fromkeys(METRICS, 0.125)}
+    result = "Verdict: follows. corrected fidelity 0.90 (unguided 0.12), "
+    for report, steps, text in (({}, PREVIEW_STEPS, ""), (measured, 10, result)):
+        page, *_ = write_report(tmp_path / "maps", embedded, report=report, **settings)
+        data, _ = data_of(page)
+        assert f"in {steps} steps;" in data["clips"][1]["note"]
+        assert data["result"].startswith(text) and bool(data["result"]) == bool(report)
 
 
 def test_page_of_a_motion_file_shows_the_values_in_the_file(tmp_path, embedded):

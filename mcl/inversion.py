@@ -97,8 +97,7 @@ def inversion_guidance(inverted: InvertedReference, config: SampleConfig) -> Gui
     shape = inverted.model.config.latent_shape(config)
     for t in guided_timesteps(inverted.model.schedule, config):
         if t not in inverted.latents or inverted.latents[t].shape != shape:
-            raise InputError(f"the reference was not inverted to {shape} at timestep {t}: invert "
-                             "it with the settings of the sampling")
+            raise InputError(f"the reference was not inverted to {shape} at t={t}: invert it again")
 
     def loss(maps: AttentionMaps, t: int) -> Tensor:
         motion = inverted.motion_at(t, config, maps.frame_offset)
@@ -128,8 +127,8 @@ class LatentCache(MutableMapping[int, Tensor]):
     def __getitem__(self, t: int) -> Tensor:
         metadata, tensors = read_safetensors(self.files[t])
         if metadata.get("key") != self.key:
-            raise InputError(f"{self.folder}: belongs to another reference, prompt, model or "
-                             "settings. Choose an empty folder")
+            raise InputError(f"{self.folder}: belongs to another reference or other settings. "
+                             "Choose an empty folder")
         return tensors["latents"]
 
     def __setitem__(self, t: int, latents: Tensor) -> None:

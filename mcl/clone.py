@@ -1,14 +1,12 @@
 """The whole method as one function: reference video and prompt in, clip out."""
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from . import device, semantic
@@ -29,8 +27,7 @@ from .video.write import write_video
 Progress = Callable[..., Iterable]          # like tqdm: progress(iterable, desc=..., total=...)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """A reference that was read once, for one or more clips.
 
     Attributes:
@@ -44,8 +41,7 @@ class Reference:
     latents: Tensor | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """A generated clip.
 
     Attributes:
@@ -67,12 +63,14 @@ class Clip:
         write_video(path, self.frames, self.fps)
 
 
-def clone(reference: str | os.PathLike | Tensor | Motion | Reference, prompt: str, *,
-          model: Model | str | Path | None = None, seed: int = 0, preset: str | None = None,
-          guidance: Sequence[Guidance] = (), control: Mapping[int, Any] | None = None,
-          start: float = 0.0, duration: float | None = None,
-          callback: Callable[[SamplerStep], Any] | None = None, progress: Progress | None = None,
-          **settings: Any) -> Clip:
+Source = str | os.PathLike | Tensor | Motion | Reference
+
+
+def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = None,
+          seed: int = 0, preset: str | None = None, guidance: Sequence[Guidance] = (),
+          control: Mapping[int, Any] | None = None, start: float = 0.0,
+          duration: float | None = None, callback: Callable[[SamplerStep], Any] | None = None,
+          progress: Progress | None = None, **settings: Any) -> Clip:
     """Generate a clip of a prompt that moves like a reference (MotionClone, arXiv 2406.05338).
 
     Args:
@@ -84,8 +82,8 @@ def clone(reference: str | os.PathLike | Tensor | Motion | Reference, prompt: st
         preset: Name of published settings (`mcl.presets`).
         guidance: More guidance beside the motion.
         control: SparseCtrl images by frame index, each a path or a tensor (3, H, W) in [-1, 1].
-        start: Start of the part of the video that is used, in seconds.
-        duration: Length of that part in seconds; None for all the rest.
+        start: Start of the part of the video that is used, in seconds. Only for a path.
+        duration: Length of that part in seconds; None for all the rest. Only for a path.
         callback: Function that is called with every SamplerStep.
         progress: Function that wraps an iterable in a progress bar, such as `tqdm`.
         **settings: Fields of SampleConfig in place of the model's own, such as steps=50.
@@ -106,29 +104,29 @@ def clone(reference: str | os.PathLike | Tensor | Motion | Reference, prompt: st
     # 1. The motion of the reference (eqs. 4 to 6), and what else guides the clip.
     reference = read_reference(model, reference, config, control=images, start=start,
                                duration=duration, progress=progress)
-    motion, guides = build_guidance(model, prompt, reference, noise, config, progress)
+    motion = reference.motion if isinstance(reference.motion, Motion) else None
+    guidance = [*first_form_guidance(model, prompt, reference, noise, config, progress), *guidance]
 
     # 2. Guided sampling (eqs. 1 and 3).
-    states = sample(model, prompt, motion, config, guidance=[*guides, *guidance], latents=noise,
+    states = sample(model, prompt, motion, config, guidance=guidance, latents=noise,
                     generator=generator, control=condition,
                     gradient_checkpointing=needs_checkpointing(model, config))
-    steps, latents = [], noise
+    steps = []
     with device.offload_to_cpu(model.vae, model.text_encoder):
         for state in progress(states, desc=f"seed {seed}", total=config.steps):
-            latents = state.latents
-            steps.append(dataclasses.replace(state, latents=latents.new_empty(0)))
+            steps.append(state._replace(latents=noise.new_empty(0)))
             if callback is not None:
                 callback(state)
 
-    # 3. Latents to frames.
-    frames = model.vae.decode(latents).float().cpu()
-    return Clip(frames, latents, model.config.fps, reference.motion, steps)
+    # 3. Latents of the last step to frames.
+    frames = model.vae.decode(state.latents).float().cpu()
+    return Clip(frames, state.latents, model.config.fps, reference.motion, steps)
 
 
-def read_reference(model: Model, source: str | os.PathLike | Tensor | Motion | Reference,
-                   config: SampleConfig, *, control: Mapping[int, Tensor] | None = None,
-                   start: float = 0.0, duration: float | None = None,
-                   cache_dir: Path | None = None, progress: Progress | None = None) -> Reference:
+def read_reference(model: Model, source: Source, config: SampleConfig, *,
+                   control: Mapping[int, Tensor] | None = None, start: float = 0.0,
+                   duration: float | None = None, cache_dir: Path | None = None,
+                   progress: Progress | None = None) -> Reference:
     """Read a reference and its motion by config.method.
 
     Args:
@@ -137,11 +135,16 @@ def read_reference(model: Model, source: str | os.PathLike | Tensor | Motion | R
         config: Settings of the clip.
         control: The clip's control images. The reference is then read with its own frames at
             their indices as control.
-        start: Start of the part that is used, in seconds.
-        duration: Length of that part in seconds; None for all the rest.
+        start: As for `clone`.
+        duration: As for `clone`.
         cache_dir: Folder for inverted latents.
         progress: As for `clone`.
+
+    Raises:
+        InputError: If `source` cannot be read, or not in the way that the settings ask for.
     """
+    if (start or duration is not None) and not isinstance(source, (str, os.PathLike)):
+        raise InputError("start and duration need the path of a video: leave them out")
     if isinstance(source, Reference):
         return source
     if isinstance(source, Motion):
@@ -153,27 +156,25 @@ def read_reference(model: Model, source: str | os.PathLike | Tensor | Motion | R
         read_video(source, config.num_frames, size, start, duration, model_fps=model.config.fps))
     latents = model.vae.encode(frames)
     if config.method == "inversion":
-        total = len(inversion_timesteps(model.schedule, config))
-        motion: Motion | InvertedReference = invert_reference(
-            model, latents, config.ref_prompt, config,
-            partial(progress or no_progress, desc="inversion", total=total), cache_dir)
-    else:
-        motion = extract_motion(model, latents, config, control=control_condition(
-            model, {i: frames[i, None] for i in control or {}}, config))
-    return Reference(motion, frames, latents)
+        bar = partial(progress or no_progress, desc="inversion",
+                      total=len(inversion_timesteps(model.schedule, config)))
+        return Reference(invert_reference(model, latents, config.ref_prompt, config, bar,
+                                          cache_dir), frames, latents)
+    condition = control_condition(model, {i: frames[i, None] for i in control or {}}, config)
+    return Reference(extract_motion(model, latents, config, control=condition), frames, latents)
 
 
-def build_guidance(model: Model, prompt: str, reference: Reference, noise: Tensor,
-                   config: SampleConfig, progress: Progress) -> tuple[Motion | None, list[Guidance]]:
-    """Return the motion for `sample`, and the guidance of the paper's first form."""
-    guidance, motion = [], reference.motion if config.motion_weight else None
-    if isinstance(motion, InvertedReference):
-        guidance.append(inversion_guidance(motion, config))
+def first_form_guidance(model: Model, prompt: str, reference: Reference, noise: Tensor,
+                        config: SampleConfig, progress: Progress) -> list[Guidance]:
+    """Return the guidance of the paper's first form: inversion and semantic guidance."""
+    guidance = []
+    if config.motion_weight and isinstance(reference.motion, InvertedReference):
+        guidance.append(inversion_guidance(reference.motion, config))
     if config.motion_weight and config.semantic_scale:
         guidance.append(semantic.semantic_guidance(
             model, prompt, noise, config, subject_masks(model, prompt, reference, config),
             progress=partial(progress, desc="unguided clip", total=config.guidance_steps)))
-    return motion if isinstance(motion, Motion) else None, guidance
+    return guidance
 
 
 def subject_masks(model: Model, prompt: str, reference: Reference, config: SampleConfig
@@ -193,9 +194,9 @@ def read_control_images(control: Mapping[int, Any], config: SampleConfig) -> dic
     if control and (config.method == "inversion" or config.semantic_scale):
         raise InputError("control images need method single-step, without semantic guidance")
     size = (config.height, config.width)
-    return {index: resize_frames(image if image.ndim == 4 else image[None], 1, size)
-            if isinstance(image, Tensor) else read_image(image, size)
-            for index, image in control.items()}
+    return {i: read_image(image, size) if not isinstance(image, Tensor) else
+            resize_frames(image.reshape(-1, *image.shape[-3:]), 1, size)
+            for i, image in control.items()}
 
 
 def control_condition(model: Model, images: Mapping[int, Tensor], config: SampleConfig
@@ -204,8 +205,8 @@ def control_condition(model: Model, images: Mapping[int, Tensor], config: Sample
     if not images:
         return None
     pixels = torch.cat(list(images.values()))
-    inputs = (pixels + 1) / 2 if model.config.sparsectrl.kind != "rgb" else (
-        rearrange(model.vae.encode(pixels), "1 c n h w -> n c h w"))
+    is_rgb = model.config.sparsectrl.kind == "rgb"      # latents (n, c, h, w), or sketches
+    inputs = model.vae.encode(pixels)[0].transpose(0, 1) if is_rgb else (pixels + 1) / 2
     return sparsectrl_condition(inputs, list(images), config.num_frames)
 
 
@@ -225,17 +226,15 @@ def make_generator(seed: int) -> torch.Generator:
 
 def needs_checkpointing(model: Model, config: SampleConfig) -> bool:
     """Return whether guided steps must recompute activations to fit into memory."""
-    needed = device.GUIDED_STEP_FEATURES * feature_bytes(model.config, config, model.dtype)
+    size = device.GUIDED_STEP_FEATURES * feature_bytes(model.config, config, model.dtype)
     free = device.free_memory(model.device)
-    return config.memory == "low" or (
-        config.memory == "auto" and free is not None and needed > free)
+    return config.memory == "low" or (config.memory == "auto" and free is not None and size > free)
 
 
 def feature_bytes(model: ModelConfig, config: SampleConfig, dtype: torch.dtype) -> int:
     """Return the bytes of one feature map at the UNet's highest resolution."""
-    positions = (make_context_windows(config, model).length * config.height * config.width
-                 // model.vae.downsampling ** 2)
-    return positions * model.unet.block_out_channels[0] * dtype.itemsize
+    f, (h, w) = make_context_windows(config, model).length, model.latent_shape(config)[3:]
+    return f * h * w * model.unet.block_out_channels[0] * dtype.itemsize
 
 
 def check_memory(model: ModelConfig, config: SampleConfig, place: torch.device,
@@ -249,7 +248,7 @@ def check_memory(model: ModelConfig, config: SampleConfig, place: torch.device,
         free = device.free_memory(where)
         if free is not None and needed > free:
             raise MemoryError(f"{config.num_frames} frames of {config.width}x{config.height} need "
-                              f"more than {needed / 1e9:.0f} GB of memory; {free / 1e9:.0f} are free")
+                              f"more than {needed / 1e9:.0f} GB of the {free / 1e9:.0f} GB free")
 
 
 def no_progress(iterable: Iterable, desc: str = "", total: int | None = None) -> Iterable:

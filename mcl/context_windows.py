@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from .config import ModelConfig, SampleConfig
@@ -49,16 +48,15 @@ def make_context_windows(config: SampleConfig, model: ModelConfig, num_frames: i
     """
     num_frames, max_length = num_frames or config.num_frames, model.unet.motion_max_seq_length
     if config.context_length > max_length:
-        raise InputError(f"context_length = {config.context_length} is out of range: this model "
-                         f"sees at most {max_length} frames")
+        raise InputError(f"context_length = {config.context_length} is out of range: at most "
+                         f"{max_length} frames, which this model sees at once")
     length = min(num_frames, config.context_length or max_length)
     stride = max(1, length - round(config.context_overlap * length))
-    if config.closed_loop:
-        n = -(-num_frames // stride)
-        return ContextWindows(num_frames, length, tuple(i * num_frames // n for i in range(n)))
-    n = -(-(num_frames - length) // stride)     # windows after the first one
-    return ContextWindows(num_frames, length,
-                          (0, *(i * (num_frames - length) // n for i in range(1, n + 1))))
+    # Frames from the first offset to the last; in a closed loop, to the first one again.
+    span = num_frames if config.closed_loop else num_frames - length
+    intervals = -(-span // stride)
+    offsets = range(intervals if config.closed_loop else intervals + 1)
+    return ContextWindows(num_frames, length, tuple(i * span // max(1, intervals) for i in offsets))
 
 
 def blend_windows(parts: Sequence[Tensor], windows: ContextWindows) -> Tensor:
@@ -82,6 +80,5 @@ def blend_windows(parts: Sequence[Tensor], windows: ContextWindows) -> Tensor:
     clip = parts[0].new_zeros(*parts[0].shape[:2], windows.num_frames, *parts[0].shape[3:])
     for offset, part in zip(windows.offsets, parts, strict=True):
         indices = windows.frame_indices(offset)
-        clip[:, :, indices] += rearrange((weight / total[indices]).to(part.device),
-                                         "f -> f 1 1") * part
+        clip[:, :, indices] += (weight / total[indices]).to(part.device)[:, None, None] * part
     return clip

@@ -2,14 +2,13 @@
 
 A guidance names the attention that it reads and computes a loss of it. Sampling descends the loss.
 """
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .config import SampleConfig, short_repr
+from .config import SampleConfig, has_type, short_repr
 from .errors import InputError
 from .model import Model
 from .motion import Motion, motion_loss
@@ -38,12 +37,11 @@ class Guidance:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        weight_is_number = isinstance(self.weight, (int, float)) and math.isfinite(self.weight)
+        kinds = AttentionRequest._fields
         for name, is_valid, legal in (
                 ("loss", callable(self.loss), "a function loss(maps, timestep)"),
-                ("kind", self.kind in AttentionRequest._fields,
-                 "one of " + ", ".join(AttentionRequest._fields)),
-                ("weight", weight_is_number, "a finite number")):
+                ("kind", self.kind in kinds, f"one of {', '.join(kinds)}"),
+                ("weight", has_type(self.weight, float), "a finite number")):
             if not is_valid:
                 raise InputError(f"Guidance.{name} = {short_repr(getattr(self, name))} is not "
                                  f"valid: it must be {legal}")
@@ -71,24 +69,18 @@ def resolve_guidance(guidance: Sequence[Guidance], motion: Motion | None, model:
     """Return all guidance of a run, the motion's first, with full layer names.
 
     Raises:
-        InputError: If an element is not a Guidance, names layers that the UNet does not have, or
-            the motion does not fit the model and the settings.
+        InputError: If `guidance` is not a list of Guidance or names layers that the UNet does not
+            have, or the motion does not fit the model and the settings.
     """
     if guidance and not config.motion_weight:
-        raise InputError("motion_weight = 0 disables all guidance: leave out `guidance`, or set "
-                         "motion_weight above 0")
-    if isinstance(guidance, Guidance) or not isinstance(guidance, Sequence):
-        raise InputError(f"guidance = {short_repr(guidance)} is not a list: write "
-                         "guidance=[Guidance(loss, layers=...)]")
+        raise InputError("motion_weight = 0 disables all guidance: raise it, or leave guidance out")
+    if not isinstance(guidance, Sequence) or not all(isinstance(g, Guidance) for g in guidance):
+        raise InputError(f"guidance = {short_repr(guidance)} must be a list, [Guidance(loss), ...]")
     if motion is not None and config.motion_weight:
         motion.check_model(model, config)
         guidance = [motion_guidance(motion.to(model.device), config.block_weight_map), *guidance]
-    for element in guidance:
-        if not isinstance(element, Guidance):
-            raise InputError(f"guidance has {short_repr(element)}, which is not a Guidance: wrap "
-                             "the function, Guidance(loss, layers=\"up_blocks.1\")")
-    return [replace(element, layers=getattr(model.unet.resolve_layers(element.request),
-                                            element.kind)) for element in guidance]
+    return [replace(one, layers=getattr(model.unet.resolve_layers(one.request), one.kind))
+            for one in guidance]
 
 
 def guidance_weight(step: int, config: SampleConfig, num_elements: int) -> float:

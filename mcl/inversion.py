@@ -5,12 +5,11 @@ guided step, the motion is read from the inverted latents of that timestep.
 """
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import SampleConfig
@@ -19,13 +18,12 @@ from .errors import InputError, NumericalError
 from .files import save_safetensors
 from .guidance import Guidance
 from .model import Model
-from .motion import Motion, motion_loss, motion_metadata, top_k_motion
+from .motion import Motion, motion_loss, motion_metadata, read_safetensors, top_k_motion
 from .networks.attention import AttentionMaps, AttentionRequest
 from .sampler import unet_forward
 from .schedule import NUM_TRAIN_TIMESTEPS, NoiseSchedule, ddim_step
 
 
-@torch.no_grad()
 def ddim_invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[int],
                 t_before: int = -1, windows: ContextWindows | None = None
                 ) -> Iterator[tuple[int, Tensor]]:
@@ -44,8 +42,8 @@ def ddim_invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[
     """
     windows = windows or ContextWindows(latents.shape[2], latents.shape[2], (0,))
     text = model.encode_text([prompt])
-    z = latents.to(model.device, torch.float32)
-    for t_prev, t in zip([t_before, *timesteps], timesteps):
+    z = latents.detach().to(model.device, torch.float32)
+    for t_prev, t in zip([t_before, *timesteps], timesteps, strict=False):
         eps = blend_windows([unet_forward(model, z[:, :, windows.frame_indices(offset)], t, text)[0]
                              for offset in windows.offsets], windows)
         z = ddim_step(z, eps, eps, model.schedule.alpha_bar(t_prev), model.schedule.alpha_bar(t))
@@ -54,8 +52,7 @@ def ddim_invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[
         yield t, z
 
 
-@dataclass(frozen=True)
-class InvertedReference:
+class InvertedReference(NamedTuple):
     """A reference with its inverted latents.
 
     Attributes:
@@ -86,10 +83,9 @@ class InvertedReference:
         windows = make_context_windows(config, self.model.config)
         offsets = windows.offsets if offset is None else (offset,)
         request = AttentionRequest(temporal=config.guidance_blocks)
-        return top_k_motion(
-            (self.attention(t, request, windows.frame_indices(o)) for o in offsets),
-            config.top_k or windows.length,
-            motion_metadata(config, windows, *self.latents[t].shape[-2:]))
+        maps = [self.attention(t, request, windows.frame_indices(o)) for o in offsets]
+        metadata = motion_metadata(config, windows, *self.model.config.latent_shape(config)[3:])
+        return top_k_motion(maps, metadata["top_k"], metadata)
 
 
 def inversion_guidance(inverted: InvertedReference, config: SampleConfig) -> Guidance:
@@ -101,11 +97,12 @@ def inversion_guidance(inverted: InvertedReference, config: SampleConfig) -> Gui
     shape = inverted.model.config.latent_shape(config)
     for t in guided_timesteps(inverted.model.schedule, config):
         if t not in inverted.latents or inverted.latents[t].shape != shape:
-            raise InputError(f"the reference was not inverted to latents of shape {shape} at "
-                             f"timestep {t}: invert it with the settings of the sampling")
-    return Guidance(lambda maps, t: motion_loss(
-        maps.temporal, inverted.motion_at(t, config, maps.frame_offset), config.block_weight_map),
-        config.guidance_blocks)
+            raise InputError(f"the reference was not inverted to {shape} at t={t}: invert it again")
+
+    def loss(maps: AttentionMaps, t: int) -> Tensor:
+        motion = inverted.motion_at(t, config, maps.frame_offset)
+        return motion_loss(maps.temporal, motion, config.block_weight_map)
+    return Guidance(loss, config.guidance_blocks)
 
 
 class LatentCache(MutableMapping[int, Tensor]):
@@ -119,46 +116,33 @@ class LatentCache(MutableMapping[int, Tensor]):
             key: Hash of everything that the latents depend on.
 
         Raises:
-            InputError: If the folder cannot be created, or holds latents of another key.
+            InputError: If the folder holds latents of another key, or files that are not readable.
         """
         self.folder, self.key = folder, key
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}. Choose another folder") from error
-        for t in self:
-            self[t]
-
-    def path(self, t: int) -> Path:
-        """Return the file of a timestep."""
-        return self.folder / f"{t:04d}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = sorted(folder.glob("[0-9]" * 4 + ".safetensors"))       # ignores all other files
+        self.files = {int(file.stem): file for file in files}
+        list(self.values())             # checks every file
 
     def __getitem__(self, t: int) -> Tensor:
-        path = self.path(t)
-        if not path.exists():
-            raise KeyError(t)
-        try:
-            with safe_open(path, framework="pt") as file:
-                key, latents = (file.metadata() or {}).get("key"), file.get_tensor("latents")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: a damaged file ({error}). Delete it") from error
-        if key != self.key:
-            raise InputError(f"{path}: belongs to another reference, prompt, model or settings. "
+        metadata, tensors = read_safetensors(self.files[t])
+        if metadata.get("key") != self.key:
+            raise InputError(f"{self.folder}: belongs to another reference or other settings. "
                              "Choose an empty folder")
-        return latents
+        return tensors["latents"]
 
     def __setitem__(self, t: int, latents: Tensor) -> None:
-        save_safetensors(self.path(t), {"latents": latents.cpu()}, {"key": self.key})
+        self.files[t] = self.folder / f"{t:04d}.safetensors"
+        save_safetensors(self.files[t], {"latents": latents.cpu()}, {"key": self.key})
 
     def __delitem__(self, t: int) -> None:
-        self.path(t).unlink()
+        self.files.pop(t).unlink()
 
     def __iter__(self) -> Iterator[int]:
-        files = self.folder.glob("[0-9]" * 4 + ".safetensors")     # ignores all other files
-        return iter(sorted(int(file.stem) for file in files))
+        return iter(self.files)
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return len(self.files)
 
 
 def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleConfig,
@@ -176,7 +160,7 @@ def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleC
             from it, and a finished one is used again.
     """
     timesteps = inversion_timesteps(model.schedule, config)
-    guided = set(guided_timesteps(model.schedule, config))
+    guided = guided_timesteps(model.schedule, config)
     windows = make_context_windows(config, model.config, latents.shape[2])
     stored: MutableMapping[int, Tensor] = {}
     if cache_dir is not None:
@@ -184,11 +168,11 @@ def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleC
         key.update(repr((model.sha256, model.dtype, prompt, timesteps, windows)).encode())
         stored = LatentCache(cache_dir, key.hexdigest())
     t_before = max(stored, default=-1)
-    z_before = stored.get(t_before, latents)
     remaining = [t for t in timesteps if t > t_before]
-    for t, z in progress(ddim_invert(model, z_before, prompt, remaining, t_before, windows)):
+    steps = ddim_invert(model, stored.get(t_before, latents), prompt, remaining, t_before, windows)
+    for t, z in progress(steps):
         stored[t] = z           # of the others, only the last is needed, to continue from it
-        if t_before >= 0 and t_before not in guided:
+        if t_before not in (-1, *guided):
             del stored[t_before]
         t_before = t
     return InvertedReference(model, model.encode_text([prompt]), stored)

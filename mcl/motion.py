@@ -4,7 +4,7 @@ The motion of a clip is the largest temporal attention weights and the frames th
 H = {L, M} in eq. 6 of the paper.
 """
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ FORMAT = "mcl-motion-2"
 # The noise of the reference does not depend on the user's seed: a reference has one motion. PyTorch
 # uses 32 bits of a seed, so this noise is also the initial noise of seed 0, and of no other seed.
 REFERENCE_SEED = 1 << 32
-METADATA = {"model", "extraction_timestep", "top_k", "guidance_blocks", "num_frames", "height",
-            "width", "context_length", "context_offsets", "grids"}
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,23 @@ class Motion:
         indices: By layer name, the frames that the values point at, like values, int64.
         metadata: Origin of the motion: model (sha256), extraction_timestep, top_k,
             guidance_blocks, num_frames, height and width (of the latents), grids (rows and columns
-            by layer), context_length, context_offsets, and anything that the caller adds.
+            by layer), context_length, context_offsets, and anything that the caller adds. Empty if
+            the origin is not known; it is not checked then.
     """
 
     values: dict[str, Tensor]
     indices: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Motion":
+        """Return the motion with a function applied to each of its tensors."""
+        return Motion({name: function(values) for name, values in self.values.items()},
+                      {name: function(indices) for name, indices in self.indices.items()},
+                      self.metadata)
+
     def to(self, device: torch.device | str) -> "Motion":
         """Return the motion with its tensors on a device."""
-        return Motion({name: v.to(device) for name, v in self.values.items()},
-                      {name: i.to(device) for name, i in self.indices.items()}, self.metadata)
+        return self.map(lambda tensor: tensor.to(device))
 
     @property
     def windows(self) -> ContextWindows:
@@ -60,27 +64,23 @@ class Motion:
     def window(self, offset: int) -> "Motion":
         """Return the motion of the context window that starts at a frame."""
         offsets = self.windows.offsets
-        if len(offsets) == 1:
+        if len(offsets) == 1:           # also guides every window of a longer clip
             return self
-        values, indices = ({name: x.chunk(len(offsets))[offsets.index(offset)]
-                            for name, x in tensors.items()}
-                           for tensors in (self.values, self.indices))
-        return Motion(values, indices, self.metadata)
+        return self.map(lambda tensor: tensor.chunk(len(offsets))[offsets.index(offset)])
 
     def check_model(self, model: Model, config: SampleConfig) -> None:
         """Raise InputError if the motion does not fit the model or the settings."""
-        if self.metadata.get("model", model.sha256) != model.sha256:
+        if self.metadata and self.metadata.get("model") != model.sha256:
             raise InputError("the motion was extracted with another model: extract it again")
         self.check_config(config, model.config)
 
     def check_config(self, config: SampleConfig, model: ModelConfig) -> None:
         """Raise InputError if the motion was extracted at another size or with other settings."""
-        h, w = model.latent_shape(config)[3:]
-        expected = motion_metadata(config, make_context_windows(config, model), h, w)
-        for name, value in expected.items():
-            if self.metadata.get(name, value) != value:
-                raise InputError(f"the motion was extracted with {name} = {self.metadata[name]}, "
-                                 f"not {value}: extract it again, or use the same settings")
+        windows, (h, w) = make_context_windows(config, model), model.latent_shape(config)[3:]
+        for name, value in motion_metadata(config, windows, h, w).items():
+            if self.metadata and self.metadata.get(name) != value:
+                raise InputError(f"the motion was extracted with {name} = {self.metadata.get(name)}"
+                                 f", not {value}: extract it again, or use the same settings")
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically; indices are stored as bytes."""
@@ -91,39 +91,40 @@ class Motion:
     @classmethod
     def load(cls, path: str | Path) -> "Motion":
         """Read a file that `save` wrote. Raises InputError for any other file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a motion file ({error}). Save one first") from error
+        header, tensors = read_safetensors(path)
         if header.get("format") != FORMAT:
             raise InputError(f"{path}: not a motion file. Give one that --save-motion wrote")
-        values, indices = ({key.removeprefix(kind): tensor for key, tensor in tensors.items()
-                            if key.startswith(kind)} for kind in ("values.", "indices."))
         try:
-            motion = cls(values, indices, json.loads(header["metadata"]))
-            motion.validate(len(tensors))
+            metadata = json.loads(header["metadata"])
+            values, indices = ({layer: tensors[f"{kind}.{layer}"] for layer in metadata["grids"]}
+                               for kind in ("values", "indices"))
+            if not 2 * len(values) == len(tensors) > 0:
+                raise ValueError("its metadata are of other layers")
+            for layer in values:
+                check_layer(layer, values[layer], indices[layer], metadata)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: a damaged motion file ({error}). Save it again") from error
-        return cls(values, {name: i.long() for name, i in indices.items()}, motion.metadata)
+        return cls(values, {layer: i.long() for layer, i in indices.items()}, metadata)
 
-    def validate(self, num_tensors: int) -> None:
-        """Raise an error for the content of a file that `save` cannot have written."""
-        if not METADATA <= set(self.metadata):
-            raise ValueError("its metadata are not complete")
-        if not self.values or self.values.keys() != self.indices.keys() or (
-                num_tensors != 2 * len(self.values)):
-            raise ValueError("its values and indices are not of the same layers")
-        length, n = self.metadata["context_length"], len(self.metadata["context_offsets"])
-        for layer, values in self.values.items():
-            indices, (h, w) = self.indices[layer], self.metadata["grids"][layer]
-            if values.shape != indices.shape or len(values) != n * h * w or (
-                    values.shape[2:] != (length, self.metadata["top_k"])):
-                raise ValueError(f"{layer} is {tuple(values.shape)} and {tuple(indices.shape)}")
-            if values.dtype != torch.float32 or indices.dtype != torch.uint8 or not (
-                    (0 <= values) & (values <= 1 + 1e-3)).all() or (indices >= length).any():
-                raise ValueError(f"{layer} holds values that no attention map has")
+
+def check_layer(layer: str, values: Tensor, indices: Tensor, metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError for a layer of a file that `Motion.save` cannot have written."""
+    (h, w), n = metadata["grids"][layer], len(metadata["context_offsets"])
+    f, k = metadata["context_length"], metadata["top_k"]
+    has_shape = values.shape == indices.shape == (n * h * w, *values.shape[1:2], f, k)
+    has_dtype = (values.dtype, indices.dtype) == (torch.float32, torch.uint8)
+    in_range = ((0 <= values) & (values <= 1 + 1e-3)).all() and (indices < f).all()     # rounded
+    if not (has_shape and has_dtype and in_range):
+        raise ValueError(f"{layer} holds no attention map of {f} frames, {h}x{w} and top_k = {k}")
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a file. Raises InputError if it is not readable."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}). Delete it, or give another") from error
 
 
 def reference_noise(latents: Tensor) -> Tensor:
@@ -153,41 +154,36 @@ def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = 
             is more than the number of frames.
         NumericalError: If the attention is not finite.
     """
-    config = config or model.config.sample
-    if latents.ndim != 5 or latents.shape[:2] != (1, model.config.unet.in_channels):
-        raise InputError(f"latents have shape {tuple(latents.shape)}: expected one clip, "
-                         f"(1, {model.config.unet.in_channels}, f, h, w)")
-    t = config.extraction_timestep
+    config, c = config or model.config.sample, model.config.unet.in_channels
+    if latents.ndim != 5 or latents.shape[:2] != (1, c):
+        raise InputError(f"latents have shape {tuple(latents.shape)}: expected (1, {c}, f, h, w)")
     windows = make_context_windows(config, model.config, latents.shape[2])
-    k = config.top_k or windows.length
+    k, t = config.top_k or windows.length, config.extraction_timestep
     if k > windows.length:
-        raise InputError(f"top_k = {k} is out of range: it must be between 1 and "
-                         f"{windows.length}, the number of frames in a window")
-    noise = reference_noise(latents) if noise is None else noise
-    z = model.schedule.add_noise(latents.to(model.device).float(), noise.to(model.device).float(),
-                                 t)
-    null_text = model.encode_text([""])
+        raise InputError(f"top_k = {k} is out of range: 1 to {windows.length}, the window's frames")
+    x0, noise = (x.to(model.device, torch.float32)
+                 for x in (latents, reference_noise(latents) if noise is None else noise))
+    z, null_text = model.schedule.add_noise(x0, noise, t), model.encode_text([""])
     request = AttentionRequest(temporal=config.guidance_blocks)
 
     def attention(offset: int) -> AttentionMaps:
         indices = windows.frame_indices(offset)
         condition = None if control is None else control[:, :, indices]
-        return model.unet.forward_to_attention(
-            z[:, :, indices].to(model.dtype), t, null_text, request,
-            model.controlnet_residuals(condition, t, null_text))
+        residuals = model.controlnet_residuals(condition, t, null_text)
+        return model.unet.forward_to_attention(z[:, :, indices].to(model.dtype), t, null_text,
+                                               request, residuals)
 
-    metadata = motion_metadata(config, windows, latents.shape[3], latents.shape[4])
-    return top_k_motion(map(attention, windows.offsets), k, metadata | {"model": model.sha256})
+    metadata = motion_metadata(config, windows, *latents.shape[3:]) | {"model": model.sha256}
+    return top_k_motion(map(attention, windows.offsets), k, metadata)
 
 
 def motion_metadata(config: SampleConfig, windows: ContextWindows, height: int, width: int
                     ) -> dict[str, Any]:
     """Return the settings and sizes that a motion depends on; height and width of the latents."""
-    return {"extraction_timestep": config.extraction_timestep,
-            "top_k": config.top_k or windows.length,
-            "guidance_blocks": list(config.guidance_blocks), "num_frames": windows.num_frames,
-            "height": height, "width": width, "context_length": windows.length,
-            "context_offsets": list(windows.offsets)}
+    return dict(
+        extraction_timestep=config.extraction_timestep, top_k=config.top_k or windows.length,
+        guidance_blocks=list(config.guidance_blocks), num_frames=windows.num_frames, height=height,
+        width=width, context_length=windows.length, context_offsets=list(windows.offsets))
 
 
 def top_k_motion(attention: Iterable[AttentionMaps], k: int, metadata: dict[str, Any]) -> Motion:
@@ -201,15 +197,13 @@ def top_k_motion(attention: Iterable[AttentionMaps], k: int, metadata: dict[str,
     Raises:
         NumericalError: If the attention is not finite.
     """
-    windows = list(attention)
-    top = {name: [maps.temporal[name].topk(k, dim=-1) for maps in windows]
-           for name in windows[0].temporal}
-    values, indices = ({name: torch.cat([pair[i] for pair in pairs]) for name, pairs in top.items()}
-                       for i in (0, 1))
-    if not all(torch.isfinite(v).all() for v in values.values()):
+    maps = list(attention)
+    top = {name: torch.cat([m.temporal[name] for m in maps]).topk(k) for name in maps[0].temporal}
+    if not all(torch.isfinite(values).all() for values, _ in top.values()):
         raise NumericalError("the reference's attention is not finite: dtype float32 may help")
-    grids = {name: list(windows[0].grids[name]) for name in values}
-    return Motion(values, indices, metadata | {"grids": grids})
+    metadata = metadata | {"grids": {name: list(maps[0].grids[name]) for name in top}}
+    return Motion({name: values for name, (values, _) in top.items()},
+                  {name: indices for name, (_, indices) in top.items()}, metadata)
 
 
 def motion_loss(maps: Mapping[str, Tensor], motion: Motion,
@@ -227,8 +221,7 @@ def motion_loss(maps: Mapping[str, Tensor], motion: Motion,
     losses = []
     for name, values in motion.values.items():
         if maps[name].shape[:3] != values.shape[:3]:
-            raise InputError(f"the motion of {name} is {tuple(values.shape)}, for maps "
-                             f"{tuple(maps[name].shape)}: extract it again with this model")
+            raise InputError(f"the motion of {name} is not of the map's size: extract it again")
         generated = maps[name].gather(-1, motion.indices[name])
         weight = next((w for block, w in (block_weights or {}).items()
                        if f"{name}.".startswith(block + ".")), 1.0)

@@ -1,11 +1,12 @@
 """The guided sampling loop: DDIM, guided by the gradient of losses on attention."""
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from .config import SampleConfig
+from .config import SampleConfig, short_repr
 from .context_windows import blend_windows, make_context_windows
 from .errors import InputError, NumericalError
 from .guidance import Guidance, guidance_gradient, guidance_weight, resolve_guidance
@@ -15,8 +16,7 @@ from .networks.attention import NO_REQUEST, AttentionMaps, AttentionRequest, mer
 from .schedule import ddim_step
 
 
-@dataclass(frozen=True)
-class SamplerStep:
+class SamplerStep(NamedTuple):
     """One finished step of sampling.
 
     Attributes:
@@ -38,7 +38,7 @@ class SamplerStep:
 
 def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
            config: SampleConfig | None = None, *, guidance: Sequence[Guidance] = (),
-           latents: Tensor | None = None, generator: torch.Generator | None = None,
+           latents: Tensor | None = None, generator: Generator | None = None,
            control: Tensor | None = None, gradient_checkpointing: bool = False
            ) -> Iterator[SamplerStep]:
     """Sample a clip of the prompt that moves like the reference; yields one state per step.
@@ -69,9 +69,8 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
     shape = model.config.latent_shape(config)
     if z.shape != shape:
         raise InputError(f"latents have shape {tuple(z.shape)}: expected {shape}")
-    guidance = resolve_guidance(guidance, motion, model, config)
-    return sampling_loop(sampler, z.to(model.device, torch.float32), guidance,
-                         gradient_checkpointing)
+    z, guidance = z.detach().float(), resolve_guidance(guidance, motion, model, config)
+    return sampling_loop(sampler, z.to(model.device), guidance, gradient_checkpointing)
 
 
 def sampling_loop(sampler: "Sampler", z: Tensor, guidance: Sequence[Guidance],
@@ -79,7 +78,7 @@ def sampling_loop(sampler: "Sampler", z: Tensor, guidance: Sequence[Guidance],
     """Run all steps. z is z_t, eps the noise estimate, g the loss and lambda its weight."""
     config, grad_g = sampler.config, torch.zeros_like(z)
     for i, (t, _) in enumerate(sampler.timestep_pairs):
-        lambda_t = guidance_weight(i, config, sampler.window_elements(z)) if guidance else 0.0
+        lambda_t = guidance_weight(i, config, sampler.window_elements) if guidance else 0.0
         g, takes_gradient = None, lambda_t > 0 and i % config.guidance_interval == 0
 
         for repeats_left in reversed(range(config.guidance_repeats if takes_gradient else 1)):
@@ -94,8 +93,7 @@ def sampling_loop(sampler: "Sampler", z: Tensor, guidance: Sequence[Guidance],
             eps = sampler.classifier_free_guidance(i, z, eps)
 
             # 3. DDIM step. The gradient of lambda * g changes only its direction (eq. 1).
-            guidance_grad = lambda_t * grad_g if lambda_t else None
-            z = sampler.step(i, z, eps, guidance_grad)
+            z = sampler.step(i, z, eps, lambda_t * grad_g)
 
             # 4. To repeat the step, add back the noise that it removed, newly drawn.
             if repeats_left:
@@ -105,7 +103,7 @@ def sampling_loop(sampler: "Sampler", z: Tensor, guidance: Sequence[Guidance],
             raise NumericalError(f"not finite at step {i + 1} of {config.steps} (timestep {t}): a "
                                  "smaller motion_weight or cfg_scale, or dtype float32, may help")
         yield SamplerStep(i, t, z, None if g is None else float(g),
-                          None if guidance_grad is None else float(guidance_grad.norm()), lambda_t)
+                          float((lambda_t * grad_g).norm()) if lambda_t else None, lambda_t)
 
 
 class Sampler:
@@ -119,29 +117,25 @@ class Sampler:
         control: Condition of SparseCtrl, or None.
         generator: CPU generator for the noise that is drawn during sampling.
         windows: The context windows of the clip.
+        window_elements: f*h*w of the latents of one context window.
         timestep_pairs: Each timestep and the one that its step leads to; the last leads to -1.
     """
 
     def __init__(self, model: Model, prompt: str | Tensor, config: SampleConfig,
-                 control: Tensor | None = None, generator: torch.Generator | None = None):
+                 control: Tensor | None = None, generator: Generator | None = None):
         """Check and prepare a run; the arguments and errors are those of `sample`."""
         self.model, self.config, self.control, self.generator = model, config, control, generator
         b, c, f, h, w = model.config.latent_shape(config)
         self.windows = make_context_windows(config, model.config)
+        self.window_elements = self.windows.length * h * w
         timesteps = model.schedule.timesteps(config.steps, config.timestep_spacing,
                                              config.guidance_steps, config.guidance_noise_range)
         self.timestep_pairs = list(zip(timesteps, [*timesteps[1:], -1], strict=True))
         self.text, self.negative_embeds = encode_prompts(model, prompt, config.negative_prompt)
-        if control is not None and model.sparsectrl is None:
-            raise InputError("this model has no SparseCtrl: leave out `control`")
-        shape = (b, c + 1, f, h, w) if model.config.sparsectrl.kind == "rgb" else (
-            b, 4, f, config.height, config.width)
+        shapes = {"rgb": (b, c + 1, f, h, w), "scribble": (b, 4, f, config.height, config.width)}
+        shape = shapes.get(model.config.sparsectrl.kind, "None, as this model has no SparseCtrl")
         if control is not None and control.shape != shape:
             raise InputError(f"control has shape {tuple(control.shape)}: expected {shape}")
-
-    def window_elements(self, z: Tensor) -> int:
-        """Return f*h*w of one context window of z."""
-        return self.windows.length * z.shape[3] * z.shape[4]
 
     def predict_noise(self, z: Tensor, t: int, text: Tensor) -> Tensor:
         """Return the noise estimate for a text, blended over all context windows."""
@@ -156,61 +150,54 @@ class Sampler:
 
         In a long clip, noise and gradient are blended over the context windows, and g is the mean.
         """
-        request = merge_requests([one.request for one in guidance])
-        noises, losses, grads = [], [], []
+        request, results = merge_requests([one.request for one in guidance]), []
         for offset in self.windows.offsets:
             with torch.enable_grad():
                 window = z[:, :, self.windows.frame_indices(offset)].detach().requires_grad_()
                 eps, maps = self.predict_window(window, t, self.text, offset, request,
                                                 gradient_checkpointing)
-                g, grad = guidance_gradient(guidance, maps, window, t)
-            noises.append(eps.detach())
-            losses.append(g)
-            grads.append(grad)
+                results.append((eps.detach(), *guidance_gradient(guidance, maps, window, t)))
+        noises, losses, grads = zip(*results, strict=True)
         return (blend_windows(noises, self.windows), torch.stack(losses).mean(),
                 blend_windows(grads, self.windows))
 
     def predict_window(self, window: Tensor, t: int, text: Tensor, offset: int,
                        request: AttentionRequest = NO_REQUEST,
                        gradient_checkpointing: bool = False) -> tuple[Tensor, AttentionMaps]:
-        """Return the noise estimate of the window at a frame offset, and the requested attention."""
+        """Return the noise estimate of the window at a frame offset, and requested attention."""
         control = None if self.control is None else (
             self.control[:, :, self.windows.frame_indices(offset)])
         eps, maps = unet_forward(self.model, window, t, text, request, control,
                                  gradient_checkpointing)
         return eps, replace(maps, frame_offset=offset)
 
-    @torch.no_grad()
     def classifier_free_guidance(self, i: int, z: Tensor, eps: Tensor) -> Tensor:
         """Return uncond + s * (eps - uncond) in step i, or eps where s is 1 or switched off.
 
         The last steps may do without it (arXiv 2404.07724), at half of the cost.
         """
-        is_active = i < self.config.cfg_end_fraction * self.config.steps
-        if not is_active or self.config.cfg_scale == 1:
+        if self.config.cfg_scale == 1 or i >= self.config.cfg_end_fraction * self.config.steps:
             return eps
         uncond = self.predict_noise(z, self.timestep_pairs[i][0], self.negative_embeds)
         return uncond + self.config.cfg_scale * (eps - uncond)
 
-    @torch.no_grad()
-    def step(self, i: int, z: Tensor, eps: Tensor, guidance_grad: Tensor | None = None) -> Tensor:
+    def step(self, i: int, z: Tensor, eps: Tensor, guidance_grad: Tensor | float = 0.0) -> Tensor:
         """Return z_{t-1} after step i of DDIM, or of a consistency model (sampler "lcm").
 
         Args:
             i: Index of the step.
             z: Latents z_t.
             eps: Noise estimate after classifier-free guidance.
-            guidance_grad: Gradient of lambda * g, like z. It is added to the direction of the step
-                only, not to the estimate that x0 is predicted with.
+            guidance_grad: Gradient of lambda * g, like z; 0 without guidance. It is added to the
+                direction of the step only, not to the estimate that x0 is predicted with.
         """
         alpha_bar, alpha_bar_prev = map(self.model.schedule.alpha_bar, self.timestep_pairs[i])
-        direction = self.randn_like(z) if self.config.sampler == "lcm" else eps
-        if guidance_grad is not None:
-            direction = direction - (1 - alpha_bar).sqrt() * guidance_grad
+        noise = self.randn_like(z) if self.config.sampler == "lcm" else eps
+        direction = noise - (1 - alpha_bar).sqrt() * guidance_grad
         return ddim_step(z, eps, direction, alpha_bar, alpha_bar_prev)
 
     def renoise(self, i: int, z: Tensor) -> Tensor:
-        """Return z_t of step i from z_{t-1} and new noise (universal guidance, arXiv 2302.07121)."""
+        """Return z_t of step i from z_{t-1} and new noise (recurrence, arXiv 2302.07121)."""
         alpha_bar, alpha_bar_prev = map(self.model.schedule.alpha_bar, self.timestep_pairs[i])
         ratio = alpha_bar / alpha_bar_prev
         return ratio.sqrt() * z + (1 - ratio).sqrt() * self.randn_like(z)
@@ -231,8 +218,7 @@ def unet_forward(model: Model, z: Tensor, t: int, text: Tensor,
     return eps.float(), maps
 
 
-def initial_noise(model: Model, config: SampleConfig, generator: torch.Generator | None = None
-                  ) -> Tensor:
+def initial_noise(model: Model, config: SampleConfig, generator: Generator | None = None) -> Tensor:
     """Return standard normal latents (1, c, f, h, w), drawn on the CPU."""
     return torch.randn(model.config.latent_shape(config), generator=generator)
 
@@ -244,14 +230,12 @@ def encode_prompts(model: Model, prompt: str | Tensor, negative_prompt: str
     Raises:
         InputError: If the prompt is neither text nor embeddings of one clip.
     """
-    if isinstance(prompt, str):
-        text, negative_embeds = model.encode_text([prompt, negative_prompt]).split(1)
-        return text, negative_embeds
     d = model.config.unet.cross_attention_dim
-    if not isinstance(prompt, Tensor) or prompt.ndim != 3 or prompt.shape[2] != d or (
-            len(prompt) > 2):
-        kind = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
-        raise InputError(f"prompt is {kind}: give one text, or embeddings (1, n, {d}), or "
-                         f"(2, n, {d}) with those of the negative prompt")
-    embeds = prompt.to(model.device, model.dtype)
+    if isinstance(prompt, str):
+        embeds = model.encode_text([prompt, negative_prompt])
+    elif isinstance(prompt, Tensor) and prompt.shape[2:] == (d,) and len(prompt) <= 2:
+        embeds = prompt.to(model.device, model.dtype)
+    else:
+        raise InputError(f"prompt is {short_repr(getattr(prompt, 'shape', prompt))}: give text, or "
+                         f"embeddings (1, n, {d}) or (2, n, {d})")
     return embeds[:1], embeds[1:] if len(embeds) > 1 else model.encode_text([negative_prompt])

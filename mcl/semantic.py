@@ -5,7 +5,6 @@ the reference's foreground are guided towards those of an unguided clip, of the 
 prompt, inside its own foreground; likewise for the background.
 """
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -22,8 +21,11 @@ from .model import Model
 from .networks.attention import AttentionMaps, AttentionRequest
 from .sampler import Sampler
 
-SUBJECT_ATTENTION_BLOCK = "up_blocks.1"     # block whose cross-attention locates the subject
+SUBJECT_REQUEST = AttentionRequest(cross=("up_blocks.1",))  # attention that locates the subject
 GAUSSIAN_SIGMA = 5 / 16                     # of the softened masks, in sides of the grid
+
+
+KeyMeans = dict[str, list[Tensor]]              # mean keys by layer, for each mask
 
 
 class Masks(NamedTuple):
@@ -46,10 +48,10 @@ def subject_tokens(model: Model, prompt: str, word: str) -> list[int]:
     positions = [position for i in range(len(pieces)) if pieces[i:i + len(sought)] == sought
                  for position in range(starts[i], starts[i] + length)]
     if not positions:
-        words = ", ".join(text for text, _ in pieces if text.isalnum())
-        raise InputError(f"the word {word!r} is not in the prompt {prompt!r}: use one of {words}")
+        words = ", ".join(text for text, _ in pieces if text.isalnum()) or "it has none"
+        raise InputError(f"{word!r} is not in the prompt {prompt!r}: name a word of it ({words})")
     if positions[0] >= end:
-        raise InputError(f"the word {word!r} is not among the first {end - 1} tokens: move it there")
+        raise InputError(f"{word!r} is not among the first {end - 1} tokens: move it to the front")
     return [position for position in positions if position < end]
 
 
@@ -74,13 +76,11 @@ def subject_mask(attention: AttentionMaps, tokens: Sequence[int], threshold: flo
 
 def gaussian_masks(mask: Tensor) -> Masks:
     """Return a mask M (f, h, w) softened by a Gaussian G at its centroid: G*M and (1-G)*(1-M)."""
-    _, h, w = mask.shape
-    inside = mask.float()
-    y, x = (torch.arange(n, device=mask.device, dtype=torch.float32) for n in (h, w))
-    area = inside.sum(dim=(1, 2)).clamp(min=1)[:, None]
-    center_y, center_x = ((inside.sum(dim=dim) * axis).sum(dim=1, keepdim=True) / area
-                          for dim, axis in ((2, y), (1, x)))
-    squared_distance = ((y - center_y) ** 2)[:, :, None] + ((x - center_x) ** 2)[:, None]
+    inside, (h, w) = mask.float(), mask.shape[1:]
+    y, x = torch.arange(h, device=mask.device)[:, None], torch.arange(w, device=mask.device)
+    area = inside.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+    center_y, center_x = ((inside * axis).sum(dim=(1, 2), keepdim=True) / area for axis in (y, x))
+    squared_distance = (y - center_y) ** 2 + (x - center_x) ** 2
     gaussian = torch.exp(-squared_distance / (2 * GAUSSIAN_SIGMA ** 2 * h * w))
     return Masks(gaussian * inside, (1 - gaussian) * (1 - inside))
 
@@ -102,36 +102,23 @@ def masked_mean(keys: Tensor, grid: tuple[int, int], weight: Tensor) -> Tensor:
     return (weight * keys).sum(dim=0) / weight.sum(dim=0).clamp(min=1e-6)
 
 
-class MaskedKeyMeans(NamedTuple):
-    """Mean keys of an unguided clip at one step.
+def masked_key_means(attention: AttentionMaps, masks: Masks | None, dim: tuple[int, ...] = (0, 1)
+                     ) -> KeyMeans:
+    """Return the mean temporal keys of a clip inside and outside of its subject.
 
-    Attributes:
-        means: By layer, the mean keys (f, c) of foreground and background; without a subject one
-            mean (c,) of all positions and frames.
-        valid: For foreground and background, which frames have any position, (f,) bool.
+    Args:
+        attention: Temporal keys (h*w, f, c) of the clip.
+        masks: Masks of the subject, or None for the mean over whole frames.
+        dim: Dimensions of the mean without masks: positions and frames, or only positions.
+
+    Returns:
+        Mean keys by layer: foreground and background (f, c); without masks one (c,), or (f, c).
     """
-
-    means: dict[str, tuple[Tensor, ...]]
-    valid: tuple[Tensor, ...] = ()
-
-
-def masked_key_means(attention: AttentionMaps, masks: Masks | None) -> MaskedKeyMeans:
-    """Return the mean temporal keys of a clip inside and outside of its own subject."""
-    keys = attention.temporal_keys
-    if masks is None:
-        return MaskedKeyMeans({name: (key.float().mean(dim=(0, 1)),) for name, key in keys.items()})
-    return MaskedKeyMeans(
-        {name: tuple(masked_mean(key.float(), attention.grids[name], weight) for weight in masks)
-         for name, key in keys.items()}, tuple(map(nonempty_frames, masks)))
+    return {name: [masked_mean(key.float(), attention.grids[name], weight) for weight in masks]
+            if masks else [key.float().mean(dim)] for name, key in attention.temporal_keys.items()}
 
 
-def nonempty_frames(weight: Tensor) -> Tensor:
-    """Return which frames of weights (f, h, w) have any weight, (f,) bool."""
-    return weight.flatten(1).any(dim=1)
-
-
-def semantic_loss(attention: AttentionMaps, masks: Masks | None, unguided: MaskedKeyMeans
-                  ) -> Tensor:
+def semantic_loss(attention: AttentionMaps, masks: Masks | None, unguided: KeyMeans) -> Tensor:
     """Return the distance of the guided clip's mean keys from the unguided clip's.
 
     Args:
@@ -144,20 +131,15 @@ def semantic_loss(attention: AttentionMaps, masks: Masks | None, unguided: Maske
         Scalar float32: the mean squared differences, summed over layers and masks.
     """
     losses = []
-    for name, key in attention.temporal_keys.items():
-        if masks is None:
-            losses.append((key.float().mean(dim=0) - unguided.means[name][0]).square().mean())
-            continue
-        for weight, mean, valid in zip(masks, unguided.means[name], unguided.valid):
-            difference = masked_mean(key.float(), attention.grids[name], weight) - mean
-            # Frames in which either clip has an empty mask do not count.
-            is_valid = nonempty_frames(weight) & valid
-            losses.append((difference * is_valid[:, None]).square().mean())
+    for name, means in masked_key_means(attention, masks, dim=(0,)).items():
+        for mean, target in zip(means, unguided[name], strict=True):
+            # The mean of a frame with an empty mask is 0. If either is 0, the frame does not count.
+            is_valid = mean.any(dim=-1, keepdim=True) & target.any(dim=-1, keepdim=True)
+            losses.append(((mean - target) * is_valid).square().mean())
     return torch.stack(losses).sum()
 
 
-@dataclass(frozen=True)
-class SubjectMasks:
+class SubjectMasks(NamedTuple):
     """The subject of the new clip and that of the reference.
 
     Attributes:
@@ -189,12 +171,8 @@ def make_subject_masks(model: Model, prompt: str, word: str, ref_prompt: str, re
     """
     tokens = subject_tokens(model, prompt, word)
     ref_tokens = subject_tokens(model, ref_prompt, ref_word)
-    request = AttentionRequest(cross=(SUBJECT_ATTENTION_BLOCK,))
-
-    def masks(t: int) -> Masks:
-        return gaussian_masks(subject_mask(attention(t, request), ref_tokens,
-                                           config.mask_threshold))
-    return SubjectMasks(tokens, masks)
+    return SubjectMasks(tokens, lambda t: gaussian_masks(subject_mask(
+        attention(t, SUBJECT_REQUEST), ref_tokens, config.mask_threshold)))
 
 
 @torch.no_grad()
@@ -209,11 +187,10 @@ def noised_reference_attention(model: Model, latents: Tensor, prompt: str, confi
         config: Settings with extraction_timestep.
         noise: Standard normal noise, like latents.
     """
-    z = model.schedule.add_noise(latents.float(), noise.to(latents.device),
-                                 config.extraction_timestep)
-    maps = model.unet.forward_to_attention(
-        z.to(model.device, model.dtype), config.extraction_timestep, model.encode_text([prompt]),
-        AttentionRequest(cross=(SUBJECT_ATTENTION_BLOCK,)))
+    t, text = config.extraction_timestep, model.encode_text([prompt])
+    z = model.schedule.add_noise(latents.float(), noise.to(latents.device), t)
+    z = z.to(model.device, model.dtype)
+    maps = model.unet.forward_to_attention(z, t, text, SUBJECT_REQUEST)
     return lambda t, request: maps
 
 
@@ -224,7 +201,6 @@ def require_single_window(windows: ContextWindows) -> None:
                          "or fewer, without closed_loop")
 
 
-@torch.no_grad()
 def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: SampleConfig,
                       subject: SubjectMasks | None = None, control: Tensor | None = None,
                       progress: Callable[[Iterable], Iterable] = iter) -> Guidance:
@@ -248,17 +224,16 @@ def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: Sample
         raise InputError("semantic_scale and motion_weight must both be above 0")
     sampler = Sampler(model, prompt, config, control)
     require_single_window(sampler.windows)
-    cross = () if subject is None else (SUBJECT_ATTENTION_BLOCK,)
-    request = AttentionRequest(temporal_keys=config.semantic_blocks, cross=cross)
-    z, unguided = latents.to(model.device, torch.float32), {}
+    request = AttentionRequest(temporal_keys=config.semantic_blocks,
+                               cross=SUBJECT_REQUEST.cross if subject else ())
+    z, unguided = latents.detach().to(model.device, torch.float32), {}
     for i, (t, _) in progress(list(enumerate(sampler.timestep_pairs[:config.guidance_steps]))):
         eps, maps = sampler.predict_window(z, t, sampler.text, 0, request)
-        unguided[t] = masked_key_means(maps, None if subject is None else binary_masks(
-            subject_mask(maps, subject.tokens, config.mask_threshold)))
+        masks = binary_masks(subject_mask(maps, subject.tokens, config.mask_threshold)) if (
+            subject) else None
+        unguided[t] = masked_key_means(maps, masks)
         z = sampler.step(i, z, sampler.classifier_free_guidance(i, z, eps))
 
-    def loss(maps: AttentionMaps, t: int) -> Tensor:
-        masks = None if subject is None else subject.masks(t)
-        return semantic_loss(maps, masks, unguided[t])
-    return Guidance(loss, config.semantic_blocks, "temporal_keys",
-                    weight=config.semantic_scale / config.motion_weight)
+    return Guidance(
+        lambda maps, t: semantic_loss(maps, subject.masks(t) if subject else None, unguided[t]),
+        config.semantic_blocks, "temporal_keys", config.semantic_scale / config.motion_weight)

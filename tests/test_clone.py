@@ -87,6 +87,13 @@ def test_start_and_duration_select_a_part_of_a_video(small, video, options, sele
                        clone_small(small, part, **settings).latents)
 
 
+@pytest.mark.parametrize("options", [{"start": 0.5}, {"duration": 0.5}])
+def test_start_and_duration_without_a_path_are_rejected(small, expected, options):
+    for reference in (frames(), expected.motion):
+        with pytest.raises(InputError, match="start and duration need the path of a video"):
+            clone_small(small, reference, **options)
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_video_and_model_can_be_paths(small, video, tmp_path, kind):
     path = tmp_path / "model.safetensors"
@@ -118,9 +125,9 @@ def test_guidance_of_the_user_lowers_its_loss(small):
 
 
 @pytest.mark.parametrize("guidance, message", [
-    (len, "guidance = <built-in function len> is not a list"),
-    ([len], "guidance has <built-in function len>, which is not a Guidance"),
-    ((len, "up_blocks.1"), "guidance has <built-in function len>, which is not a Guidance"),
+    (len, "guidance = <built-in function len> must be a list"),
+    ([len], r"guidance = \[<built-in function len>\] must be a list"),
+    ((len, "up_blocks.1"), r"guidance = \(<built-in function len>, .* must be a list"),
     ([Guidance(len, "up_block.1")], "'up_block.1' has no temporal attention"),
     ([Guidance(len, kind="cross", layers="up_blocks.1.motion_modules")],
      "'up_blocks.1.motion_modules' has no cross-attention")])

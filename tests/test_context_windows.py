@@ -167,7 +167,7 @@ def test_motion_of_other_windows_is_rejected(small, config, motion, changes, mes
 def test_impossible_windows_are_rejected(small, config):
     with pytest.raises(InputError, match="context_length = 25 .* at most 24 frames"):
         sample(small, "", None, dataclasses.replace(config, context_length=25))
-    with pytest.raises(InputError, match="top_k = 5 .* 4, the number of frames in a window"):
+    with pytest.raises(InputError, match="top_k = 5 .* 1 to 4, the window's frames"):
         extract_motion(small, clip(), dataclasses.replace(config, top_k=5))
 
 

@@ -72,9 +72,9 @@ def test_resolved_guidance_has_full_layer_names(small, layers):
 
 
 @pytest.mark.parametrize("guidance, message", [
-    (Guidance(total), "is not a list: write guidance="),
-    (total, "is not a list"), ([total], "guidance has <function total.*, which is not a Guidance"),
-    ([Guidance(total), (total, "up_blocks.1")], r"guidance has \(<function .* is not a Guidance"),
+    (Guidance(total), "guidance = .* must be a list"), (total, "must be a list"),
+    ([total], r"guidance = \[<function total.* must be a list, \[Guidance\(loss\), ...\]"),
+    ([Guidance(total), (total, "up_blocks.1")], "guidance = .* must be a list"),
     ([Guidance(total, "up_block.1")], "'up_block.1' has no temporal attention"),
     ([Guidance(total, "up_blocks.0", "cross")], "'up_blocks.0' has no cross-attention")])
 def test_guidance_that_the_model_cannot_use_is_rejected(small, guidance, message):

@@ -20,9 +20,10 @@ from ..config import has_type, short_repr
 from ..errors import InputError
 from ..files import sha256_of
 from .detect import DetectedCheckpoint, detect_file, wrong_option_error
-from .key_mapping import (LORA_KEY, count_blocks, map_motion_key, map_unet_key, replace_patterns)
+from .key_mapping import LORA_KEY, count_blocks, map_motion_key, map_unet_key, replace_patterns
 from .lazy_tensor import LazyTensor
 from .lora_math import WeightDelta, infer_rank
+from .model_file import WeightTransform
 
 IGNORED_LORA_PATTERNS = (
     (r"^bundle_emb\.", "an embedding bundled with the LoRA, whose word prompts do not know"),
@@ -208,35 +209,19 @@ def apply_deltas(weight: Tensor, deltas: Sequence[WeightDelta], dtype: torch.dty
     return weight.to(dtype, copy=True)
 
 
-@dataclass(frozen=True)
-class LoraMerge:
-    """A WeightTransform that merges LoRAs into the weights while they are loaded.
-
-    Attributes:
-        deltas: Changes by weight.
-        sha256: Hash of the files and scales.
-    """
-
-    deltas: Mapping[str, Sequence[WeightDelta]]
-    sha256: str
-
-    def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """Return the weight with its changes in float32, or unchanged if it has none."""
-        deltas = self.deltas.get(name, ())
-        return apply_deltas(weight, deltas, torch.float32) if deltas else weight
-
-
-def merge_loras(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]) -> LoraMerge:
+def merge_loras(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]) -> WeightTransform:
     """Return the transform that merges LoRAs into a model with these shapes.
 
     Raises:
         InputError: As `lora_deltas` does.
     """
+    deltas = collect_deltas(loras, shapes)[0]
     identity = " ".join(text for lora in loras for text in (
         *map(sha256_of, lora.checkpoint.files),
         f":{lora.scale}{' without alpha' * lora.ignore_alpha}"))
-    return LoraMerge(collect_deltas(loras, shapes)[0],
-                     hashlib.sha256(identity.encode()).hexdigest())
+    return WeightTransform(
+        lambda name, weight: apply_deltas(weight, deltas[name], torch.float32) if (
+            name in deltas) else weight, hashlib.sha256(identity.encode()).hexdigest())
 
 
 def underscored(name: str) -> str:

@@ -1,18 +1,19 @@
 """The project's own model file: one self-describing safetensors file, loaded strictly."""
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ModelConfig, from_dict, to_dict
 from ..device import resolve_device, resolve_dtype
 from ..errors import InputError
-from ..files import save_safetensors
+from ..files import save_safetensors, sha256_of
 from ..model import Model
 from ..networks.ops import channels_last_weight
 
@@ -26,15 +27,18 @@ SCALE_SUFFIX = ".scale"         # tensor of the row scales of an int8 matrix
 N = TypeVar("N", bound=nn.Module)
 
 
-class WeightTransform(Protocol):
-    """Changes weights while they are loaded, such as merging LoRAs (`checkpoints.lora`)."""
+@dataclass(frozen=True)
+class WeightTransform:
+    """A change of the weights while they are loaded, such as merging LoRAs (`checkpoints.lora`).
 
-    @property
-    def sha256(self) -> str:
-        """Hash that distinguishes the transform from every other one."""
+    Attributes:
+        function: Function of a name, such as "unet.conv_in.weight", and its weight that returns the
+            new weight, of the same shape.
+        sha256: Hash that distinguishes the transform from every other one.
+    """
 
-    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return the new weight, of the same shape, of a name such as "unet.conv_in.weight"."""
+    function: Callable[[str, Tensor], Tensor]
+    sha256: str
 
 
 def load_model(path: str | Path | None = None, device: str | torch.device = "auto",
@@ -54,11 +58,10 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "aut
             misshapen or not finite, or the device is not available.
     """
     path = DEFAULT_WEIGHTS if path is None else Path(path)
-    resolved_device = resolve_device(device)
-    resolved_dtype = resolve_dtype(dtype, resolved_device)
+    place = resolve_device(device)
+    resolved_dtype = resolve_dtype(dtype, place)
     model = build_on_meta(read_model_config(path))
-    with open(path, "rb") as binary:
-        model.file_sha256 = hashlib.file_digest(binary, "sha256").hexdigest()
+    model.file_sha256 = sha256_of(path)
     if transform is not None:
         both = f"{model.file_sha256}\n{transform.sha256}"
         model.file_sha256 = hashlib.sha256(both.encode()).hexdigest()
@@ -67,10 +70,10 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "aut
         check_names(path, {name for name in file.keys() if name in shapes or (
             name.removesuffix(SCALE_SUFFIX) not in shapes)}, shapes)
 
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in read_tensors(path, list(shapes), resolved_device):
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in read_tensors(path, list(shapes), place):
             check_shape(path, name, tensor, shapes[name])
-            weight = tensor if transform is None else transform(name, tensor)
+            weight = tensor if transform is None else transform.function(name, tensor)
             weight = weight.to(resolved_dtype, copy=True)
             check_finite(path, name, weight)
             yield name, weight
@@ -83,7 +86,7 @@ def build_on_meta(config: ModelConfig) -> Model:
         return Model(config)
 
 
-def load_weights(module: N, weights: Iterable[tuple[str, torch.Tensor]]) -> N:
+def load_weights(module: N, weights: Iterable[tuple[str, Tensor]]) -> N:
     """Load weights by name into a module on the meta device, and freeze it."""
     module.load_state_dict({name: channels_last_weight(weight) for name, weight in weights},
                            assign=True)
@@ -91,7 +94,7 @@ def load_weights(module: N, weights: Iterable[tuple[str, torch.Tensor]]) -> N:
 
 
 def read_tensors(path: Path, names: list[str], device: torch.device
-                 ) -> Iterator[tuple[str, torch.Tensor]]:
+                 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of a file, in order; int8 matrices are converted to float32.
 
     What was read of an open file stays in memory, so the file is opened again for every few
@@ -109,13 +112,12 @@ def read_tensors(path: Path, names: list[str], device: torch.device
                 shape = None if scale is None else (*scale.shape[:1], *[1] * (tensor.ndim - 1))
                 if has_scale != (tensor.dtype == torch.int8) or (
                         scale is not None and (scale.shape != shape or len(scale) != len(tensor))):
-                    raise InputError(f"{path}: the tensor {name} is {tensor.dtype} "
-                                     f"{'with a wrong' if has_scale else 'without a'} scale. "
+                    raise InputError(f"{path}: the scale of the tensor {name} is missing or wrong. "
                                      "Download the file again")
                 yield name, tensor if scale is None else dequantize_int8(tensor, scale)
 
 
-def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight as int8 and the float16 scale of each row.
 
     The error is at most a 254th of the largest value of a row.
@@ -126,7 +128,7 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return levels.round().clamp(-127, 127).to(torch.int8), scale
 
 
-def dequantize_int8(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def dequantize_int8(levels: Tensor, scale: Tensor) -> Tensor:
     """Return the float32 weight of an int8 tensor and its row scales."""
     return levels.float() * scale.float()
 
@@ -145,8 +147,7 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapp
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().cpu()
-        if quantize_min_numel is not None and tensor.ndim > 1 and (
-                tensor.numel() >= quantize_min_numel):
+        if quantize_min_numel and tensor.ndim > 1 and tensor.numel() >= quantize_min_numel:
             tensors[name], tensors[name + SCALE_SUFFIX] = quantize_int8(tensor)
         else:
             tensors[name] = tensor.to(dtype)
@@ -168,17 +169,16 @@ def read_model_config(path: str | Path) -> ModelConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such weights file. Make one with convert_weights.py, or "
-                         "leave out --weights to use the built-in demo model")
+        raise InputError(f"{path}: no such file. Make one with convert_weights.py, or leave out "
+                         "--weights to use the demo model")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a safetensors file ({error}). Run convert_weights.py on "
-                         "community checkpoints; download a damaged file again") from error
+        raise InputError(f"{path}: not a converted model ({error}). Run convert_weights.py first, "
+                         "or download a damaged file again") from error
     if metadata.get("format") != FORMAT:
-        raise InputError(f"{path}: not a converted model of format {FORMAT}. "
-                         "Run convert_weights.py first")
+        raise InputError(f"{path}: not a converted model. Run convert_weights.py first")
     try:
         return from_dict(ModelConfig, json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -196,20 +196,18 @@ def check_names(path: Path, names: set[str], shapes: Mapping[str, torch.Size]) -
     for name in sorted(set(shapes) - names):
         raise InputError(f"{path}: the tensor {name} is missing. Download the file again")
     for name in sorted(names - set(shapes)):
-        raise InputError(f"{path}: the tensor {name} belongs to no part of the model. "
-                         "Give a file of the right kind")
+        raise InputError(f"{path}: the tensor {name} belongs to no part of the model. Remove it")
 
 
-def check_shape(path: Path, name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
+def check_shape(path: Path, name: str, tensor: Tensor, shape: torch.Size) -> None:
     """Raise InputError for a tensor of a wrong shape."""
     if tensor.shape != shape:
-        raise InputError(f"{path}: the tensor {name} is {tuple(tensor.shape)}; expected "
-                         f"{tuple(shape)}. Download or convert the file again")
+        raise InputError(f"{path}: the tensor {name} is {tuple(tensor.shape)}, not {tuple(shape)}. "
+                         "Download the file again")
 
 
-def check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+def check_finite(path: Path, name: str, tensor: Tensor) -> None:
     """Raise InputError for a tensor with values that are not finite."""
     if not torch.isfinite(tensor).all():
-        raise InputError(f"{path}: the tensor {name} has values that are not finite, or that "
-                         f"{str(tensor.dtype).removeprefix('torch.')} cannot hold. Use float32, or "
-                         "another file")
+        raise InputError(f"{path}: the tensor {name} is not finite in {tensor.dtype}. Use float32, "
+                         "or another file")

@@ -123,8 +123,8 @@ def _video_frames(path: Path) -> Iterator[TimedFrame]:
                 yield TimedFrame(start, end, partial(_video_rgba, frame, declared_transfer))
     except av.FFmpegError as error:
         place = f"at about frame {count}, {end:.2f} s" if count else "from its start"
-        raise InputError(f"{path}: cannot be decoded {place} ({error.strerror}). Give a video that "
-                         "plays, or a shorter duration") from error
+        raise InputError(f"{path}: cannot be decoded {place} ({error.strerror}). Use a shorter "
+                         "duration, or another video") from error
 
 
 @contextmanager
@@ -214,14 +214,13 @@ def _folder_frames(folder: Path) -> Iterator[TimedFrame]:
         raise InputError(f"{folder}: holds no image. Give a folder of {', '.join(IMAGE_SUFFIXES)}")
     names.sort(key=lambda name: [int(part) if part.isdecimal() else part
                                  for part in re.split(r"(\d+)", name)])
-    sizes = set()
+    sizes, step = set(), 1 / UNTIMED_FPS
     for index, name in enumerate(names):
         with _open_image(folder / name) as image:
             sizes.add(_upright_size(image))
         if len(sizes) > 1:
             raise InputError(f"{folder}: {name} and {names[0]} differ in size. Give one size")
-        yield TimedFrame(index / UNTIMED_FPS, (index + 1) / UNTIMED_FPS,
-                         partial(image_rgba, folder / name))
+        yield TimedFrame(index * step, (index + 1) * step, partial(image_rgba, folder / name))
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:

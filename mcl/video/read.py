@@ -46,22 +46,18 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
     Raises:
         InputError: If the file cannot be read or a number is out of range.
     """
-    if min(num_frames, *size) < 1:
-        raise InputError(f"num_frames = {num_frames} and size {size[0]}x{size[1]} are out of "
-                         "range: each number must be 1 or more")
-    if not start >= 0 or not (duration is None or duration > 0):
-        raise InputError(f"start = {start} and duration = {duration} are out of range: start must "
-                         "be 0 or more, and duration above 0")
-    if stride is not None and (stride < 1 or duration is not None):
-        raise InputError(f"stride = {stride} is not possible: it must be 1 or more, without a "
-                         "duration")
-    if fit not in FITS:
-        raise InputError(f"fit = {fit!r} is not known: it must be one of {', '.join(FITS)}")
+    for name, value, is_valid, legal in (
+            ("num_frames", num_frames, num_frames >= 1, "1 or more"),
+            ("size", size, min(size) >= 1, "1 or more"), ("start", start, start >= 0, "0 or more"),
+            ("duration", duration, duration is None or duration > 0, "above 0"),
+            ("stride", stride, stride is None or (stride >= 1 and duration is None),
+             "1 or more, without a duration"), ("fit", fit, fit in FITS, " or ".join(FITS))):
+        if not is_valid:
+            raise InputError(f"{name} = {value!r} is out of range: it must be {legal}")
     path = Path(path)
     start_times, end = _frame_times(path, float("inf") if duration is None else start + duration)
     if start >= end:
-        raise InputError(f"{path}: start = {start:g} s is past the end. The video is {end:.2f} s "
-                         "long")
+        raise InputError(f"{path}: start = {start:g} s is past the end, {end:.2f} s")
 
     tolerance = np.median(np.diff([*start_times, end])) / 4
     sample_times = start + (end - start) * np.arange(num_frames) / num_frames + tolerance
@@ -69,10 +65,9 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
     if stride is not None:
         indices = [indices[0] + stride * i for i in range(num_frames)]
         if indices[-1] >= len(start_times):
-            raise InputError(f"{path}: stride = {stride} is out of range: {num_frames} frames "
-                             f"would span {indices[-1] - indices[0] + 1}, and there are "
-                             f"{len(start_times) - indices[0]}. Use a smaller stride or fewer "
-                             "frames")
+            raise InputError(f"{path}: stride = {stride} is out of range: {num_frames} frames need "
+                             f"{indices[-1] - indices[0] + 1}, and there are "
+                             f"{len(start_times) - indices[0]}. Use a smaller stride")
     step = (start_times[indices[-1]] - start_times[indices[0]]) / max(num_frames - 1, 1)
     if model_fps is not None and step * model_fps > MAX_STEP_RATIO:
         warnings.warn(f"{path}: the {num_frames} frames are {step:.2f} s apart; the model was "

@@ -248,7 +248,8 @@ def test_new_model_is_trained_from_nothing(folder, tmp_path, monkeypatch, drawn_
     monkeypatch.setattr("weights.training.data.CLIPS_PER_SHARD", 4)
     command = ["--out", tmp_path / "run", "--photos", folder, "--weights", tmp_path / "new",
                "--vae-steps", "2", "--vae-batch-size", "8", "--num-clips", "4",
-               "--image-steps", "2", "--image-batch-size", "2", "--motion-steps", "0", "--decoder-steps", "0"]
+               "--image-steps", "2", "--image-batch-size", "2", "--motion-steps", "0",
+               "--decoder-steps", "0"]
     assert train.main([*map(str, command)]) == 0
     encoded, clips = (LatentClips(tmp_path / "run" / "latents") for _ in range(2))
     vae = train.train_vae(tmp_path / "run", [], train.Hyperparameters(vae_steps=2), "cpu")

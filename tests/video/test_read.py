@@ -117,14 +117,14 @@ def test_the_shortest_duration_gives_one_frame(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"num_frames": 0}, "num_frames = 0 "), ({"size": (0, 16)}, "size 0x16"),
+    ({"num_frames": 0}, "num_frames = 0 "), ({"size": (0, 16)}, "size = (0, 16) is out of range"),
     ({"start": -1.0}, "start = -1.0"), ({"duration": 0.0}, "duration = 0.0"),
-    ({"fit": "zoom"}, "fit = 'zoom' is not known: it must be one of crop, pad, stretch"),
-    ({"start": 0.5}, "a.mp4: start = 0.5 s is past the end. The video is 0.50 s long"),
-    ({"start": 9.0, "duration": 1.0}, "The video is 0.50 s long"),
-    ({"stride": 0}, "stride = 0 is not possible: it must be 1 or more"),
+    ({"fit": "zoom"}, "fit = 'zoom' is out of range: it must be crop or pad or stretch"),
+    ({"start": 0.5}, "a.mp4: start = 0.5 s is past the end, 0.50 s"),
+    ({"start": 9.0, "duration": 1.0}, "past the end, 0.50 s"),
+    ({"stride": 0}, "stride = 0 is out of range: it must be 1 or more"),
     ({"stride": 2, "duration": 1.0}, "without a duration"),
-    ({"stride": 4, "start": 0.1}, "4 frames would span 13, and there are 10. Use a smaller stride"),
+    ({"stride": 4, "start": 0.1}, "4 frames need 13, and there are 10. Use a smaller stride"),
 ])
 def test_an_argument_out_of_range_is_rejected(tmp_path, arguments, message):
     encode_video(tmp_path / "a.mp4")

@@ -118,7 +118,8 @@ def build_parser(show_all: bool = False) -> OneLineErrorParser:
         if field.name not in ("height", "width"):
             value, choices = default[field.name], field.metadata["choices"]
             arguments = {"choices": choices} if choices else FIELD_ARGUMENTS[field.type]
-            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value or "")
+            values = value if isinstance(value, tuple) else (value,)
+            text = " ".join(str(element) for element in values if element is not False)
             text = field.metadata["help"] + f" [{text}]" * bool(text)
             is_shown = show_all or field.name in COMMON_SETTINGS
             group.add_argument("--" + field.name.replace("_", "-"), **arguments,

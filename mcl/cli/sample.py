@@ -61,8 +61,7 @@ def run_jobs(args: argparse.Namespace) -> int:
 
 def run_pending(clips: Sequence[OutputClip]) -> list[str]:
     """Run the clips job by job; return the failures of a file of jobs, or raise without one."""
-    cache: dict[tuple, Model] = {}
-    failures = []
+    failures, cache = list[str](), dict[tuple, Model]()
     for source, job_clips in itertools.groupby(clips, lambda clip: clip.args.source):
         try:
             run_job(list(job_clips), cache)
@@ -110,7 +109,7 @@ def run_job(clips: Sequence[OutputClip], cache: dict[tuple, Model]) -> None:
     times.append(perf_counter())
     model = load_job_model(args, cache)
     if unknown := model.out_of_vocabulary(args.prompt):
-        warnings.warn(f"The {model.config.name} model does not know: {', '.join(unknown)}. "
+        warnings.warn(f"The {model.config.name} model does not know: {', '.join(dict.fromkeys(unknown))}. "
                       "Known words: python sample.py --list-words", stacklevel=2)
     is_checkpointing = needs_checkpointing(model, config)
     settings = dataclasses.asdict(config) | {"memory": "low" if is_checkpointing else "high"}
@@ -140,11 +139,12 @@ def read_source(clip: OutputClip) -> torch.Tensor | Motion:
     args, size = clip.args, (clip.config.height, clip.config.width)
     if args.ref is None:
         return Motion.load(args.motion)
+    fps = model_file.read_model_config(args.weights).fps
+    frames = read_video(args.ref, clip.config.num_frames, size, args.start, args.duration, args.fit,
+                        stride=args.stride, model_fps=fps)
     if has_audio(args.ref):
         print(f"note: the sound of {args.ref} is left out", file=sys.stderr)
-    fps = model_file.read_model_config(args.weights).fps
-    return read_video(args.ref, clip.config.num_frames, size, args.start, args.duration, args.fit,
-                      stride=args.stride, model_fps=fps)
+    return frames
 
 
 def write_outputs(clip: OutputClip, result: Clip, reference: Reference, model: Model,

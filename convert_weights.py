@@ -1,5 +1,7 @@
 """Convert community checkpoints to one model file: python convert_weights.py --help."""
-from mcl.cli.convert import command
-
 if __name__ == "__main__":
+    try:
+        from mcl.cli.convert import command
+    except KeyboardInterrupt:           # while PyTorch is imported
+        raise SystemExit(130) from None
     command()

@@ -1,5 +1,7 @@
 """Clone the motion of a reference video into a new video of a prompt: python sample.py --help."""
-from mcl.cli.sample import command
-
 if __name__ == "__main__":
+    try:
+        from mcl.cli.sample import command
+    except KeyboardInterrupt:           # while PyTorch is imported
+        raise SystemExit(130) from None
     command()

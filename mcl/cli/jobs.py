@@ -1,70 +1,60 @@
 """Many clips in one run: a file of jobs, shared among processes, continued after a failure."""
 import argparse
-import contextlib
+import atexit
 import dataclasses
 import datetime
 import functools
 import json
 import os
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import distributed
 
-from ..checkpoints.model_file import DEFAULT_WEIGHTS
-from ..config import SampleConfig, short_repr
-from ..errors import InputError
+from .. import InputError, read_image, read_video
+from ..config import short_repr
 from ..files import check_readable, sha256_of
-from ..video.read import read_image, read_video
 from .arguments import parse_args, validate_args
-from .outputs import OutputClip, check_jobs_io, input_files, scaled_loras
+from .outputs import OutputClip, check_jobs_io, input_files, output_clips, scaled_loras
 
-T = TypeVar("T")
 cached_sha256 = functools.cache(sha256_of)
-NO_TIMEOUT = datetime.timedelta(days=365)   # a process may wait for others for a long time
 
 
-def parse_jobs(argv: Sequence[str]) -> list[argparse.Namespace]:
-    """Return the options of one job, or with --jobs of each line of a file.
+def read_jobs(common: argparse.Namespace) -> list[OutputClip]:
+    """Return the clips of a command line, or with --jobs of each line of a file.
+
+    Everything that needs no weights is checked.
 
     Raises:
         InputError: If an option or a line is wrong; the message names the line.
     """
-    common = parse_args(argv)
-    path = common.jobs
-    if path is None:
-        return [common]
-    check_readable(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a file of text lines ({error}). Give one JSON object per "
-                         "line") from error
-    jobs = []
+    if common.jobs is None:
+        clips = output_clips(common, validate_args(common))
+        check_jobs_io(clips)
+        return clips
+    check_readable(common.jobs)
+    clips, lines = [], common.jobs.read_bytes().split(b"\n") if common.jobs.is_file() else []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        source = f"{path}, line {number}"
-        try:
-            options = json.loads(line)
-            if not isinstance(options, dict):
-                raise ValueError("not an object of options")
-            job = parse_args(to_argv(options), common)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{source}: {error}") from error
-        job.source = source
-        jobs.append(job)
-    if not jobs:
-        raise InputError(f"{path}: has no jobs. Write one JSON object per line")
-    return jobs
+        if line.strip():
+            source = f"{common.jobs}, line {number}"
+            try:
+                args = parse_args(to_argv(json.loads(line)), vars(common))
+                args.source = source
+                config = validate_args(args)
+                probe_inputs(args, config.num_frames)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{source}: {error}") from error
+            clips += output_clips(args, config)
+    if not clips:
+        raise InputError(f"{common.jobs}: has no jobs. Write one JSON object of options per line")
+    check_jobs_io(clips)
+    return clips
 
 
-def to_argv(options: Mapping[str, Any]) -> list[str]:
+def to_argv(options: Any) -> list[str]:
     """Return a job's options as command-line arguments.
 
     {"top_k": 3, "compare": true, "subject": ["a", "b"]} becomes --top-k=3 --compare --subject=a
@@ -73,39 +63,19 @@ def to_argv(options: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: If a name is not an option of a job, or a value has a wrong type.
     """
-    argv: list[str] = []
+    if not isinstance(options, dict):
+        raise ValueError(f"{short_repr(options)} is not a job: write an object of options")
+    argv = []
     for name, value in options.items():
-        if name in ("help", "help_all", "help-all", "jobs") or not (
-                re.fullmatch("[a-z][a-z_-]*", name)):
-            raise ValueError(f"{short_repr(name)} is not an option of a job")
         option = "--" + name.replace("_", "-")
+        if option in ("--help", "--help-all", "--jobs", "--list-words"):
+            raise ValueError(f"{option} is not an option of a job. Remove it")
         for element in value if isinstance(value, list) else [value]:
-            if element is True:
-                argv.append(option)
-            elif isinstance(element, (str, int, float)) and element is not False:
-                argv.append(f"{option}={' --' if element == '--' else element}")    # argparse drops --
-            elif element is not False and element is not None:
-                raise ValueError(f"{name} = {short_repr(element)} is not valid: it must be text, "
-                                 "a number, true, or a list of these")
+            if isinstance(element, (dict, list)):
+                raise ValueError(f"{name} = {short_repr(element)}: use text, numbers or true")
+            if element is not None and element is not False:
+                argv.append(option if element is True else f"{option}={element}")
     return argv
-
-
-def validate_jobs(jobs: Sequence[argparse.Namespace]) -> list[SampleConfig]:
-    """Return the settings of each job after checking everything that needs no weights.
-
-    Raises:
-        InputError: If anything is wrong; the message names the line of a file of jobs.
-    """
-    configs = []
-    for args in jobs:
-        try:
-            configs.append(validate_args(args))
-            if args.jobs is not None:   # a single job reads its files at once
-                probe_inputs(args, configs[-1].num_frames)
-        except InputError as error:
-            raise InputError(f"{args.source}: {error}" if args.source else str(error)) from error
-    check_jobs_io(list(jobs))
-    return configs
 
 
 def probe_inputs(args: argparse.Namespace, num_frames: int) -> None:
@@ -118,32 +88,28 @@ def probe_inputs(args: argparse.Namespace, num_frames: int) -> None:
             read_image(path, (8, 8))
 
 
-def job_fingerprint(clip: OutputClip, config: SampleConfig) -> dict[str, Any]:
+def job_fingerprint(clip: OutputClip) -> dict[str, Any]:
     """Return everything that a clip depends on, except the device and the packages' versions."""
     args = clip.args
-    return {
-        "prompt": args.prompt, "reference": str(args.ref or args.motion), "seed": clip.seed,
-        "settings": dataclasses.asdict(config), "start": args.start, "duration": args.duration,
-        "stride": args.stride, "fit": args.fit, "fps": args.fps,
-        "weights": str(args.weights or DEFAULT_WEIGHTS),
+    names = ("prompt", "start", "duration", "stride", "fit", "fps", "ignore_alpha")
+    return {name: getattr(args, name) for name in names} | {
+        "reference": str(args.ref or args.motion), "seed": clip.seed,
+        "settings": dataclasses.asdict(clip.config), "weights": str(args.weights),
         "images": [(str(path), frame) for path, frame in args.image],
         "loras": [(str(path), scale) for _, path, scale in scaled_loras(args)],
-        "ignore_alpha": args.ignore_alpha, "has_report": args.report,
-        "requested_device_dtype": args.requested_device_dtype,
+        "has_report": args.report, "requested_device_dtype": (args.device, args.dtype),
         "inputs": {str(path): cached_sha256(path) for _, path in input_files(args)
                    if path != args.jobs}}
 
 
-def is_up_to_date(clip: OutputClip, config: SampleConfig) -> bool:
+def is_up_to_date(clip: OutputClip) -> bool:
     """Return True if a clip's record has its fingerprint and all its files are unchanged."""
     try:
-        record = json.loads(clip.record_path.read_text(encoding="utf-8"))
+        record = json.loads(clip.record.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    expected, paths = json.loads(json.dumps(job_fingerprint(clip, config))), clip.output_paths()
-    return (isinstance(record, dict) and expected.items() <= record.items()
-            and all(path.exists() for path in paths)
-            and record.get("written") == sha256_by_path(paths))
+    expected = job_fingerprint(clip) | {"written": sha256_by_path(clip.output_paths())}
+    return isinstance(record, dict) and json.loads(json.dumps(expected)).items() <= record.items()
 
 
 def sha256_by_path(paths: Sequence[Path]) -> dict[str, str]:
@@ -151,35 +117,23 @@ def sha256_by_path(paths: Sequence[Path]) -> dict[str, str]:
     return {str(path): sha256_of(path) for path in paths}
 
 
-@dataclass(frozen=True)
-class WorkerGroup:
-    """Processes that share the work: this one alone, or those that torchrun started."""
+def join_workers() -> tuple[int, int]:
+    """Return this process's rank and the number of processes that torchrun started, or (0, 1).
 
-    rank: int = 0
-    size: int = 1
-
-    def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """Return this process's part of the items."""
-        return items[self.rank::self.size]
-
-    def all_gather(self, items: list[T]) -> list[T]:
-        """Return the items of all processes, when the last one has called this method."""
-        if self.size == 1:
-            return items
-        parts: list[list[T]] = [[]] * self.size
-        distributed.all_gather_object(parts, items)
-        return [item for part in parts for item in part]
-
-
-@contextlib.contextmanager
-def distributed_workers() -> Iterator[WorkerGroup]:
-    """Return the worker group as a context; the processes share the machine's cores."""
+    The processes share the machine's cores.
+    """
     if not distributed.is_available() or not distributed.is_torchelastic_launched():
-        yield WorkerGroup()
-        return
-    distributed.init_process_group("gloo", timeout=NO_TIMEOUT)
+        return 0, 1
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(days=365))    # for long jobs
+    atexit.register(distributed.destroy_process_group)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    try:
-        yield WorkerGroup(distributed.get_rank(), distributed.get_world_size())
-    finally:
-        distributed.destroy_process_group()
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def all_gather(items: list[str], num_workers: int) -> list[str]:
+    """Return the items of all processes, when the last one has called this function."""
+    if num_workers == 1:
+        return items
+    parts: list[list[str]] = [[]] * num_workers
+    distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]

@@ -1,7 +1,7 @@
 """Process of a command: one-line errors, exit codes and signals."""
 import argparse
 import difflib
-import os
+import io
 import re
 import signal
 import sys
@@ -14,40 +14,42 @@ from tqdm import tqdm
 
 from ..errors import InputError, NumericalError, escape_control_characters
 
-EXPECTED_ERRORS = (InputError, NumericalError, torch.OutOfMemoryError, MemoryError,
-                   KeyboardInterrupt)
-NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"       # PyTorch has no class for it
-
 
 class Terminated(KeyboardInterrupt):
     """Raised by SIGTERM and SIGHUP."""
 
 
-def install_signal_handlers() -> None:
-    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that unfinished files go."""
-    def interrupt(number: int, _: Any) -> NoReturn:
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+class TolerantFile(io.FileIO):
+    """File that ignores failed writes: the reader of a pipe is gone, or the disk is full."""
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)        # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:   # nohup ignores it
-            signal.signal(number, interrupt)
+    def write(self, data: Any) -> int:
+        """Return the number of bytes that were written or dropped."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Run a command as this process and exit with its code; a closed pipe ends it quietly."""
-    install_signal_handlers()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):          # names may hold characters it cannot encode
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        code = main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:                         # Python would complain again at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 1
-    sys.exit(code)
+    """Run a command as this process and exit with its code.
+
+    Signals raise KeyboardInterrupt, so that unfinished files are deleted. The command goes on if
+    its messages cannot be printed.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:          # nohup ignores SIGHUP
+            signal.signal(number, interrupt)
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None:
+            file = io.BufferedWriter(TolerantFile(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace",
+                                                line_buffering=True))
+    sys.exit(main())
+
+
+def interrupt(number: int, _: Any) -> NoReturn:
+    """Raise KeyboardInterrupt for a signal."""
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 def exit_code_of(action: Callable[[], int | None]) -> int:
@@ -56,29 +58,25 @@ def exit_code_of(action: Callable[[], int | None]) -> int:
     try:
         return action() or 0
     except BaseException as error:
-        if not is_expected(error):
-            raise
         code, line = format_error(error)
     tqdm.write(line, file=sys.stderr)
     return code
 
 
-def is_expected(error: BaseException) -> bool:
-    """Return True for errors of the user's input or machine, reported without a traceback."""
-    return isinstance(error, EXPECTED_ERRORS) or NO_MEMORY in str(error)
-
-
 def format_error(error: BaseException) -> tuple[int, str]:
-    """Return the exit code and the line for an expected error.
+    """Return the exit code and the line for an error of the user's input or machine.
 
     The codes are 1 for failed, 2 for bad usage or input, 130 for interrupted, 143 for terminated.
+    Any other error is a bug and is raised again.
     """
     if isinstance(error, InputError):
         return 2, f"error: {error}"
-    if isinstance(error, Terminated):
-        return 143, "terminated; no unfinished file is left"
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; no unfinished file is left"
+        code, word = (143, "terminated") if isinstance(error, Terminated) else (130, "interrupted")
+        return code, f"{word}; no unfinished file is left"
+    is_expected = isinstance(error, (NumericalError, torch.OutOfMemoryError, MemoryError))
+    if not is_expected and "DefaultCPUAllocator: can't allocate memory" not in str(error):
+        raise error                                 # PyTorch has no class for that message
     reason = str(error).rpartition("] err == 0. ")[2] or "out of memory"    # PyTorch's own prefix
     return 1, f"failed: {escape_control_characters(reason.splitlines()[0])}"
 
@@ -106,14 +104,14 @@ class OneLineErrorParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         """Create a parser without abbreviated options; each option takes its value once."""
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False
         self.register("action", None, StoreOnce)
         self.register("action", "store", StoreOnce)
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError."""
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if (
-            unknown) else []
-        hint = f"did you mean {close[0]}?" if close else f"{self.prog} --help lists the options"
-        raise InputError(f"{message}. {hint[0].upper()}{hint[1:]}")
+        unknown = re.match(r"unrecognized arguments: .*?(--[\w-]+)", message)
+        close = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"Run {self.prog} --help for the options"
+        raise InputError(f"{message}. {hint}")

@@ -55,15 +55,17 @@ class AttentionMaps:
 
     def select(self, request: AttentionRequest) -> "AttentionMaps":
         """Return only the attention of a request, which consists of full layer names."""
-        kinds = (self.temporal, self.temporal_keys, self.cross)
-        temporal, keys, cross = ({name: tensors[name] for name in names}
-                                 for tensors, names in zip(kinds, request, strict=True))
+        pairs = zip((self.temporal, self.temporal_keys, self.cross), request, strict=True)
+        temporal, keys, cross = ({name: maps[name] for name in names} for maps, names in pairs)
         return AttentionMaps(temporal, keys, cross, self.grids, self.frame_offset)
 
     def __or__(self, other: "AttentionMaps") -> "AttentionMaps":
         return AttentionMaps(self.temporal | other.temporal,
                              self.temporal_keys | other.temporal_keys, self.cross | other.cross,
                              self.grids | other.grids)
+
+
+LayerOutput = tuple[Tensor, AttentionMaps]      # features, requested attention
 
 
 def merge_requests(requests: Sequence[AttentionRequest]) -> AttentionRequest:
@@ -114,10 +116,9 @@ class Attention(nn.Module):
         """Create a layer of `channels` for contexts of `context_channels`."""
         super().__init__()
         self.heads = heads
-        context_channels = context_channels or channels
         self.to_q = Linear(channels, channels, bias=False)
-        self.to_k = Linear(context_channels, channels, bias=False)
-        self.to_v = Linear(context_channels, channels, bias=False)
+        self.to_k, self.to_v = (Linear(context_channels or channels, channels, bias=False)
+                                for _ in range(2))
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | None = None, return_map: bool = False

@@ -2,11 +2,14 @@
 
 Parameter names are those of the diffusers and AnimateDiff checkpoints.
 """
+from collections import OrderedDict
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import Attention
+from ..config import UNetConfig
+from .attention import Attention, AttentionMaps, AttentionRequest, LayerOutput
 from .ops import Conv2d, Linear, geglu, linear
 
 
@@ -23,26 +26,21 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return value * gelu(gate)."""
-        value, gate = (linear(x, weight, bias) for weight, bias in
-                       zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True))
-        return geglu(value, gate)
+        (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        return geglu(linear(x, w_value, b_value), linear(x, w_gate, b_gate))
 
 
-class FeedForward(nn.Module):
-    """Feed-forward layer with GEGLU, four times as wide inside.
+class FeedForward(nn.Sequential):
+    """Feed-forward layer with GEGLU, (..., c) -> (..., c), four times as wide inside.
 
     `net.1` is a dropout in the checkpoints, which is not used at inference.
     """
 
     def __init__(self, channels: int):
         """Create a layer of `channels`."""
-        super().__init__()
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(),
-                                  Linear(4 * channels, channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output for x (..., c), like x."""
-        return self.net[2](self.net[0](x))
+        hidden = 4 * channels
+        net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(), Linear(hidden, channels))
+        super().__init__(OrderedDict(net=net))
 
 
 class InflatedGroupNorm(nn.GroupNorm):
@@ -74,8 +72,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = InflatedGroupNorm(groups, c_in, eps, inflated_groupnorm)
         self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
-        if time_channels is not None:
-            self.time_emb_proj = Linear(time_channels, c_out)
+        self.time_emb_proj = Linear(time_channels, c_out) if time_channels else None
         self.norm2 = InflatedGroupNorm(groups, c_out, eps, inflated_groupnorm)
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
@@ -83,7 +80,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor | None = None, num_frames: int = 1) -> Tensor:
         """Return (b*f, c_out, h, w) for x (b*f, c_in, h, w) and time (b*f, time_channels)."""
         y = self.conv1(F.silu(self.norm1(x, num_frames)))
-        if time is not None:
+        if self.time_emb_proj is not None and time is not None:
             y = y + rearrange(self.time_emb_proj(F.silu(time)), "b c -> b c 1 1")
         y = self.conv2(F.silu(self.norm2(y, num_frames)))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -96,7 +93,7 @@ class Downsample(nn.Module):
     there would shift the picture by half a pixel at every level.
     """
 
-    def __init__(self, channels: int, pad_all_sides: bool):
+    def __init__(self, channels: int, pad_all_sides: bool = True):
         """Create a layer of `channels`."""
         super().__init__()
         self.pad_all_sides = pad_all_sides
@@ -117,67 +114,58 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Return x at twice its size, or at `size` (h, w), which odd latents need."""
-        scale = 2.0 if size is None else None
-        return self.conv(F.interpolate(x, size=size, scale_factor=scale, mode="nearest"))
+        return self.conv(F.interpolate(x, size, scale_factor=None if size else 2.0, mode="nearest"))
 
 
 class TransformerBlock(nn.Module):
     """Self-attention over the positions of a frame, cross-attention to the text, feed-forward."""
 
-    def __init__(self, channels: int, heads: int, cross_attention_dim: int):
-        """Create a block of `channels` for texts of width `cross_attention_dim`."""
+    def __init__(self, channels: int, config: UNetConfig):
+        """Create a block of `channels`."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, heads)
-        self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, heads, cross_attention_dim)
-        self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
+        heads, text_channels = config.num_attention_heads, config.cross_attention_dim
+        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, heads)
+        self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, text_channels)
+        self.norm3, self.ff = nn.LayerNorm(channels), FeedForward(channels)
 
-    def forward(self, x: Tensor, text: Tensor, return_map: bool = False
-                ) -> tuple[Tensor, Tensor | None]:
-        """Return the output and, on request, the cross-attention map.
+    def forward(self, x: Tensor, text: Tensor, request: AttentionRequest) -> LayerOutput:
+        """Return the output and the requested cross-attention.
 
         Args:
             x: Tokens (b*f, n, c).
             text: Text embeddings (b, m, cross_attention_dim).
-            return_map: Whether to return the map.
+            request: Attention to return, by full layer name.
 
         Returns:
-            The output, like x, and the map (b*f, heads, n, m) or None.
+            The output, like x, and the map (b*f, heads, n, m) if it is requested, without its grid.
         """
-        b, n = text.shape[0], x.shape[1]
+        attention, b, n = AttentionMaps(), text.shape[0], x.shape[1]
         x = x + self.attn1(self.norm1(x))[0]
         # All frames of a clip attend to one text: its keys and values are computed once.
         y = rearrange(self.norm2(x), "(b f) n c -> b (f n) c", b=b)
-        y, _, attention_probs = self.attn2(y, text, return_map)
+        y, _, attention_probs = self.attn2(y, text, self.attn2.name in request.cross)
         x = x + rearrange(y, "b (f n) c -> (b f) n c", n=n)
         if attention_probs is not None:
-            attention_probs = rearrange(attention_probs, "b heads (f n) m -> (b f) heads n m", n=n)
-        return x + self.ff(self.norm3(x)), attention_probs
+            attention.cross[self.attn2.name] = rearrange(
+                attention_probs, "b heads (f n) m -> (b f) heads n m", n=n)
+        return x + self.ff(self.norm3(x)), attention
 
 
 class SpatialTransformer(nn.Module):
     """Transformer over the positions of each frame, with a residual connection."""
 
-    def __init__(self, channels: int, heads: int, cross_attention_dim: int, groups: int):
-        """Create a transformer of `channels` for texts of width `cross_attention_dim`."""
+    def __init__(self, channels: int, config: UNetConfig):
+        """Create a transformer of `channels`."""
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
         self.proj_in = Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([
-            TransformerBlock(channels, heads, cross_attention_dim)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, config)])
         self.proj_out = Conv2d(channels, channels, 1)
 
-    @property
-    def name(self) -> str:
-        """Name of the cross-attention layer."""
-        return str(self.transformer_blocks[0].get_submodule("attn2").name)
-
-    def forward(self, x: Tensor, text: Tensor, return_map: bool = False
-                ) -> tuple[Tensor, Tensor | None]:
-        """Return the output, like x (b*f, c, h, w), and the map (b*f, heads, h*w, m) or None."""
-        h = x.shape[2]
+    def forward(self, x: Tensor, text: Tensor, request: AttentionRequest) -> LayerOutput:
+        """Return the output, like x (b*f, c, h, w), and the requested cross-attention."""
+        h, w = x.shape[-2:]
         y = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
-        y, attention_probs = self.transformer_blocks[0](y, text, return_map)
-        return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h)), attention_probs
+        y, attention = self.transformer_blocks[0](y, text, request)
+        attention.grids.update(dict.fromkeys(attention.cross, (h, w)))
+        return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h)), attention

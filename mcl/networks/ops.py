@@ -27,17 +27,16 @@ class FrozenConv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Store the weights and the shape of the input."""
+        """Store the weights and the size of the input."""
         x, weight, _, ctx.stride, ctx.padding = inputs
-        ctx.shape = x.shape
+        ctx.size = x.shape
         ctx.save_for_backward(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the input."""
         weight = ctx.saved_tensors[0].to(grad.dtype)        # autocast may have changed grad's dtype
-        return (conv2d_input(ctx.shape, weight, grad, ctx.stride, ctx.padding),
-                None, None, None, None)
+        return conv2d_input(ctx.size, weight, grad, ctx.stride, ctx.padding), None, None, None, None
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...] = (1, 1),
@@ -103,9 +102,7 @@ class GEGLUFunction(torch.autograd.Function):
 
 def geglu(value: Tensor, gate: Tensor) -> Tensor:
     """Return value * gelu(gate), for tensors of any shape."""
-    if torch.is_grad_enabled() and (value.requires_grad or gate.requires_grad):
-        return GEGLUFunction.apply(value, gate)
-    return F.gelu(gate).mul_(value)
+    return GEGLUFunction.apply(value, gate)
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None

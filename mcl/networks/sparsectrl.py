@@ -6,9 +6,8 @@ added to the UNet's skip connections. Names are those of AnimateDiff's v3_sd15_s
 import dataclasses
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import SparseCtrlConfig, UNetConfig
@@ -23,17 +22,15 @@ class ConditioningEmbedding(nn.Module):
         """Create convolutions of these widths with `channels` outputs."""
         super().__init__()
         self.conv_in = nn.Conv2d(4, widths[0], 3, padding=1)
-        self.blocks = nn.ModuleList()
-        for narrow, wide in pairwise(widths):
-            self.blocks.append(nn.Conv2d(narrow, narrow, 3, padding=1))
-            self.blocks.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
+        self.blocks = nn.ModuleList(
+            nn.Conv2d(narrow, c_out, 3, padding=1, stride=stride)
+            for narrow, wide in pairwise(widths) for c_out, stride in ((narrow, 1), (wide, 2)))
         self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features (b*f, c, h, w) of sketches with masks (b*f, 4, H, W)."""
-        x = F.silu(self.conv_in(x))
-        for block in self.blocks:
-            x = F.silu(block(x))
+        for conv in (self.conv_in, *self.blocks):
+            x = F.silu(conv(x))
         return self.conv_out(x)
 
 
@@ -45,9 +42,8 @@ class SparseCtrl(nn.Module):
         super().__init__()
         config = dataclasses.replace(
             config, motion_modules=True, motion_mid_block=False, motion_num_attention_blocks=1,
-            inflated_groupnorm=True,
-            motion_num_attention_heads=control.motion_num_attention_heads,
-            motion_max_seq_length=control.motion_max_seq_length)
+            inflated_groupnorm=True, motion_max_seq_length=control.motion_max_seq_length,
+            motion_num_attention_heads=control.motion_num_attention_heads)
         self.config, self.kind = config, control.kind
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
         # Only the bias of conv_in is used, because SparseCtrl does not see the noise.
@@ -75,15 +71,13 @@ class SparseCtrl(nn.Module):
         Raises:
             InputError: If the clip has more frames than SparseCtrl was trained on.
         """
-        b, num_frames = condition.shape[0], condition.shape[2]
+        num_frames = condition.shape[2]
         if num_frames > self.config.motion_max_seq_length:
             raise InputError(f"num_frames = {num_frames} is out of range: this model's SparseCtrl "
                              f"sees at most {self.config.motion_max_seq_length} frames")
-        t = torch.as_tensor(t, device=condition.device).expand(b)
-        time = repeat(self.time_embedding(t), "b c -> (b f) c", f=num_frames)
         x = self.controlnet_cond_embedding(rearrange(condition, "b c f h w -> (b f) c h w"))
         x = x + rearrange(self.conv_in.bias, "c -> c 1 1")
-        inputs, skips = BlockInputs(time, text, num_frames), [x]
+        inputs, skips = BlockInputs(self.time_embedding(t, condition), text, num_frames), [x]
         for block in (*self.down_blocks, self.mid_block):
             x, skips, _ = block(x, skips, inputs)
         down = [conv(s) for conv, s in zip(self.controlnet_down_blocks, skips, strict=True)]
@@ -105,12 +99,10 @@ def sparsectrl_condition(images: Tensor, frame_indices: list[int], num_frames: i
     Raises:
         InputError: If a frame index is out of range.
     """
-    for i in frame_indices:
-        if not -num_frames <= i < num_frames:
-            raise InputError(f"frame {i} is out of range: the clip has frames 0 to "
-                             f"{num_frames - 1}")
-    n, c, h, w = images.shape
+    (_, c, h, w), last_frame = images.shape, num_frames - 1
     condition = images.new_zeros(1, c + 1, num_frames, h, w)
     for image, i in zip(images, frame_indices, strict=True):
+        if not -num_frames <= i <= last_frame:
+            raise InputError(f"frame {i} is out of range: the clip has frames 0 to {last_frame}")
         condition[0, :c, i], condition[0, c, i] = image, 1
     return condition

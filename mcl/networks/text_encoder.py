@@ -2,6 +2,8 @@
 
 Parameter names are those of transformers' CLIPTextModel.
 """
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -18,14 +20,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         c = config.hidden_size
         self.heads, self.causal = config.num_attention_heads, causal
-        self.q_proj, self.k_proj = Linear(c, c), Linear(c, c)
-        self.v_proj, self.out_proj = Linear(c, c), Linear(c, c)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(c, c) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, like x (b, n, c)."""
-        out, _ = attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads,
-                           causal=self.causal)
-        return self.out_proj(out)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attention(q, k, v, self.heads, causal=self.causal)[0])
 
 
 class MLP(nn.Module):
@@ -51,8 +51,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config, causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size)
-        self.mlp = MLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size)
+        self.mlp, self.layer_norm2 = MLP(config), nn.LayerNorm(config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, like x (b, n, c)."""
@@ -86,34 +85,23 @@ class Embeddings(nn.Module):
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
 
 
-class Encoder(nn.Module):
-    """Stack of transformer layers."""
+class Encoder(nn.Sequential):
+    """Stack of transformer layers, (b, n, c) -> (b, n, c)."""
 
     def __init__(self, config: CLIPTransformerConfig, causal: bool):
         """Create layers with random weights."""
-        super().__init__()
-        self.layers = nn.ModuleList([EncoderLayer(config, causal)
-                                     for _ in range(config.num_hidden_layers)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output, like x (b, n, c)."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        layers = (EncoderLayer(config, causal) for _ in range(config.num_hidden_layers))
+        super().__init__(OrderedDict(layers=nn.Sequential(*layers)))
 
 
-class TextTransformer(nn.Module):
-    """CLIP's text transformer, with a final norm."""
+class TextTransformer(nn.Sequential):
+    """CLIP's text transformer with a final norm, from ids (b, n) to embeddings (b, n, c)."""
 
     def __init__(self, config: CLIPTextConfig):
         """Create a transformer with random weights."""
-        super().__init__()
-        self.embeddings, self.encoder = Embeddings(config), Encoder(config, causal=True)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the embeddings (b, n, c) of ids (b, n)."""
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+        super().__init__(OrderedDict(
+            embeddings=Embeddings(config), encoder=Encoder(config, causal=True),
+            final_layer_norm=nn.LayerNorm(config.hidden_size)))
 
 
 class TextEncoder(nn.Module):
@@ -126,8 +114,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: CLIPTextConfig):
         """Create an encoder with random weights."""
         super().__init__()
-        self.config = config
-        self.text_model = TextTransformer(config)
+        self.config, self.text_model = config, TextTransformer(config)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the embeddings (b, 77, c) of token ids (b, 77), after the final norm."""

@@ -35,8 +35,7 @@ class Tokenizer:
             ValueError: If the merges file is missing, damaged or another file.
         """
         self._byte_ids, self._merges = _read_vocabulary(MERGES)
-        self._cache: dict[str, tuple[int, ...]] = {
-            "<|startoftext|>": (START,), "<|endoftext|>": (END,)}
+        self._cache = {"<|startoftext|>": [START], "<|endoftext|>": [END]}
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Return the token ids of one or b prompts, int64 (b, 77).
@@ -68,10 +67,10 @@ class Tokenizer:
 
         The first id of the first piece is at position 1 of the encoded prompt.
         """
-        return [(piece, list(self._encode_piece(piece)))
-                for piece in _pretokenize(normalize_text(text))]
+        pieces = _pretokenize(normalize_text(text))
+        return [(piece, list(self._encode_piece(piece))) for piece in pieces]
 
-    def _encode_piece(self, piece: str) -> tuple[int, ...]:
+    def _encode_piece(self, piece: str) -> list[int]:
         """Return the ids of one word, digit or run of signs."""
         if piece not in self._cache:
             ids = [self._byte_ids[byte] for byte in piece.encode()]
@@ -82,7 +81,7 @@ class Tokenizer:
                 for i in range(len(ids)):
                     if tuple(ids[i:i + 2]) == best_pair:
                         ids[i:i + 2] = [merged]
-            self._cache[piece] = tuple(ids)
+            self._cache[piece] = ids
         return self._cache[piece]
 
 
@@ -121,13 +120,12 @@ def _translation_table() -> dict[int, str]:
     """Return replacements by code point, for `str.translate`."""
     removed = (*range(9), 0xB, *range(0xE, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF,
                *range(0xFFF9, 0xFFFD))
-    ligatures = (0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4),
-                 *range(0xFB00, 0xFB07))
-    full_and_half_width = range(0xFF01, 0xFFF0)
+    # Ligatures, then forms of full and half width.
+    variants = (0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4),
+                *range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0))
     quotes = dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'")
     quotes |= dict.fromkeys(range(0x201C, 0x2020), '"')
-    plain = {code: unicodedata.normalize("NFKC", chr(code)).translate(quotes)
-             for code in (*ligatures, *full_and_half_width)}
+    plain = {c: unicodedata.normalize("NFKC", chr(c)).translate(quotes) for c in variants}
     return plain | quotes | dict.fromkeys(removed, "")
 
 
@@ -162,11 +160,10 @@ def _read_vocabulary(path: Path) -> tuple[dict[int, int], dict[tuple[int, int], 
     Raises:
         ValueError: If the file is not CLIP's merges file.
     """
-    symbols = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
-    remaining = [byte for byte in range(256) if byte not in symbols]
-    symbols |= {byte: chr(256 + n) for n, byte in enumerate(remaining)}
-    tokens = [*symbols.values(), *(f"{symbol}</w>" for symbol in symbols.values())]
-    ids = {token: i for i, token in enumerate(tokens)}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]     # written as U+0100 and on
+    symbols = [chr(code) for code in (*printable, *range(256, 256 + len(others)))]
+    ids = {token: i for i, token in enumerate([*symbols, *(s + "</w>" for s in symbols)])}
     merges: dict[tuple[int, int], int] = {}
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -178,4 +175,4 @@ def _read_vocabulary(path: Path) -> tuple[dict[int, int], dict[tuple[int, int], 
     except (OSError, EOFError, zlib.error, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not CLIP's merges file of 49,408 tokens ({error!r}): install "
                          f"mcl again, or `git checkout -- {path.name}` in its folder") from error
-    return {byte: i for i, byte in enumerate(symbols)}, merges
+    return {byte: i for i, byte in enumerate(printable + others)}, merges

@@ -4,10 +4,7 @@
 and the requested attention. Module names are those of AnimateDiff's checkpoints.
 """
 import math
-import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import UNetConfig
 from ..errors import InputError
-from .attention import NO_REQUEST, Attention, AttentionMaps, AttentionRequest
+from .attention import NO_REQUEST, Attention, AttentionMaps, AttentionRequest, LayerOutput
 from .layers import Downsample, InflatedGroupNorm, ResnetBlock, SpatialTransformer, Upsample
 from .ops import Linear
 from .temporal import MotionModule
@@ -44,17 +41,16 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, channels: int, time_channels: int):
         """Create an embedding of `channels` sinusoids and `time_channels` outputs."""
         super().__init__()
-        self.channels = channels
         self.linear_1 = Linear(channels, time_channels)
         self.linear_2 = Linear(time_channels, time_channels)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """Return the embedding (b, time_channels) of timesteps t (b,)."""
-        half = self.channels // 2
-        rate = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000.0) / half))
-        angle = t.float()[:, None] * rate
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return self.linear_2(F.silu(self.linear_1(wave.to(self.linear_1.weight.dtype))))
+    def forward(self, t: Tensor | int, clip: Tensor) -> Tensor:
+        """Return the embedding (b*f, time_channels) of timestep t for a clip (b, c, f, h, w)."""
+        half = self.linear_1.in_features // 2
+        rate = torch.exp(torch.arange(half, device=clip.device) * (-math.log(10000.0) / half))
+        angle = torch.as_tensor(t, device=clip.device).float().expand(len(clip))[:, None] * rate
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return repeat(self.linear_2(F.silu(self.linear_1(wave))), "b c -> (b f) c", f=clip.shape[2])
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class BlockInputs:
     request: AttentionRequest = NO_REQUEST
     gradient_checkpointing: bool = False
 
-    def maybe_checkpoint(self, module: Callable[..., Any], *args: Any) -> Any:
+    def run(self, module: nn.Module, *args: Any) -> Any:
         """Return module(*args), with gradient checkpointing if it is enabled."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
@@ -85,6 +81,12 @@ class BlockInputs:
 BlockOutput = tuple[Tensor, list[Tensor], AttentionMaps]    # features, skips, requested attention
 
 
+def resnet_block(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock:
+    """Return a residual block of the UNet, from `c_in` to `c_out` channels."""
+    return ResnetBlock(c_in, c_out, config.norm_num_groups, EPS, config.time_channels,
+                       config.inflated_groupnorm)
+
+
 class Block(nn.Module):
     """One resolution of the UNet: layers of residual block, spatial transformer, motion module.
 
@@ -92,36 +94,24 @@ class Block(nn.Module):
     the requested attention.
     """
 
-    def __init__(self, config: UNetConfig, widths: list[tuple[int, int]],
-                 has_cross_attention: bool, has_motion_modules: bool):
-        """Create a block with a layer for each (input, output) width."""
+    def __init__(self, config: UNetConfig, level: int, c_ins: list[int], is_middle: bool = False):
+        """Create a block of one resolution, with a layer for each number of input channels."""
         super().__init__()
-        c_out, groups, heads = widths[0][1], config.norm_num_groups, config.num_attention_heads
-        self.resnets = nn.ModuleList([
-            ResnetBlock(c_in, c_out, groups, EPS, config.time_channels, config.inflated_groupnorm)
-            for c_in, c_out in widths])
-        self.attentions = nn.ModuleList([
-            SpatialTransformer(c_out, heads, config.cross_attention_dim, groups)
-            for _ in widths if has_cross_attention])
-        self.motion_modules = nn.ModuleList([
-            MotionModule(c_out, config.motion_num_attention_heads, groups,
-                         config.motion_num_attention_blocks)
-            for _ in widths if has_motion_modules])
+        c = config.block_out_channels[level]
+        has_cross = is_middle or level in config.cross_attention_levels
+        has_motion = config.motion_mid_block if is_middle else config.motion_modules
+        self.resnets = nn.ModuleList(resnet_block(config, c_in, c) for c_in in c_ins)
+        self.attentions = nn.ModuleList(SpatialTransformer(c, config) for _ in c_ins if has_cross)
+        self.motion_modules = nn.ModuleList(MotionModule(c, config) for _ in c_ins if has_motion)
 
-    def run_layer(self, i: int, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, AttentionMaps]:
+    def run_layer(self, i: int, x: Tensor, inputs: BlockInputs) -> LayerOutput:
         """Apply the residual block, the spatial transformer and the motion module of layer i."""
-        x = inputs.maybe_checkpoint(self.resnets[i], x, inputs.time, inputs.num_frames)
+        x = inputs.run(self.resnets[i], x, inputs.time, inputs.num_frames)
         attention = AttentionMaps()
         if self.attentions:
-            name = str(self.attentions[i].name)
-            x, attention_probs = inputs.maybe_checkpoint(self.attentions[i], x, inputs.text,
-                                                         name in inputs.request.cross)
-            if attention_probs is not None:
-                attention = AttentionMaps(cross={name: attention_probs},
-                                          grids={name: (x.shape[2], x.shape[3])})
+            x, attention = inputs.run(self.attentions[i], x, inputs.text, inputs.request)
         if self.motion_modules:
-            x, temporal = inputs.maybe_checkpoint(self.motion_modules[i], x, inputs.num_frames,
-                                                  inputs.request)
+            x, temporal = inputs.run(self.motion_modules[i], x, inputs.num_frames, inputs.request)
             attention = attention | temporal
         return x, attention
 
@@ -131,12 +121,10 @@ class DownBlock(Block):
 
     def __init__(self, config: UNetConfig, level: int):
         """Create the block of one resolution; level 0 is the finest."""
-        widths, last = config.block_out_channels, len(config.block_out_channels) - 1
-        c_in, c_out = widths[max(level - 1, 0)], widths[level]
-        super().__init__(config, [(c_in, c_out)] + [(c_out, c_out)] * (config.layers_per_block - 1),
-                         level in config.cross_attention_levels, config.motion_modules)
-        self.downsamplers = nn.ModuleList(
-            [Downsample(c_out, pad_all_sides=True)] if level < last else [])
+        widths, num_layers = config.block_out_channels, config.layers_per_block
+        c_in, c_out = (widths[0], *widths)[level:level + 2]
+        super().__init__(config, level, [c_in] + [c_out] * (num_layers - 1))
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if level + 1 < len(widths) else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs) -> BlockOutput:
         """Return the features, the skip connections and the requested attention."""
@@ -155,14 +143,11 @@ class UpBlock(Block):
 
     def __init__(self, config: UNetConfig, level: int):
         """Create the block of one resolution; level 0 is the finest."""
-        widths = config.block_out_channels
-        is_lowest, n = level + 1 == len(widths), config.layers_per_block + 1
-        c_out = widths[level]
-        skips = [c_out] * (n - 1) + [widths[max(level - 1, 0)]]
-        inputs = [c_out if is_lowest else widths[level + 1]] + [c_out] * (n - 1)
-        super().__init__(config, [(c_in + skip, c_out) for c_in, skip in zip(inputs, skips,
-                                                                           strict=True)],
-                         level in config.cross_attention_levels, config.motion_modules)
+        widths, num_layers = config.block_out_channels, config.layers_per_block + 1
+        c_finer, c_out, c_coarser = (widths[0], *widths, widths[-1])[level:level + 3]
+        # Each layer takes the features and a skip connection. The last one is of the finer level.
+        c_ins = [c_coarser + c_out] + [c_out + c_out] * (num_layers - 2) + [c_out + c_finer]
+        super().__init__(config, level, c_ins)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if level > 0 else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs) -> BlockOutput:
@@ -182,15 +167,13 @@ class MidBlock(Block):
     def __init__(self, config: UNetConfig):
         """Create the block at the lowest resolution."""
         c = config.block_out_channels[-1]
-        super().__init__(config, [(c, c)], has_cross_attention=True,
-                         has_motion_modules=config.motion_mid_block)
-        self.resnets.append(ResnetBlock(c, c, config.norm_num_groups, EPS, config.time_channels,
-                                        config.inflated_groupnorm))
+        super().__init__(config, -1, [c], is_middle=True)
+        self.resnets.append(resnet_block(config, c, c))
 
     def forward(self, x: Tensor, skips: list[Tensor], inputs: BlockInputs) -> BlockOutput:
         """Return the features, the skip connections as they were, and the requested attention."""
         x, attention = self.run_layer(0, x, inputs)
-        x = inputs.maybe_checkpoint(self.resnets[1], x, inputs.time, inputs.num_frames)
+        x = inputs.run(self.resnets[1], x, inputs.time, inputs.num_frames)
         return x, skips, attention
 
 
@@ -216,11 +199,8 @@ class UNet3D(nn.Module):
                                                config.inflated_groupnorm)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-        self.block_names = (*(f"down_blocks.{i}" for i in levels), "mid_block",
-                            *(f"up_blocks.{i}" for i in levels))
-        self.layers = [(name, module) for block in self.block_names
-                       for name, module in self.get_submodule(block).named_modules(prefix=block)
-                       if isinstance(module, Attention)]
+        self.block_names = tuple(name for name, m in self.named_modules() if isinstance(m, Block))
+        self.layers = [(name, m) for name, m in self.named_modules() if isinstance(m, Attention)]
         for name, module in self.layers:
             module.name = name
 
@@ -233,14 +213,23 @@ class UNet3D(nn.Module):
         temporal = [name for name, _ in self.layers if ".motion_modules." in name]
         cross = [name for name, _ in self.layers if name.endswith(".attn2")]
         return AttentionRequest(
-            match_layers(request.temporal, temporal, "temporal attention"),
-            match_layers(request.temporal_keys, temporal, "temporal attention"),
-            match_layers(request.cross, cross, "cross-attention"))
+            self.match_layers(request.temporal, temporal, "temporal attention"),
+            self.match_layers(request.temporal_keys, temporal, "temporal attention"),
+            self.match_layers(request.cross, cross, "cross-attention"))
+
+    def match_layers(self, names: tuple[str, ...], layers: list[str], kind: str) -> tuple[str, ...]:
+        """Return the layers that the names of blocks, modules or layers stand for, in order."""
+        for name in names:
+            if not any(f"{layer}.".startswith(f"{name}.") for layer in layers):
+                blocks = [block for block in self.block_names
+                          if any(layer.startswith(f"{block}.") for layer in layers)]
+                raise InputError(f"{name!r} has no {kind} layers: choose from {', '.join(blocks)}")
+        prefixes = tuple(f"{name}." for name in names)
+        return tuple(layer for layer in layers if f"{layer}.".startswith(prefixes))
 
     def forward(self, z: Tensor, t: Tensor | int, text: Tensor, *,
-                request: AttentionRequest = NO_REQUEST,
-                residuals: ControlNetResiduals | None = None,
-                gradient_checkpointing: bool = False) -> tuple[Tensor, AttentionMaps]:
+                request: AttentionRequest = NO_REQUEST, gradient_checkpointing: bool = False,
+                residuals: ControlNetResiduals | None = None) -> tuple[Tensor, AttentionMaps]:
         """Return the noise estimate and the requested attention.
 
         Gradients flow back from the requested attention. Blocks after the last requested one run
@@ -251,9 +240,9 @@ class UNet3D(nn.Module):
             t: Timestep, one for all clips or (b,), 0 to 999.
             text: Text embeddings (b, 77, cross_attention_dim).
             request: Blocks, modules or layers whose attention is returned.
-            residuals: Output of SparseCtrl.
             gradient_checkpointing: Whether to store only the inputs of each module and recompute
                 the rest in the backward pass: the same numbers with less memory.
+            residuals: Output of SparseCtrl.
 
         Returns:
             The noise estimate, like z, and the attention maps.
@@ -287,14 +276,13 @@ class UNet3D(nn.Module):
             raise InputError(f"num_frames = {num_frames} is out of range: this model's motion "
                              f"modules see at most {self.config.motion_max_seq_length} frames")
         request = self.resolve_layers(request)
-        needed = max([0, *(i + 1 for i, block in enumerate(self.block_names)
-                           for layer in chain(*request) if layer.startswith(block + "."))])
-        t = torch.as_tensor(t, device=z.device).expand(z.shape[0])
-        time = repeat(self.time_embedding(t), "b c -> (b f) c", f=num_frames)
+        needed = max([0, *(i + 1 for i, block in enumerate(self.block_names) for names in request
+                           for layer in names if layer.startswith(block + "."))])
+        time = self.time_embedding(t, z)
         x = self.conv_in(rearrange(z, "b c f h w -> (b f) c h w"))
         return BlockInputs(time, text, num_frames, request, gradient_checkpointing), x, needed
 
-    def run_blocks(self, blocks: Sequence[str], x: Tensor, skips: list[Tensor],
+    def run_blocks(self, blocks: tuple[str, ...], x: Tensor, skips: list[Tensor],
                    inputs: BlockInputs, residuals: ControlNetResiduals | None) -> BlockOutput:
         """Run consecutive blocks and return features, skip connections and attention."""
         attention = AttentionMaps()
@@ -305,17 +293,3 @@ class UNet3D(nn.Module):
                 skips = [s + r for s, r in zip(skips, residuals.down, strict=True)]
                 x = x + residuals.mid
         return x, skips, attention
-
-
-def match_layers(requested: Sequence[str], layers: list[str], kind: str) -> tuple[str, ...]:
-    """Return the layers whose names equal or start with a requested name."""
-    matches = {name: [layer for layer in layers if f"{layer}.".startswith(name + ".")]
-               for name in requested}
-    for name, matched in matches.items():
-        if not matched:
-            blocks = dict.fromkeys(re.sub(r"\.(motion_modules|attentions)\..*", "", layer)
-                                   for layer in layers)
-            raise InputError(f"{name!r} has no {kind} layers: this model has them in "
-                             f"{', '.join(blocks)}")
-    return tuple(layer for layer in layers
-                 if any(layer in matched for matched in matches.values()))

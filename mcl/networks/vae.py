@@ -5,10 +5,10 @@ only in `AutoencoderKL.encode` and `AutoencoderKL.decode`. Parameter names are t
 """
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -44,8 +44,7 @@ class MidBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         """Create a block of `channels`."""
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups, EPS)
-                                      for _ in range(2)])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, EPS) for _ in range(2))
         self.attentions = nn.ModuleList([VAEAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,72 +52,51 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class VAEBlock(nn.Module):
-    """Residual blocks of one resolution, and the layer that leads to the next resolution."""
+class VAEBlock(nn.Sequential):
+    """Residual blocks of one resolution, and the layer that leads to the next resolution.
 
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int,
-                 downsample: bool = False, upsample: bool = False):
-        """Create `layers` residual blocks from `c_in` to `c_out` channels."""
-        super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups, EPS)
-                                      for i in range(layers)])
-        self.downsamplers = nn.ModuleList(
-            [Downsample(c_out, pad_all_sides=False)] if downsample else [])
-        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
+    It maps x (b, c_in, h, w) to (b, c_out, h', w').
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output (b, c_out, h', w') for x (b, c_in, h, w)."""
-        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = layer(x)
-        return x
+    def __init__(self, config: VAEConfig, i: int, is_decoder: bool):
+        """Create block i of the encoder or the decoder, in the order in which the blocks run."""
+        widths = config.block_out_channels[::-1] if is_decoder else config.block_out_channels
+        groups, num_layers = config.norm_num_groups, config.layers_per_block + int(is_decoder)
+        c_in, c_out = (widths[0], *widths)[i:i + 2]
+        c_ins, has_next = [c_in] + [c_out] * (num_layers - 1), i + 1 < len(widths)
+        super().__init__(OrderedDict(
+            resnets=nn.Sequential(*(ResnetBlock(c, c_out, groups, EPS) for c in c_ins)),
+            downsamplers=nn.Sequential(*([Downsample(c_out, pad_all_sides=False)]
+                                         if has_next and not is_decoder else [])),
+            upsamplers=nn.Sequential(*([Upsample(c_out)] if has_next and is_decoder else []))))
 
 
-class Encoder(nn.Module):
-    """Network from pixels to the moments of the latents."""
+class Encoder(nn.Sequential):
+    """Network from frames (b, 3, H, W) to the moments of the latents, (b, 2*c, H/s, W/s)."""
 
     def __init__(self, config: VAEConfig):
         """Create an encoder with random weights."""
-        super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList([
-            VAEBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups,
-                     downsample=i + 1 < len(widths))
-            for i, width in enumerate(widths)])
-        self.mid_block = MidBlock(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return features (b, 2*c, H/s, W/s) of frames x (b, 3, H, W)."""
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        super().__init__(OrderedDict(
+            conv_in=nn.Conv2d(3, widths[0], 3, padding=1),
+            down_blocks=nn.Sequential(*(VAEBlock(config, i, False) for i in range(len(widths)))),
+            mid_block=MidBlock(widths[-1], groups),
+            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS), conv_act=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)))
 
 
-class Decoder(nn.Module):
-    """Network from latents to pixels."""
+class Decoder(nn.Sequential):
+    """Network from latents (b, c, H/s, W/s) to frames (b, 3, H, W)."""
 
     def __init__(self, config: VAEConfig):
         """Create a decoder with random weights."""
-        super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList([
-            VAEBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
-                     upsample=i + 1 < len(widths))
-            for i, width in enumerate(widths)])
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Return frames (b, 3, H, W) of latents z (b, c, H/s, W/s)."""
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        super().__init__(OrderedDict(
+            conv_in=nn.Conv2d(config.latent_channels, widths[0], 3, padding=1),
+            mid_block=MidBlock(widths[0], groups),
+            up_blocks=nn.Sequential(*(VAEBlock(config, i, True) for i in range(len(widths)))),
+            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS), conv_act=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1)))
 
 
 class AutoencoderKL(nn.Module):
@@ -130,8 +108,7 @@ class AutoencoderKL(nn.Module):
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         c = config.latent_channels
-        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
-        self.post_quant_conv = nn.Conv2d(c, c, 1)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * c, 2 * c, 1), nn.Conv2d(c, c, 1)
 
     def moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the unscaled latents, (b, c, H/s, W/s) each.
@@ -156,11 +133,10 @@ class AutoencoderKL(nn.Module):
             InputError: If H or W is not a multiple of s. Padding would shift the picture.
             NumericalError: If the latents are not finite, even in float32.
         """
-        s = self.config.downsampling
-        if frames.shape[-2] % s or frames.shape[-1] % s:
-            raise InputError(f"frames of {frames.shape[-2]}x{frames.shape[-1]} cannot be encoded: "
-                             f"height and width must be multiples of {s}")
-        z = self._map_chunks(AutoencoderKL._encode_chunk, frames, chunk_size)
+        (h, w), s = frames.shape[-2:], self.config.downsampling
+        if h % s or w % s:
+            raise InputError(f"frames of {h}x{w} pixels: both sides must be multiples of {s}")
+        z = self._map_chunks(lambda vae, chunk: vae.moments(chunk)[0], frames, chunk_size)
         return rearrange(z * self.config.scaling_factor, "f c h w -> 1 c f h w")
 
     def decode(self, latents: Tensor, chunk_size: int = 4) -> Tensor:
@@ -173,27 +149,19 @@ class AutoencoderKL(nn.Module):
         Raises:
             NumericalError: If the frames are not finite, even in float32.
         """
-        z = rearrange(latents, "b c f h w -> (b f) c h w")
-        return self._map_chunks(AutoencoderKL._decode_chunk, z, chunk_size).clamp_(-1, 1)
+        scale, z = self.config.scaling_factor, rearrange(latents, "b c f h w -> (b f) c h w")
+        return self._map_chunks(lambda vae, chunk: vae.decoder(vae.post_quant_conv(chunk / scale)),
+                                z, chunk_size).clamp_(-1, 1)
 
-    def _encode_chunk(self, frames: Tensor) -> Tensor:
-        """Return the unscaled latents (b, c, h, w) of a few frames."""
-        return self.moments(frames)[0]
-
-    def _decode_chunk(self, latents: Tensor) -> Tensor:
-        """Return the frames (b, 3, H, W) of a few scaled latents (b, c, h, w)."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
-
-    def _map_chunks(self, function: Callable[..., Tensor], inputs: Tensor, chunk_size: int
-                    ) -> Tensor:
-        """Return function(self, inputs), computed for a few frames at a time.
+    def _map_chunks(self, function: Callable[..., Tensor], x: Tensor, chunk_size: int) -> Tensor:
+        """Return function(self, x), computed for a few frames at a time.
 
         Many community VAEs overflow in float16, but most do not. If one does, the function is
         computed again by a float32 copy of the network, one frame at a time to save memory.
         """
         dtype = self.quant_conv.weight.dtype
         outputs = []
-        for chunk in inputs.split(chunk_size):
+        for chunk in x.split(chunk_size):
             outputs.append(function(self, chunk.to(self.quant_conv.weight)))
             if torch.isfinite(outputs[-1]).all():
                 continue
@@ -202,5 +170,5 @@ class AutoencoderKL(nn.Module):
                                      "weights or its input are damaged")
             warnings.warn(f"the VAE overflows in {str(dtype).removeprefix('torch.')}: its work is "
                           "repeated in float32", stacklevel=3)
-            return copy.deepcopy(self).float()._map_chunks(function, inputs, chunk_size=1)
+            return copy.deepcopy(self).float()._map_chunks(function, x, chunk_size=1)
         return torch.cat(outputs)

@@ -10,8 +10,6 @@ from typing import Any
 from .config import SampleConfig
 from .errors import InputError
 
-FAST_PRESET = "fast"            # two thirds of the model's own steps
-FAST_FIELDS = ("steps", "guidance_steps", "guidance_warmup_steps", "guidance_cooldown_steps")
 PUBLISHED_SEMANTIC_RATIO = 42 / 1667        # weight of the semantic loss to that of the motion loss
 # Fields that describe the clip to be made. A preset leaves them as they are.
 CLIP_FIELDS = ("negative_prompt", "ref_prompt", "subject", "num_frames", "height", "width",
@@ -42,7 +40,6 @@ PRESETS: dict[str, SampleConfig] = {
     "inversion-200": SampleConfig(steps=200, guidance_steps=120, **_INVERSION),
     "inversion-500": SampleConfig(steps=500, guidance_steps=300, **_INVERSION),
     **DISTILLED_PRESETS}
-PRESET_NAMES = (*PRESETS, FAST_PRESET)
 
 
 def build_config(own: SampleConfig, preset: str | None = None, **settings: Any) -> SampleConfig:
@@ -50,7 +47,7 @@ def build_config(own: SampleConfig, preset: str | None = None, **settings: Any) 
 
     Args:
         own: The model's own settings.
-        preset: One of `PRESETS`, or "fast" for two thirds of the model's own steps.
+        preset: One of `PRESETS`.
         settings: Fields of `SampleConfig`.
 
     Raises:
@@ -61,15 +58,10 @@ def build_config(own: SampleConfig, preset: str | None = None, **settings: Any) 
         close = difflib.get_close_matches(name, names, n=1)
         raise InputError(f"unknown setting {name!r}: " + (
             f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"))
-    if preset is not None and preset not in PRESET_NAMES:
-        raise InputError(f"preset = {preset!r} is not known: use one of {', '.join(PRESET_NAMES)}")
-    if preset == FAST_PRESET:
-        config = dataclasses.replace(own, **{n: -(-2 * getattr(own, n) // 3) for n in FAST_FIELDS})
-    elif preset is not None:
-        clip = {name: getattr(own, name) for name in CLIP_FIELDS}
-        config = dataclasses.replace(PRESETS[preset], **clip)
-    else:
-        config = own
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"preset = {preset!r} is not known: use one of {', '.join(PRESETS)}")
+    clip = {name: getattr(own, name) for name in CLIP_FIELDS}
+    config = own if preset is None else dataclasses.replace(PRESETS[preset], **clip)
     guided = config.guidance_steps
     if "guidance_steps" not in settings and settings.get("steps", guided) < guided:
         raise InputError(f"{f'preset {preset}' if preset else 'this model'} guides {guided} steps: "

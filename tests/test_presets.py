@@ -71,11 +71,6 @@ def test_published_motion_weights_of_the_inversion_are_per_map():
                     {"up_blocks.1": 1667, "up_blocks.2": 833})
 
 
-def test_fast_takes_two_thirds_of_the_models_own_steps():
-    config = build_config(SampleConfig(), "fast")
-    assert config == SampleConfig(steps=67, guidance_steps=34, guidance_warmup_steps=7,
-                                  guidance_cooldown_steps=7)
-
 
 def test_settings_replace_those_of_a_preset():
     config = build_config(OTHER, "camera", steps=60, height=256)

@@ -18,7 +18,7 @@ from ..clone import check_memory
 from ..context_windows import make_context_windows
 from ..device import DTYPES, resolve_device, resolve_dtype
 from ..files import check_readable, check_writable
-from ..presets import PRESET_NAMES, build_config
+from ..presets import PRESETS, build_config
 from ..video.read import FITS
 from ..video.write import check_output_path
 from .outputs import input_files
@@ -69,8 +69,8 @@ COMMON_OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--prompt", "what the new video shows", {"metavar": "TEXT"}),
     ("--out", "file .mp4, .gif, .webp, or a folder [out.mp4]", FILE | {"default": Path("out.mp4")}),
     ("--weights", "converted model [the demo model]", FILE | {"default": DEFAULT_WEIGHTS}),
-    ("--preset", "published settings: " + ", ".join(PRESET_NAMES),
-     {"choices": PRESET_NAMES, "metavar": "NAME"}),
+    ("--preset", "published settings: " + ", ".join(PRESETS),
+     {"choices": PRESETS, "metavar": "NAME"}),
     ("--seed", "seed of the initial noise [0]", NUMBER | {"default": 0}),
     ("--num-samples", "number of clips, with seeds counted up [1]", NUMBER | {"default": 1}),
     ("--size", "size of the clip [{width}x{height}]", {"type": parse_size, "metavar": "WxH"}),

@@ -61,8 +61,8 @@ TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
                1280: "the refiner of Stable Diffusion XL"}
 INPUT_CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix"}
 # The projections of text embeddings, in networks and LoRAs.
-TEXT_PROJECTION = re.compile(
-    r"^(?!.*motion_modules).*attn2[._](processor\.)?to_k(\.weight$|.*(down|lora_A|hada_w1_b|\.diff$))")
+TEXT_PROJECTION = re.compile(r"^(?!.*motion_modules).*attn2[._](processor\.)?to_k"
+                             r"(\.weight$|.*(down|lora_A|hada_w1_b|\.diff$))")
 FIRST_PROJECTION = "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"
 V1_MAX_SEQ_LENGTH = 24
 

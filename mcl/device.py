@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .errors import InputError
 
@@ -26,19 +25,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
     Raises:
         InputError: If the device is not known or not available.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    if device == "auto":
-        device = next(name for name, is_available in available.items() if is_available)
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                    "cpu": True}
+    available = [name for name in is_available if is_available[name]]
     try:
-        resolved = torch.device(device)
+        resolved = torch.device(available[0] if device == "auto" else device)
     except RuntimeError as error:
-        raise InputError(f"device {device!r} is not known: it must be one of auto, "
-                         f"{', '.join(available)}") from error
+        raise InputError(f"device {device!r} is not known: use auto, cuda, mps or cpu") from error
     count = torch.cuda.device_count() if resolved.type == "cuda" else 1
-    if not available.get(resolved.type, False) or (resolved.index or 0) >= count:
-        names = ", ".join(name for name, is_available in available.items() if is_available)
-        raise InputError(f"device {str(device)!r} is not available: this machine has {names}")
+    if resolved.type not in available or (resolved.index or 0) >= count:
+        raise InputError(f"device '{device}' is not available: use {' or '.join(available)}")
     return resolved if resolved.type == "cuda" else torch.device(resolved.type)
 
 
@@ -52,8 +48,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         dtype = "float32" if device.type == "cpu" else "float16"
     resolved = DTYPES.get(DTYPE_ALIASES.get(dtype, dtype)) if isinstance(dtype, str) else dtype
     if resolved is None or resolved not in DTYPES.values():
-        raise InputError(f"dtype {str(dtype)!r} is not known: it must be one of auto, "
-                         f"{', '.join((*DTYPES, *DTYPE_ALIASES))}")
+        raise InputError(f"dtype '{dtype}' is not known: use auto, {', '.join(DTYPES)}")
     return resolved
 
 
@@ -64,11 +59,10 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    try:
-        match = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text("ascii"))
-    except OSError:                     # not Linux
-        return None
-    return int(match[1]) * 1024 if match else None
+    with contextlib.suppress(OSError):          # not Linux
+        if match := re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text("ascii")):
+            return int(match[1]) * 1024
+    return None
 
 
 def disable_malloc_trimming() -> None:
@@ -86,13 +80,10 @@ def disable_malloc_trimming() -> None:
 
 
 @contextlib.contextmanager
-def offload_to_cpu(*modules: nn.Module) -> Iterator[None]:
+def offload_to_cpu(*modules: torch.nn.Module) -> Iterator[None]:
     """Move modules to the CPU inside the context, to leave the accelerator's memory to the UNet."""
-    devices = [next(module.parameters()).device for module in modules]
-    try:
+    with contextlib.ExitStack() as stack:
         for module in modules:
+            stack.callback(module.to, next(module.parameters()).device)
             module.to("cpu")
         yield
-    finally:
-        for module, device in zip(modules, devices):
-            module.to(device)

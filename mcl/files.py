@@ -106,13 +106,12 @@ def atomic_write(path: str | os.PathLike, is_folder: bool = False) -> Iterator[P
         InputError: If `path` cannot be written: no permission, a full disk, or what
             `check_writable` refuses, which is checked before and after the write.
     """
-    target = Path(path)
-    target = target.resolve() if target.is_dir() else target        # keeps a link to a folder
+    target = Path(path).resolve() if os.path.isdir(path) else Path(path)    # keeps a link
     temporary = target.with_name(f".{os.getpid()}.new.{target.name}")
     previous = target.with_name(f".{os.getpid()}.old.{target.name}")
     try:
         check_writable(target, is_folder)
-        remove_stale_temporaries(target)
+        remove_temporaries(target)
         if is_folder:
             temporary.mkdir()
             (temporary / FOLDER_MARKER).write_text(MARKER_TEXT)
@@ -121,42 +120,38 @@ def atomic_write(path: str | os.PathLike, is_folder: bool = False) -> Iterator[P
         if target.is_dir():         # one step cannot replace a folder that is not empty
             os.replace(target, previous)
         os.replace(temporary, target)
-        shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{target}: cannot be written ({reason})") from error
     finally:
-        if previous.exists() and not target.exists():
-            os.replace(previous, target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove_temporaries(target)
 
 
-def remove_stale_temporaries(target: Path) -> None:
-    """Delete temporary files for `target` that killed processes left.
+def remove_temporaries(target: Path) -> None:
+    """Delete the temporary files for `target` of this process and of processes that have ended.
 
     A folder that was renamed for replacement is restored if `target` does not exist.
     """
     pattern = re.compile(rf"\.(\d+)\.(new|old)\.{re.escape(target.name)}")
     for path in target.parent.iterdir():
         match = pattern.fullmatch(path.name)
-        if match is None or is_running(int(match[1])):
+        if match is None or is_other_process(int(match[1])):
             continue
         if match[2] == "old" and not target.exists():
             os.replace(path, target)
-        elif path.is_dir():
-            shutil.rmtree(path)
         else:
-            path.unlink()
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
 
 
-def is_running(pid: int) -> bool:
-    """Return whether a process with this identifier exists."""
+def is_other_process(pid: int) -> bool:
+    """Return whether a process other than this one has this identifier."""
     try:
         os.kill(pid, 0)
     except (OSError, OverflowError) as error:
         return isinstance(error, PermissionError)       # a process of another user
-    return True
+    return pid != os.getpid()
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -177,11 +172,10 @@ def nonfinite_to_none(value: Any) -> Any:
 
 def is_mcl_record(path: Path) -> bool:
     """Return whether `write_json` wrote a file."""
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and RECORD_KEY in record
+        return isinstance(record, dict) and RECORD_KEY in record
+    return False
 
 
 def sha256_of(path: Path) -> str:
@@ -205,9 +199,8 @@ def save_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor],
         temporary.chmod(0o666 & ~mask)      # safetensors gives permission to the owner only
 
 
-def stream_safetensors(path: str | os.PathLike, shapes: Mapping[str, Sequence[int]],
-                       dtype: torch.dtype, tensors: Iterable[torch.Tensor],
-                       metadata: dict[str, str]) -> None:
+def stream_safetensors(path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype,
+                       tensors: Iterable[torch.Tensor], metadata: dict[str, str]) -> None:
     """Write tensors to a safetensors file one at a time, so that only one is in memory.
 
     The safetensors package needs all of them at once.
@@ -220,11 +213,10 @@ def stream_safetensors(path: str | os.PathLike, shapes: Mapping[str, Sequence[in
         metadata: Metadata of the file.
     """
     header: dict[str, object] = {"__metadata__": metadata}
-    end = 0
+    end, dtype_name = 0, SAFETENSORS_DTYPES[dtype]
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape),
-                        "data_offsets": [start, end]}
+        header[name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode("utf-8")
     text += b" " * (-len(text) % 8)             # the data begins at a multiple of 8 bytes
     with atomic_write(path) as temporary, open(temporary, "wb") as file:

@@ -1,7 +1,6 @@
 """The HTML report: clips, their temporal attention and the guidance of each step, in one file."""
 import base64
 import dataclasses
-import io
 import json
 import math
 import zlib
@@ -9,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import imageio.v3 as iio
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from ..clone import Reference, control_condition, subject_masks
@@ -171,7 +170,7 @@ def compress_maps(tables: Sequence[Mapping[str, Tensor]], grids: Mapping[str, Se
 
 def subsample_positions(maps: Tensor, source: Sequence[int], target: tuple[int, int]) -> Tensor:
     """Return the maps (h*w, ...) of a source grid at the cell centers of a target grid."""
-    y, x = (((torch.arange(n) + 0.5) / n * size).long() for n, size in zip(target, source))
+    y, x = (((torch.arange(target[i]) + 0.5) / target[i] * source[i]).long() for i in (0, 1))
     return maps[(y[:, None] * source[1] + x).flatten()]
 
 
@@ -192,7 +191,6 @@ def sprite_and_tracks(frames: Tensor | None) -> dict[str, Any]:
     small = F.interpolate(frames.cpu().float(), size, mode="area").clamp(-1, 1)
     pixels = rearrange((F.pad(small, (0, 0, 0, 0, 0, 0, 0, -f % columns)) + 1) * 127.5,
                        "(y x) c h w -> (y h) (x w) c", x=columns)
-    file = io.BytesIO()
-    Image.fromarray(pixels.round().byte().numpy()).save(file, "WEBP", quality=80)
-    return {"sprite": f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}",
+    image = iio.imwrite("<bytes>", pixels.round().byte().numpy(), extension=".webp", quality=80)
+    return {"sprite": f"data:image/webp;base64,{base64.b64encode(image).decode()}",
             "tracks": (tracklets(frames) * 1000).round().int().tolist()}

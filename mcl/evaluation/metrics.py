@@ -45,11 +45,15 @@ def fit_similarity(before: Tensor, after: Tensor, start: Tensor, levels: tuple[i
         h, w = a.shape[-2:]
         y, x = torch.meshgrid(pixel_centers(h) * h / w, pixel_centers(w), indexing="ij")
         for _ in range(ITERATIONS):
-            grid = similarity_grid(motion, x, y, h / w)
-            inside = grid.abs().amax(dim=-1)[0] < 1
+            pan_x, pan_y, log_zoom, roll = motion
+            cos, sin = roll.cos() / log_zoom.exp(), roll.sin() / log_zoom.exp()
+            # The position of each pixel in the image before: (h, w, 2), each in [-1, 1].
+            grid = torch.stack([cos * x - sin * y + pan_x,
+                                (sin * x + cos * y + pan_y) / (h / w)], dim=-1)
+            inside = grid.abs().amax(dim=-1) < 1
             if not inside.any():        # the fit diverged: the images no longer overlap
                 return start, float("inf")
-            warped = F.grid_sample(a, grid, align_corners=False, padding_mode="border")
+            warped = F.grid_sample(a, grid[None], align_corners=False, padding_mode="border")
             grad_y, grad_x = torch.gradient(warped[0], spacing=2 / w, dim=(1, 2))
             jacobian = (torch.stack([grad_x, grad_y, -(grad_x * x + grad_y * y),
                                      grad_y * x - grad_x * y]) * inside).flatten(1)
@@ -66,21 +70,6 @@ def fit_similarity(before: Tensor, after: Tensor, start: Tensor, levels: tuple[i
 def pixel_centers(n: int) -> Tensor:
     """Return the centers (n,) of n pixels that span [-1, 1]."""
     return (torch.arange(n) + 0.5) / n * 2 - 1
-
-
-def similarity_grid(motion: Tensor, x: Tensor, y: Tensor, aspect: float) -> Tensor:
-    """Return the position of each pixel of an image in the image before, (1, h, w, 2).
-
-    Args:
-        motion: Transform (4,) as a row of `camera_curves`.
-        x: Coordinates (h, w) of the pixels in half widths.
-        y: Coordinates (h, w) of the pixels in half widths.
-        aspect: Height divided by width.
-    """
-    pan_x, pan_y, log_zoom, roll = motion
-    cos, sin = roll.cos() / log_zoom.exp(), roll.sin() / log_zoom.exp()
-    return torch.stack([cos * x - sin * y + pan_x, (sin * x + cos * y + pan_y) / aspect],
-                       dim=-1)[None]
 
 
 def curve_correlation(a: Tensor, b: Tensor) -> float:

@@ -12,8 +12,7 @@ from ..config import SampleConfig
 from ..model import Model
 from ..motion import Motion, extract_motion
 from ..sampler import Sampler, sample
-from .metrics import (camera_curves, change_centroids, curve_correlation, flicker, top1_agreement,
-                      tracklet_distance, tracklet_fidelity)
+from . import metrics
 from .tracking import tracklets
 
 # Names of the metrics, and the direction of better values.
@@ -23,9 +22,8 @@ METRICS = {"motion fidelity": "↑", "corrected fidelity": "↑", "trajectory di
 # reference reach it, and one in twelve unguided clips.
 DECISIVE_METRICS = ("corrected fidelity", "camera curves", "change centroids")
 FOLLOW_THRESHOLD = 0.7
-NAN_REASONS = {**dict.fromkeys(METRICS, "no point could be tracked in the clip or the reference"),
-               **dict.fromkeys(("camera curves", "change centroids"),
-                               "nothing moves in the clip or the reference")}
+NAN_REASONS = dict.fromkeys(METRICS, "no point could be tracked in the clip or the reference")
+NAN_REASONS |= dict.fromkeys(DECISIVE_METRICS[1:], "nothing moves in the clip or the reference")
 PREVIEW_STEPS = 8               # steps of an unguided clip that is only shown, not measured
 
 
@@ -139,10 +137,11 @@ def measure_clip(reference: Tensor, clip: Tensor, motion: Motion, clip_motion: M
         clip_motion: Motion of the clip, extracted with the same settings.
     """
     a, b = tracklets(reference), tracklets(clip)
-    correlations = (curve_correlation(x, y) if x.any() and y.any() else math.nan for x, y in (
-        map(curves, (clip, reference)) for curves in (camera_curves, change_centroids)))
-    return dict(zip(METRICS, (*tracklet_fidelity(a, b), tracklet_distance(a, b), *correlations,
-                              flicker(clip), top1_agreement(motion, clip_motion))))
+    curves = [(f(clip), f(reference)) for f in (metrics.camera_curves, metrics.change_centroids)]
+    return dict(zip(METRICS, (
+        *metrics.tracklet_fidelity(a, b), metrics.tracklet_distance(a, b),
+        *(metrics.curve_correlation(*x) if x[0].any() and x[1].any() else math.nan for x in curves),
+        metrics.flicker(clip), metrics.top1_agreement(motion, clip_motion)), strict=True))
 
 
 def verdict(row: Mapping[str, float]) -> str:
@@ -154,10 +153,10 @@ def verdict(row: Mapping[str, float]) -> str:
 
 
 def result_line(report: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the verdict and the decisive metrics of a report in one sentence, or "" without one."""
-    metrics = [f"{name} {report['clone'][name]:.2f} (unguided {report['unguided'][name]:.2f})"
-               for name in DECISIVE_METRICS if report]
-    return f"Verdict: {verdict(report['clone'])}. {', '.join(metrics)}." if report else ""
+    """Return the verdict and decisive metrics of a report in one sentence; "" without a report."""
+    values = [f"{name} {report['clone'][name]:.2f} (unguided {report['unguided'][name]:.2f})"
+              for name in DECISIVE_METRICS if report]
+    return f"Verdict: {verdict(report['clone'])}. {', '.join(values)}." if report else ""
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:

@@ -51,20 +51,17 @@ def track_points(clip: Tensor, start: Tensor) -> Tensor:
 
 def image_gradients(image: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of an image (c, h, w) along x and along y, each (c, h, w)."""
-    padded = F.pad(image[None], (1, 1, 1, 1), mode="replicate")[0]
-    return ((padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2,
-            (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2)
+    dy, dx = torch.gradient(F.pad(image, (1, 1, 1, 1), mode="replicate"), dim=(1, 2))
+    return dx[:, 1:-1, 1:-1], dy[:, 1:-1, 1:-1]
 
 
 def corners(image: Tensor, max_points: int) -> Tensor:
     """Return the strongest corners (n, 2) of an image, (x, y) in pixels (Shi and Tomasi 1994)."""
     dx, dy = image_gradients(image)
-    size = 2 * WINDOW + 1
-    xx, xy, yy = (F.avg_pool2d(p.sum(dim=0)[None, None], size, 1, WINDOW)[0, 0]
-                  for p in (dx * dx, dx * dy, dy * dy))
+    products = torch.stack([dx * dx, dx * dy, dy * dy]).sum(dim=1)
+    xx, xy, yy = F.avg_pool2d(products, 2 * WINDOW + 1, 1, WINDOW)
     strength = (xx + yy) / 2 - (((xx - yy) / 2) ** 2 + xy ** 2).sqrt()  # the smaller eigenvalue
-    is_peak = F.max_pool2d(strength[None, None], 2 * MIN_DISTANCE + 1, 1,
-                           MIN_DISTANCE)[0, 0] == strength
+    is_peak = strength == F.max_pool2d(strength[None], 2 * MIN_DISTANCE + 1, 1, MIN_DISTANCE)[0]
     is_peak = F.pad(is_peak[WINDOW:-WINDOW, WINDOW:-WINDOW], [WINDOW] * 4)
     threshold = (QUALITY * strength.max()).clamp(min=1e-6)
     y, x = torch.nonzero(is_peak & (strength > threshold), as_tuple=True)
@@ -77,35 +74,33 @@ def track_lucas_kanade(before: Tensor, after: Tensor, points: Tensor) -> Tensor:
     if not len(points):
         return points
     side = torch.arange(-WINDOW, WINDOW + 1.0)
-    offsets = torch.stack(torch.meshgrid(side, side, indexing="xy"), dim=-1)
+    offsets = torch.cartesian_prod(side, side).flip(-1)           # (p, 2): x varies fastest
     flow = torch.zeros_like(points)
     for level in LEVELS:
-        a, b = (F.avg_pool2d(x[None], level)[0] for x in (before, after))
+        a, b = F.avg_pool2d(before, level), F.avg_pool2d(after, level)
         centers = (points + 0.5) / level - 0.5
         patch, dx, dy = (sample_patches(x, centers, offsets) for x in (a, *image_gradients(a)))
         gradient = torch.stack([dx, dy], dim=1)
-        normal = einsum(gradient, gradient, "n p c i j, n q c i j -> n p q")
+        normal = einsum(gradient, gradient, "n a c p, n b c p -> n a b")
         # The damping keeps a point still in directions in which its window is flat.
         damping = 1e-3 * normal.diagonal(dim1=1, dim2=2).sum(dim=-1) + 1e-6
         inverse = torch.linalg.inv(normal + damping[:, None, None] * torch.eye(2))
         for _ in range(ITERATIONS):
             residual = patch - sample_patches(b, centers + flow / level, offsets)
-            rhs = einsum(residual, gradient, "n c i j, n p c i j -> n p")
-            flow = flow + level * einsum(inverse, rhs, "n p q, n q -> n p").clamp(-2, 2)
+            rhs = einsum(residual, gradient, "n c p, n a c p -> n a")
+            flow = flow + level * einsum(inverse, rhs, "n a b, n b -> n a").clamp(-2, 2)
     return points + flow
 
 
 def sample_patches(image: Tensor, points: Tensor, offsets: Tensor) -> Tensor:
-    """Return patches (n, c, i, j) of an image (c, h, w) around points (n, 2) in pixels.
+    """Return the pixels (n, c, p) of an image (c, h, w) in patches around points (n, 2) in pixels.
 
     Args:
         image: The image.
         points: Centers of the patches.
-        offsets: Positions (i, j, 2) in a patch, relative to its center.
+        offsets: Positions (p, 2) of a patch's pixels, relative to its center.
     """
     h, w = image.shape[-2:]
-    positions = rearrange(points, "n two -> n 1 1 two") + offsets
-    grid = (positions + 0.5) * 2 / torch.tensor([w, h]) - 1
-    flat = rearrange(grid, "n i j two -> 1 n (i j) two")
-    patches = F.grid_sample(image[None], flat, align_corners=False, padding_mode="border")
-    return rearrange(patches, "1 c n (i j) -> n c i j", i=offsets.shape[0])
+    grid = (points[:, None] + offsets + 0.5) * 2 / torch.tensor([w, h]) - 1     # (n, p, 2)
+    patches = F.grid_sample(image[None], grid[None], align_corners=False, padding_mode="border")
+    return rearrange(patches, "1 c n p -> n c p")

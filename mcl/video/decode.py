@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.video import VideoStream
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
 from PIL import ExifTags, Image, ImageOps, ImageSequence
 
@@ -37,12 +34,11 @@ FFMPEG_OPTIONS = {"protocol_whitelist": "file", "format_whitelist":
                   "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf"}
 # Metadata that is not UTF-8 must not stop a file from opening. PyAV 19 has no such option: it
 # always replaces the wrong bytes.
-METADATA_OPTIONS: dict[str, Any] = (
-    {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {})
+METADATA_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(
+    av.container.InputContainer, "metadata_errors") else {}
 # FFmpeg's own decoders of these codecs ignore the alpha channel.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
-TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)      # EXIF orientations that swap width and height
 # Pillow's parsers of damaged files raise all of these.
 PILLOW_ERRORS = (OSError, IndexError, SyntaxError, ValueError, struct.error,
                  Image.DecompressionBombError)
@@ -114,7 +110,7 @@ def _video_frames(path: Path) -> Iterator[TimedFrame]:
             step = float(1 / (stream.average_rate or stream.guessed_rate or UNTIMED_FPS))
             # AVI stores no presentation times, and FFmpeg's substitutes are out of order.
             has_times = container.format.name != "avi"
-            for count, frame in enumerate(_decode_stream(path, container, stream), start=1):
+            for count, frame in enumerate(_decode_stream(path, stream), start=1):
                 time = frame.time if has_times and frame.pts is not None else origin + end
                 origin = time if count == 1 else origin
                 # Joined recordings restart their clock: continue at the end of the last frame.
@@ -128,22 +124,21 @@ def _video_frames(path: Path) -> Iterator[TimedFrame]:
 
 
 @contextmanager
-def _open_container(path: Path) -> Iterator[InputContainer]:
-    """Open a video without its name, from which FFmpeg would guess the format."""
-    with open(path, "rb") as file:
-        unnamed = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
-        with av.open(unnamed, options=FFMPEG_OPTIONS, **METADATA_OPTIONS) as container:
-            yield container
+def _open_container(path: Path) -> Iterator[av.container.InputContainer]:
+    """Open a video by its descriptor, because FFmpeg would guess the format from its name."""
+    with (open(os.open(path, os.O_RDONLY), "rb") as file,
+          av.open(file, options=FFMPEG_OPTIONS, **METADATA_OPTIONS) as container):
+        yield container
 
 
-def _decode_stream(path: Path, container: InputContainer, stream: VideoStream
-                   ) -> Iterator[av.VideoFrame]:
+def _decode_stream(path: Path, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Yield the frames of a stream, then check that it ends where its file declares.
 
     Raises InputError if the file ends inside a frame, and warns if frames are missing.
     """
     is_cut, count, num_hidden, end = False, 0, 0, 0.0
     decoder: Any = stream.codec_context
+    container: Any = stream.container
     alpha_decoder = ALPHA_DECODERS.get(decoder.name)
     if stream.metadata.get("alpha_mode") == "1" and alpha_decoder in av.codecs_available:
         decoder = av.CodecContext.create(alpha_decoder, "r")
@@ -164,14 +159,13 @@ def _decode_stream(path: Path, container: InputContainer, stream: VideoStream
         warnings.warn(f"{path}: may be cut short: {end:.2f} of {duration:.2f} s", stacklevel=2)
 
 
-def _declared_duration(container: InputContainer, stream: VideoStream) -> float:
+def _declared_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """Return the end of a stream in seconds as its file declares it, or 0 if it does not."""
-    matroska = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    if matroska:
-        hours, minutes, seconds = map(float, matroska.groups())
+    if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(float, match.groups())        # Matroska
         return 3600 * hours + 60 * minutes + seconds
-    is_only_stream = len(container.streams) == 1    # the longest stream sets the file's duration
-    return (container.duration or 0) / av.time_base if is_only_stream else 0.0
+    # The longest stream sets the duration of its file.
+    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
 
 
 def _video_rgba(frame: av.VideoFrame, declared_transfer: int) -> np.ndarray:
@@ -227,7 +221,8 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     """Return the two sides of an image after its EXIF rotation, without decoding its pixels."""
     with suppress(*PILLOW_ERRORS):                  # damaged EXIF data
         # PngImageFile's own getexif decodes the pixels to search for EXIF data behind them.
-        if Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TRANSPOSED_ORIENTATIONS:
+        # Orientations 5 to 8 swap width and height.
+        if Image.Image.getexif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
             return image.height, image.width
     return image.size
 

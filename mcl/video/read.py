@@ -65,14 +65,14 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
     if stride is not None:
         indices = [indices[0] + stride * i for i in range(num_frames)]
         if indices[-1] >= len(start_times):
+            needed, available = indices[-1] - indices[0] + 1, len(start_times) - indices[0]
             raise InputError(f"{path}: stride = {stride} is out of range: {num_frames} frames need "
-                             f"{indices[-1] - indices[0] + 1}, and there are "
-                             f"{len(start_times) - indices[0]}. Use a smaller stride")
+                             f"{needed}, and there are {available}. Use a smaller stride")
     step = (start_times[indices[-1]] - start_times[indices[0]]) / max(num_frames - 1, 1)
     if model_fps is not None and step * model_fps > MAX_STEP_RATIO:
-        warnings.warn(f"{path}: the {num_frames} frames are {step:.2f} s apart; the model was "
-                      f"trained with {1 / model_fps:.3g} s. Use duration = "
-                      f"{num_frames / model_fps:.3g}", stacklevel=2)
+        warnings.warn(f"{path}: {num_frames} frames are {step:.2f} s apart; the model was trained "
+                      f"with {1 / model_fps:.3g} s. Use duration = {num_frames / model_fps:.3g}",
+                      stacklevel=2)
     if len(set(indices)) < num_frames:
         warnings.warn(f"{path}: there are only {len(set(indices))} different frames for "
                       f"{num_frames}; some are repeated", stacklevel=2)
@@ -104,13 +104,11 @@ def resize_frames(frames: torch.Tensor, num_frames: int, size: tuple[int, int], 
     Raises:
         InputError: If the tensor has another shape, type or range.
     """
-    if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape or (
-            not frames.is_floating_point()):
-        raise InputError(f"frames are {frames.dtype} {tuple(frames.shape)}: expected floating "
-                         "point (f, 3, H, W) in [-1, 1]")
+    shape = tuple(frames.shape)
+    if len(shape) != 4 or shape[1] != 3 or 0 in shape or not frames.is_floating_point():
+        raise InputError(f"frames are {frames.dtype} {shape}: expected floats (f, 3, H, W)")
     if not (frames.abs() <= 1 + 1e-3).all():
-        raise InputError(f"frames are in [{frames.min():.3g}, {frames.max():.3g}]: expected "
-                         "values in [-1, 1]")
+        raise InputError(f"frames are in [{frames.min():.3g}, {frames.max():.3g}], not in [-1, 1]")
     indices = torch.arange(num_frames) * len(frames) // num_frames
     selected = frames[indices.to(frames.device)].float()
     return selected if selected.shape[-2:] == size else _resize(selected, size, fit)
@@ -119,15 +117,13 @@ def resize_frames(frames: torch.Tensor, num_frames: int, size: tuple[int, int], 
 def _frame_times(path: Path, stop: float) -> tuple[list[float], float]:
     """Return the start times of the frames before `stop`, and `stop` or the end of the video."""
     start_times: list[float] = []
-    end = 0.0
     for frame in iter_frames(path):
         if frame.start >= stop:
             return start_times, stop
         start_times.append(frame.start)
-        end = frame.end
     if not start_times:
         raise InputError(f"{path}: no frame can be decoded. Give a video that plays")
-    return start_times, min(stop, end)
+    return start_times, min(stop, frame.end)
 
 
 def _composite_on_black(rgba: np.ndarray) -> torch.Tensor:
@@ -138,17 +134,19 @@ def _composite_on_black(rgba: np.ndarray) -> torch.Tensor:
 
 def _resize(frames: torch.Tensor, size: tuple[int, int], fit: str) -> torch.Tensor:
     """Return frames (f, 3, h, w) as (f, 3, H, W)."""
-    (h, w), (H, W) = frames.shape[-2:], size
-    inner_h, inner_w = size
+    (h, w), (H, W), inner = frames.shape[-2:], size, size
     if fit == "crop":
         scale = max(H / h, W / w)
-        crop_h, crop_w = max(1, round(H / scale)), max(1, round(W / scale))
-        top, left = (h - crop_h) // 2, (w - crop_w) // 2
-        frames = frames[..., top:top + crop_h, left:left + crop_w]
+        frames = _crop_or_pad(frames, max(1, round(H / scale)), max(1, round(W / scale)))
     if fit == "pad":
         scale = min(H / h, W / w)
-        inner_h, inner_w = max(1, round(h * scale)), max(1, round(w * scale))
-    inner = F.interpolate(frames, (inner_h, inner_w), mode="bilinear", antialias=True)
-    top, left = (H - inner_h) // 2, (W - inner_w) // 2
-    bars = (left, W - inner_w - left, top, H - inner_h - top)
-    return F.pad(inner.clamp(-1, 1), bars, value=-1.0)      # the filter overshoots by rounding
+        inner = max(1, round(h * scale)), max(1, round(w * scale))
+    resized = F.interpolate(frames, inner, mode="bilinear", antialias=True)
+    return _crop_or_pad(resized.clamp(-1, 1), H, W)         # the filter overshoots by rounding
+
+
+def _crop_or_pad(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return frames with their sides cropped, or padded with black, evenly to a size."""
+    bars_y, bars_x = height - frames.shape[-2], width - frames.shape[-1]        # negative: a crop
+    top, left = int(bars_y / 2), int(bars_x / 2)
+    return F.pad(frames, (left, bars_x - left, top, bars_y - top), value=-1.0)

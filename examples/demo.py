@@ -138,7 +138,7 @@ def main() -> None:
     try:
         model = mcl.load_model(args.weights, args.device, args.dtype)
         config = build_config(model.config.sample, **dict(args.set))
-        model.latent_shape(config)              # refuses an impossible size
+        model.config.latent_shape(config)              # refuses an impossible size
         make_page(model, config).launch(
             server_name=args.host, server_port=args.port, share=args.share,
             max_file_size=f"{MAX_MEGABYTES}mb", footer_links=[])

@@ -1,23 +1,22 @@
-"""Plans and writes one model from many checkpoints, with every tensor accounted for."""
+"""Plans one model from many checkpoints, with every tensor accounted for."""
+import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import InputError
-from ..files import stream_safetensors
 from ..networks.temporal import sinusoidal_positional_encoding
-from .detect import OPTIONS, PART_NAMES, DetectedCheckpoint
+from .detect import FOREIGN_PART_NOTE, OPTIONS, PART_NAMES, DetectedCheckpoint
 from .infer_config import infer_config
 from .key_mapping import POSITIONAL_ENCODING, ema_key
 from .lazy_tensor import LazyTensor
 from .lora import Lora, apply_deltas, collect_deltas
 from .lora_math import WeightDelta, squeeze_trailing
-from .model_file import build_on_meta, check_finite, check_names, file_metadata
+from .model_file import build_on_meta, check_finite, check_names
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,10 @@ class ConversionPlan:
     Attributes:
         config: Sizes and settings of the model.
         weights: The weights by name, such as "unet.conv_in.weight".
-        paths: The file of each weight, by name.
+        paths: The file of each part.
         shapes: The shape of each weight, by name, in the order in which they are written.
         deltas: Changes of weights by LoRAs, by name.
-        used: How many tensors of each file are used.
-        ignored: How many tensors of each file are not used, by the reason.
+        ignored: How many tensors of each file are not used, by the reason. All others are used.
     """
 
     config: ModelConfig
@@ -39,10 +37,9 @@ class ConversionPlan:
     paths: dict[str, Path]
     shapes: dict[str, torch.Size]
     deltas: dict[str, list[WeightDelta]]
-    used: dict[Path, int]
     ignored: dict[Path, Counter[str]]
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[Tensor]:
+    def tensors(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Yield the weights in the order of `shapes`, merged in float32 and converted once.
 
         Raises:
@@ -51,7 +48,7 @@ class ConversionPlan:
         for name, shape in self.shapes.items():
             weight = apply_deltas(self.weights[name].read().reshape(shape),
                                   self.deltas.get(name, ()), dtype)
-            check_finite(self.paths[name], name, weight)
+            check_finite(self.paths[part_of(name)], name, weight)
             yield weight
 
 
@@ -64,6 +61,8 @@ def missing_parts(parts: Container[str]) -> list[str]:
 def plan_conversion(name: str, parts: Mapping[str, DetectedCheckpoint], loras: Sequence[Lora],
                     ema: bool = False) -> ConversionPlan:
     """Return the plan for a model of these parts. Reads little but names and shapes.
+
+    Warns of tensors of another method, without which the motion may differ.
 
     Args:
         name: Name of the model.
@@ -83,27 +82,24 @@ def plan_conversion(name: str, parts: Mapping[str, DetectedCheckpoint], loras: S
     config = infer_config(name, parts)
     shapes = {name: t.shape for name, t in build_on_meta(config).state_dict().items()}
     weights: dict[str, LazyTensor] = {}
-    paths: dict[str, Path] = {}
-    used: dict[Path, list[str]] = {}
+    key_maps = {part: checkpoint.key_maps[part] for part, checkpoint in parts.items()}
+    if ema:
+        key_maps["unet"] = use_ema_weights(parts["unet"], key_maps["unet"])
     for part, checkpoint in parts.items():
-        key_map = checkpoint.key_maps[part]
-        if ema and part == "unet":
-            key_map = use_ema_weights(checkpoint, key_map)
         part_weights = {f"{'unet' if part == 'motion' else part}.{target}": checkpoint.tensors[key]
-                        for target, key in key_map.items()}
+                        for target, key in key_maps[part].items()}
         check_weights(checkpoint.path, part_weights, {
             name: shape for name, shape in shapes.items() if part_of(name) == part})
         weights |= part_weights
-        paths |= dict.fromkeys(part_weights, checkpoint.path)
-        used.setdefault(checkpoint.path, []).extend(key_map.values())
     deltas, ignored = collect_deltas(loras, shapes)
-    ignored |= {checkpoint.path: ignored_tensors(checkpoint, parts, used[checkpoint.path])
+    ignored |= {checkpoint.path: ignored_tensors(checkpoint, parts, key_maps)
                 for checkpoint in parts.values()}
-    tensors = {c.path: c.tensors for c in (*parts.values(), *(lora.checkpoint for lora in loras))}
+    for path, reasons in ignored.items():
+        for reason in {reason for reason in reasons.values() if reason.endswith(FOREIGN_PART_NOTE)}:
+            warnings.warn(f"{path}: ignored tensors {reason}", stacklevel=3)
     return ConversionPlan(
-        config, weights, paths, shapes, deltas,
-        {path: len(keys) - len(ignored[path]) for path, keys in tensors.items()},
-        {path: Counter(reasons.values()) for path, reasons in ignored.items()})
+        config, weights, {part: checkpoint.path for part, checkpoint in parts.items()}, shapes,
+        deltas, {path: Counter(reasons.values()) for path, reasons in ignored.items()})
 
 
 def part_of(name: str) -> str:
@@ -115,19 +111,23 @@ def part_of(name: str) -> str:
 def use_ema_weights(checkpoint: DetectedCheckpoint, key_map: Mapping[str, str]) -> dict[str, str]:
     """Return a key map in which LDM's moving averages replace the weights of the UNet."""
     averages = {target: ema_key(key) for target, key in key_map.items()}
-    for target, key in averages.items():
-        if key not in checkpoint.tensors:
-            raise InputError(f"{checkpoint.path}: there is no moving average of {key_map[target]}. "
-                             "Leave out --ema")
+    for key in averages.values() - checkpoint.tensors.keys():
+        raise InputError(f"{checkpoint.path}: the moving average {key} is missing. Leave out --ema")
     return averages
 
 
 def ignored_tensors(checkpoint: DetectedCheckpoint, parts: Mapping[str, DetectedCheckpoint],
-                    used: Sequence[str]) -> dict[str, str]:
+                    key_maps: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Return why each tensor that is not used is ignored, by key.
 
     Every tensor is used once, or is ignored for a reason.
+
+    Args:
+        checkpoint: The checkpoint.
+        parts: The checkpoint of each part.
+        key_maps: The key map of each part, whose keys are used.
     """
+    used = [key for part in parts if parts[part] is checkpoint for key in key_maps[part].values()]
     reasons = {key: f"of the {PART_NAMES[part]}, which {OPTIONS[part]} gives"
                if parts[part] is not checkpoint else "replaced by a moving average (--ema)"
                for part, key_map in checkpoint.key_maps.items() for key in key_map.values()}
@@ -162,18 +162,3 @@ def check_weights(path: Path, weights: Mapping[str, LazyTensor],
         if squeeze_trailing(tensor.shape) != squeeze_trailing(shapes[name]):
             raise InputError(f"{path}: the tensor {name} is {tensor.shape}; expected "
                              f"{tuple(shapes[name])}. Give a checkpoint for Stable Diffusion 1.5")
-
-
-def write_model(plan: ConversionPlan, path: Path, dtype: torch.dtype, tensors: Iterable[Tensor],
-                sources: Mapping[str, str]) -> None:
-    """Write a planned model to a file that `load_model` reads.
-
-    Args:
-        plan: The plan.
-        path: The file, a .safetensors.
-        dtype: Data type of the weights in the file.
-        tensors: `plan.tensors(dtype)`, or an iterable around it, such as a progress bar.
-        sources: sha256 of the source files by name.
-    """
-    stream_safetensors(path, plan.shapes, dtype, tensors,
-                       file_metadata(plan.config, sources, dtype))

@@ -2,7 +2,6 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ PART_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder",
               "motion": "motion module", "sparsectrl": "SparseCtrl"}
 
 LDM_UNET = "model.diffusion_model."
-PREFIXES = {"unet": (LDM_UNET, "unet."), "vae": ("first_stage_model.", "vae."),
-            "text_encoder": ("cond_stage_model.transformer.", "text_encoder.")}
+PREFIXES = {LDM_UNET: "unet", "unet.": "unet", "first_stage_model.": "vae", "vae.": "vae",
+            "cond_stage_model.transformer.": "text_encoder", "text_encoder.": "text_encoder"}
 SIGNATURE_KEYS = {"unet": "down_blocks.0.resnets.0.conv1.weight", "vae": "decoder.conv_in.weight",
                   "text_encoder": "embeddings.token_embedding.weight"}
 # A key that matches says that the checkpoint belongs to another method, and to which.
@@ -57,12 +56,13 @@ UNET_KEY = re.compile(
     r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding)\.")
 CONTROLNET_KEY = re.compile(
     r"control_model\.|(controlnet\.)?(module\.)?controlnet_cond_embedding\.")
+DOMAIN_ADAPTER_KEY = re.compile(r"(down|mid|up)_blocks?\..*\.processor\.")
 TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
                1280: "the refiner of Stable Diffusion XL"}
 INPUT_CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix"}
 # The projections of text embeddings, in networks and LoRAs.
-TEXT_PROJECTION = re.compile(
-    r"^(?!.*motion_modules).*attn2[._](processor\.)?to_k(\.weight$|.*(down|lora_A|hada_w1_b|\.diff$))")
+TEXT_PROJECTION = re.compile(r"^(?!.*motion_modules).*attn2[._](processor\.)?to_k"
+                             r"(\.weight$|.*(down|lora_A|hada_w1_b|\.diff$))")
 FIRST_PROJECTION = "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"
 V1_MAX_SEQ_LENGTH = 24
 
@@ -159,8 +159,8 @@ def detect_sparsectrl(checkpoint: Checkpoint) -> DetectedCheckpoint:
     kind = "rgb" if "controlnet_cond_embedding.weight" in key_map else "scribble"
     return DetectedCheckpoint(
         **vars(checkpoint), option=OPTIONS["sparsectrl"], key_maps={"sparsectrl": key_map},
-        description=f"AnimateDiff's SparseCtrl ({kind})", ignored=ignored,
-        motion_max_seq_length=length or 32)
+        ignored=ignored, motion_max_seq_length=length or 32,
+        description=f"AnimateDiff's SparseCtrl ({kind})")
 
 
 def split_positional_encodings(checkpoint: Checkpoint
@@ -189,13 +189,11 @@ def make_key_map(path: Path, targets: Mapping[str, str]) -> dict[str, str]:
 
 def detect_lora(checkpoint: Checkpoint) -> DetectedCheckpoint:
     """Return which of the three kinds of LoRA it is."""
-    is_adapter = all(re.match(r"(down|mid|up)_blocks?\..*\.processor\.", key)
-                     for key in checkpoint.tensors)
-    option, description = (
-        (MOTION_LORA, "a motion LoRA of AnimateDiff")
-        if any("motion_modules" in key for key in checkpoint.tensors) else
-        (ADAPTER, "AnimateDiff's domain adapter (v3_sd15_adapter)") if is_adapter else
-        (LORA, "a LoRA for Stable Diffusion 1.5"))
+    option, description = LORA, "a LoRA for Stable Diffusion 1.5"
+    if any("motion_modules" in key for key in checkpoint.tensors):
+        option, description = MOTION_LORA, "a motion LoRA of AnimateDiff"
+    elif all(map(DOMAIN_ADAPTER_KEY.match, checkpoint.tensors)):
+        option, description = ADAPTER, "AnimateDiff's domain adapter (v3_sd15_adapter)"
     return DetectedCheckpoint(**vars(checkpoint), option=option, description=description)
 
 
@@ -258,29 +256,28 @@ def motion_version(checkpoint: Checkpoint, key_map: Mapping[str, str], length: i
         "v3" if re.search(r"v3|v1-5-3", name) else "v1" if re.search(r"v1(?!\d)|v14|v15", name)
         else "v3" if length else "")
     if not version:
-        advice = ("Rename it so that v1 or v3 is in its name" if checkpoint.files else
-                  'Pass motion_version="v1" or "v3"')
+        fix = "Add v1 or v3 to its name" if checkpoint.files else 'Pass motion_version="v1" or "v3"'
         raise InputError(f"{checkpoint.path}: the motion module has no positional encodings, which "
-                         f"tell v1 from v3. {advice}")
+                         f"tell v1 from v3. {fix}")
     return version
 
 
 def detect_networks(checkpoint: Checkpoint) -> DetectedCheckpoint:
     """Return UNet, VAE and text encoder: several under prefixes, or a single one without."""
     tensors = checkpoint.tensors
-    is_prefixed = any(split_prefix(key)[0] for key in tensors)
-    single = next((part for part, signature in SIGNATURE_KEYS.items() if any(
-        key.removeprefix("text_model.") == signature for key in tensors)), "")
+    single = next((part for part, key in SIGNATURE_KEYS.items()
+                   if {key, f"text_model.{key}"} & tensors.keys()), "")
     keys: dict[str, dict[str, str]] = {}
     ignored: dict[str, str] = {}
     for name in tensors:
-        part, key = split_prefix(name) if is_prefixed else (single, name)
+        prefix = next(filter(name.startswith, PREFIXES), "")
+        part = PREFIXES.get(prefix, single)
         reason = next((reason for pattern, reason in IGNORED_PATTERNS if re.search(pattern, name)),
                       "" if part else "outside of UNet, VAE and text encoder")
         if reason:
             ignored[name] = reason
         else:
-            keys.setdefault(part, {})[key] = name
+            keys.setdefault(part, {})[name.removeprefix(prefix)] = name
     if not keys:
         raise unknown_checkpoint_error(checkpoint)
     motion = split_motion_modules(checkpoint, keys.get("unet", {}))
@@ -302,9 +299,8 @@ def unknown_checkpoint_error(checkpoint: Checkpoint) -> InputError:
     """Return the error for tensors that belong to no known network."""
     path, tensors = checkpoint.path, checkpoint.tensors
     examples = ", ".join(sorted(tensors)[:2])
-    if (len(tensors) == 1 or not any("." in key for key in tensors)) and all(
-            t.shape[-1:] in ((768,), (1024,), (1280,)) and len(t.shape) < 3
-            for t in tensors.values()):
+    widths = {t.shape[-1] if len(t.shape) in (1, 2) else 0 for t in tensors.values()}
+    if widths <= {768, 1024, 1280} and (len(tensors) == 1 or "." not in "".join(tensors)):
         return unsupported(path, f"a textual inversion embedding ({examples})")
     return InputError(f"{path}: {len(tensors)} tensors ({examples}, ...) of an unknown kind. "
                       "python convert_weights.py --help lists the known kinds")
@@ -322,12 +318,6 @@ def split_motion_modules(checkpoint: Checkpoint, unet: dict[str, str]) -> Detect
                    ignored={modules[key]: reason for key, reason in motion.ignored.items()})
 
 
-def split_prefix(key: str) -> tuple[str, str]:
-    """Return the part that a key's prefix names and the rest of the key, or ("", key)."""
-    return next(((part, key.removeprefix(prefix)) for part, prefixes in PREFIXES.items()
-                 for prefix in prefixes if key.startswith(prefix)), ("", key))
-
-
 def map_keys(path: Path, part: str, keys: Mapping[str, str]) -> dict[str, str]:
     """Return the key map of one network.
 
@@ -339,15 +329,15 @@ def map_keys(path: Path, part: str, keys: Mapping[str, str]) -> dict[str, str]:
     downsamplers = map(re.compile(r"input_blocks\.(\d\d?)\.0\.op\.").match, keys)
     layers = min((int(match[1]) for match in downsamplers if match), default=3) - 1
     levels = key_mapping.count_blocks(keys, "decoder.up")
-    functions: dict[str, Callable[[str], str]] = {
-        "unet": partial(key_mapping.map_unet_key, layers=layers),
-        "vae": partial(key_mapping.map_vae_key, levels=levels),
-        "text_encoder": key_mapping.map_text_key}
-    return make_key_map(path, {name: functions[part](key) for key, name in keys.items()})
+    map_key: Callable[[str], str] = {
+        "unet": lambda key: key_mapping.map_unet_key(key, layers),
+        "vae": lambda key: key_mapping.map_vae_key(key, levels),
+        "text_encoder": lambda key: "text_model." + key.removeprefix("text_model.")}[part]
+    return make_key_map(path, {name: map_key(key) for key, name in keys.items()})
 
 
 def check_networks(checkpoint: DetectedCheckpoint) -> None:
-    """Raise InputError for networks of another family, or that predict v instead of noise."""
+    """Raise InputError for networks of another architecture, and for models that predict v."""
     path, metadata = checkpoint.path, checkpoint.metadata
     conv_in = checkpoint.shapes("unet").get("conv_in.weight", ())
     for channels in INPUT_CHANNELS.keys() & conv_in[1:2]:
@@ -356,11 +346,7 @@ def check_networks(checkpoint: DetectedCheckpoint) -> None:
         if "unet" in checkpoint.key_maps and str(metadata.get(key, "")).lower().startswith("v"):
             raise unsupported(path, f"a v-prediction model ({key}: {metadata[key]})")
     for part in checkpoint.key_maps.keys() & SUPPORTED_VALUES.keys() | {"scheduler"}:
-        check_config(path, part, checkpoint.config(part))
-
-
-def check_config(path: Path, part: str, config: Mapping[str, Any]) -> None:
-    """Raise InputError for a config.json of another architecture."""
-    for key, value in SUPPORTED_VALUES[part].items():
-        if config.get(key) not in (None, value):
-            raise unsupported(path, f"{key} = {short_repr(config[key])} in the {part} config")
+        config = checkpoint.config(part)
+        for key, value in SUPPORTED_VALUES[part].items():
+            if config.get(key) not in (None, value):
+                raise unsupported(path, f"{key} = {short_repr(config[key])} in the {part} config")

@@ -1,6 +1,5 @@
 """Builds a model from weights that another program holds in memory."""
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ..device import resolve_device, resolve_dtype
 from ..errors import InputError
 from ..model import Model
 from .convert import plan_conversion
-from .detect import FOREIGN_PART_NOTE, DetectedCheckpoint, detect, detect_networks
+from .detect import DetectedCheckpoint, detect, detect_networks
 from .lazy_tensor import Checkpoint, wrap_tensor
 from .model_file import build_on_meta, load_weights
 
@@ -63,8 +62,6 @@ def model_from_state_dicts(
             version=motion_version or "", path=Path(role))
         detected = detect_networks(checkpoint) if prefix else detect(checkpoint)
         parts |= dict.fromkeys(detected.key_maps, detected)
-        for reason in {r for r in detected.ignored.values() if r.endswith(FOREIGN_PART_NOTE)}:
-            warnings.warn(f"{role}: ignored tensors {reason}", stacklevel=2)
     plan = plan_conversion(name, parts, [])
     config = dataclasses.replace(plan.config, sample=sample or plan.config.sample)
     resolved = resolve_device(device)

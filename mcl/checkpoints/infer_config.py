@@ -9,8 +9,8 @@ from ..errors import InputError
 from ..presets import DISTILLED_PRESETS, PRESETS
 from .detect import DetectedCheckpoint, distillation_of
 from .key_mapping import count_blocks
+from .lazy_tensor import Shapes
 
-Shapes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T")
 
 
@@ -49,11 +49,9 @@ def build_config(path: Path, config_of: Callable[..., T], *args: Any, **kwargs: 
     """
     try:
         return config_of(*args, **kwargs)
-    except KeyError as error:
-        raise InputError(f"{path}: the tensor {error.args[0]} is missing. Give a complete file"
-                         ) from error
-    except IndexError as error:
-        raise InputError(f"{path}: a weight has too few dimensions. Give another file") from error
+    except (KeyError, IndexError) as error:
+        raise InputError(f"{path}: a tensor is missing or has too few dimensions ({error}). Give a "
+                         "complete file") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -70,12 +68,11 @@ def unet_config(shapes: Shapes, config: Mapping[str, Any], motion: DetectedCheck
             level for level in range(count_blocks(shapes, "down_blocks"))
             if count_blocks(shapes, f"down_blocks.{level}.attentions")),
         # diffusers gives the number of a UNet's heads as attention_head_dim.
-        num_attention_heads=infer_num_heads(
-            config, 8, "num_attention_heads", "attention_head_dim"),
+        num_attention_heads=config_value(config, 8, "num_attention_heads", "attention_head_dim"),
         cross_attention_dim=shapes[to_k][1],
-        norm_num_groups=config_value(config, "norm_num_groups", 32),
+        norm_num_groups=config_value(config, 32, "norm_num_groups"),
         motion_num_attention_heads=config_value(
-            motion.config("motion"), "motion_num_attention_heads", 8),
+            motion.config("motion"), 8, "motion_num_attention_heads"),
         motion_mid_block=motion.version == "v2", inflated_groupnorm=motion.version != "v1",
         motion_max_seq_length=motion.motion_max_seq_length)
 
@@ -84,12 +81,13 @@ def sparsectrl_config(shapes: Shapes, config: Mapping[str, Any], checkpoint: Det
                       ) -> SparseCtrlConfig:
     """Return the sizes of a SparseCtrl."""
     embedding = "controlnet_cond_embedding"
-    is_rgb, heads = f"{embedding}.weight" in shapes, "motion_num_attention_heads"
+    heads = config_value(config, 8, "motion_num_attention_heads")
+    if f"{embedding}.weight" in shapes:
+        return SparseCtrlConfig("rgb", heads, checkpoint.motion_max_seq_length)
     strided = range(1, count_blocks(shapes, f"{embedding}.blocks"), 2)
     names = ("conv_in", *(f"blocks.{i}" for i in strided))
-    widths = [] if is_rgb else [tuple(shapes[f"{embedding}.{name}.weight"][0] for name in names)]
-    return SparseCtrlConfig("rgb" if is_rgb else "scribble", config_value(config, heads, 8),
-                            checkpoint.motion_max_seq_length, *widths)
+    widths = tuple(shapes[f"{embedding}.{name}.weight"][0] for name in names)
+    return SparseCtrlConfig("scribble", heads, checkpoint.motion_max_seq_length, widths)
 
 
 def vae_config(shapes: Shapes, config: Mapping[str, Any]) -> VAEConfig:
@@ -98,8 +96,8 @@ def vae_config(shapes: Shapes, config: Mapping[str, Any]) -> VAEConfig:
         latent_channels=shapes["decoder.conv_in.weight"][1],
         block_out_channels=block_widths(shapes, "encoder.down_blocks"),
         layers_per_block=count_blocks(shapes, "encoder.down_blocks.0.resnets"),
-        norm_num_groups=config_value(config, "norm_num_groups", 32),
-        scaling_factor=config_value(config, "scaling_factor", 0.18215))
+        norm_num_groups=config_value(config, 32, "norm_num_groups"),
+        scaling_factor=config_value(config, 0.18215, "scaling_factor"))
 
 
 def text_config(shapes: Shapes, config: Mapping[str, Any]) -> CLIPTextConfig:
@@ -110,7 +108,7 @@ def text_config(shapes: Shapes, config: Mapping[str, Any]) -> CLIPTextConfig:
         hidden_size=shapes[f"{embeddings}.token_embedding.weight"][1],
         intermediate_size=shapes[f"{layers}.0.mlp.fc1.weight"][0],
         num_hidden_layers=count_blocks(shapes, layers),
-        num_attention_heads=infer_num_heads(config, 12, "num_attention_heads"),
+        num_attention_heads=config_value(config, 12, "num_attention_heads"),
         max_position_embeddings=shapes[f"{embeddings}.position_embedding.weight"][0])
 
 
@@ -120,19 +118,16 @@ def block_widths(shapes: Shapes, prefix: str) -> tuple[int, ...]:
                  for block in range(count_blocks(shapes, prefix)))
 
 
-def config_value(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """Return a value of config.json, in which null means the default."""
-    value = config.get(key)
-    return default if value is None else value
+def config_value(config: Mapping[str, Any], default: float, *keys: str) -> Any:
+    """Return the value of the first of `keys` that config.json has, or the default.
 
+    In config.json null means the default, and a list has the value of each block.
 
-def infer_num_heads(config: Mapping[str, Any], default: int, *keys: str) -> Any:
-    """Return the number of heads by the first of `keys` in config.json; shapes do not tell it."""
-    for key in keys:
-        value = config_value(config, key, None)
-        values = value if isinstance(value, list) else [value]
-        if not values or any(value != values[0] for value in values):
-            raise InputError(f"{key} must be the same in all blocks. Give another checkpoint")
-        if values[0] is not None:
-            return values[0]
-    return default
+    Raises:
+        InputError: If the blocks have different values.
+    """
+    value = next((config[key] for key in keys if config.get(key) is not None), default)
+    values = value if isinstance(value, list) else [value]
+    if not values or any(value != values[0] for value in values):
+        raise InputError(f"{keys[-1]} must be the same in all blocks. Give another checkpoint")
+    return values[0]

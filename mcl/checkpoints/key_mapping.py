@@ -86,11 +86,6 @@ def replace_patterns(text: str, patterns: Iterable[tuple[str, str]]) -> str:
     return text
 
 
-def map_text_key(key: str) -> str:
-    """Map a key of CLIP's text encoder, with or without "text_model." at its start."""
-    return key if key.startswith("text_model.") else "text_model." + key
-
-
 def map_motion_key(key: str) -> str:
     """Map a key of a motion module or SparseCtrl: AnimateDiff's under any prefix, or diffusers'."""
     key = re.sub(r"^(?:(?:module|unet|model|controlnet)\.)+(?=(?:down_blocks|mid_block|up_blocks|"

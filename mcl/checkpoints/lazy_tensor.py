@@ -1,12 +1,12 @@
 """Tensors that are still on disk: a checkpoint is known completely before any of it is read."""
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+Shapes = Mapping[str, Sequence[int]]        # shapes of tensors by name
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
@@ -20,7 +20,7 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    read: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,6 @@ class Checkpoint:
     path: Path = Path()
 
 
-def wrap_tensor(tensor: Tensor) -> LazyTensor:
+def wrap_tensor(tensor: torch.Tensor) -> LazyTensor:
     """Return a tensor in memory as a LazyTensor."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)

@@ -4,6 +4,7 @@ Most add W += scale * alpha / rank * up @ down to a weight; `lora_math` has the 
 change is computed and added in float32, and the sum is converted once. AnimateDiff's own loader
 leaves alpha / rank out.
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -19,9 +20,10 @@ from torch import Tensor
 from ..config import has_type, short_repr
 from ..errors import InputError
 from ..files import sha256_of
+from .containers import parse_json
 from .detect import DetectedCheckpoint, detect_file, wrong_option_error
 from .key_mapping import LORA_KEY, count_blocks, map_motion_key, map_unet_key, replace_patterns
-from .lazy_tensor import LazyTensor
+from .lazy_tensor import LazyTensor, Shapes
 from .lora_math import WeightDelta, infer_rank
 from .model_file import WeightTransform
 
@@ -38,9 +40,9 @@ LDM_PATTERNS = (
     (r"^(input|output)_blocks_(\d+)_(\d+)_?", r"\1_blocks.\2.\3."),
     (r"^middle_block_(\d)_?", r"middle_block.\1."), (r"^(time_embed|out)_(\d)$", r"\1.\2"),
     (r"\.(in_layers|emb_layers|out_layers)_(\d)$", r".\1.\2"))
+PEFT_METADATA = "lora_adapter_metadata"     # PEFT's config in the metadata of safetensors
 TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-IGNORE_ALPHA_HELP = ("merge LoRAs as AnimateDiff's own loader does, by up @ down without "
-                     "alpha / rank")
+IGNORE_ALPHA_HELP = "merge LoRAs as AnimateDiff's own loader does: up @ down without alpha / rank"
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,10 @@ class Lora:
 def parse_scaled(text: str) -> tuple[Path, float]:
     """Return (file.safetensors, 0.8) for "file.safetensors:0.8"; the default scale is 1."""
     path, colon, scale = text.rpartition(":")
-    try:
-        value = float(scale) if colon and not os.path.exists(text) else math.nan
-    except ValueError:
-        value = math.nan
-    return (Path(text), 1.0) if math.isnan(value) else (Path(path), value)
+    if colon and not os.path.exists(text):
+        with contextlib.suppress(ValueError):
+            return Path(path), float(scale)
+    return Path(text), 1.0
 
 
 def open_lora(option: str, path: Path, scale: float = 1.0, ignore_alpha: bool = False) -> Lora:
@@ -82,8 +83,7 @@ def open_lora(option: str, path: Path, scale: float = 1.0, ignore_alpha: bool = 
     return Lora(checkpoint, scale, ignore_alpha)
 
 
-def lora_deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]
-                ) -> tuple[dict[str, WeightDelta], dict[str, str]]:
+def lora_deltas(lora: Lora, shapes: Shapes) -> tuple[dict[str, WeightDelta], dict[str, str]]:
     """Return the changes of weights by name, and for each key that is not used the reason.
 
     Args:
@@ -95,7 +95,8 @@ def lora_deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]
             fit, or a tensor is missing.
     """
     path, tensors = lora.checkpoint.path, lora.checkpoint.tensors
-    modules = {underscored(name.rpartition(".")[0]): name.rpartition(".")[0] for name in shapes}
+    # kohya's trainer writes underscores in place of dots.
+    modules = {(name := weight.rpartition(".")[0]).replace(".", "_"): name for weight in shapes}
     layers = count_blocks(shapes, "unet.down_blocks.0.resnets")
     has_mid_block = any(".mid_block.motion_modules." in name for name in shapes)
     peft = peft_config(lora.checkpoint)
@@ -105,23 +106,21 @@ def lora_deltas(lora: Lora, shapes: Mapping[str, Sequence[int]]
     groups = group_by_module(path, tensors.keys() - ignored.keys())
     for (module, kind), keys in groups.items():
         if "mid_block" in module and "motion_modules" in module and not has_mid_block:
-            ignored |= dict.fromkeys(
-                keys.values(), "of the middle block's motion module, which only v2 has")
+            ignored |= dict.fromkeys(keys.values(), "of v2's motion module in the middle block")
             continue
-        name = modules.get(underscored(map_lora_module(module, layers)))
-        if name is None:
-            raise InputError(f"{path}: it changes {module}, which this model does not have. Give a "
-                             "LoRA for this model")
+        name = modules.get(map_lora_module(module, layers).replace(".", "_"), "")
+        if not name:
+            raise InputError(f"{path}: this model has no {module}. Give a LoRA for this model")
         weight, part = f"{name}.{kind}", name.partition(".")[0]
         if weight in deltas:
             raise InputError(f"{path}: it changes {module} twice. Give another file")
         if weight not in shapes:
             ignored[keys["diff"]] = "of a bias that this layer does not have"
         elif keys.keys() != {"alpha"} or (module, "bias") not in groups:
-            alphas = [peft.get(key) for key in (f"{part}.lora_alpha", "lora_alpha", "alpha")]
+            alpha = peft.get(f"{part}.lora_alpha") or peft.get("lora_alpha") or peft.get("alpha")
             deltas[weight] = make_delta(
                 lora, module, {role: tensors[key] for role, key in keys.items()}, shapes[weight],
-                next(filter(None, alphas), None), peft.get(f"{part}.r", peft.get("r")))
+                alpha, peft.get(f"{part}.r", peft.get("r")))
     return deltas, ignored
 
 
@@ -158,8 +157,7 @@ def make_delta(lora: Lora, module: str, factors: dict[str, LazyTensor], shape: S
     if alpha_tensor is not None:
         alpha, peft_rank = alpha_tensor.read().flatten()[:1].float().sum().item(), None
     if alpha is not None and not has_type(alpha, float):
-        raise InputError(f"{path}: the alpha of {module} is {short_repr(alpha)}. It must be a "
-                         "finite number")
+        raise InputError(f"{path}: the alpha of {module} is {short_repr(alpha)}. Give another file")
     try:
         rank = infer_rank({role: t.shape for role, t in factors.items()})
         if rank is None:        # whole matrices have no rank, but PEFT divides LoKr's by its own
@@ -180,17 +178,16 @@ def make_delta(lora: Lora, module: str, factors: dict[str, LazyTensor], shape: S
 
 def peft_config(checkpoint: DetectedCheckpoint) -> Mapping[str, Any]:
     """Return PEFT's config, above all alpha and the rank; empty for a LoRA of another kind."""
-    config = checkpoint.configs.get("peft", {})
+    path, metadata = checkpoint.path, checkpoint.metadata.get(PEFT_METADATA, "{}")
+    config = checkpoint.configs.get("peft", {}) | parse_json(f"{path}: {PEFT_METADATA}", metadata)
     has_dora = any("magnitude_vector" in key for key in checkpoint.tensors)
-    for key, value in config.items():
-        if value and (key.endswith(("alpha_pattern", "use_rslora")) or (
-                key.endswith("use_dora") and not has_dora)):
-            raise InputError(f"{checkpoint.path}: a PEFT LoRA with {key} is not supported. Give "
-                             "another file")
+    unsupported = ("alpha_pattern", "use_rslora", *["use_dora"] * (not has_dora))
+    for key in [key for key, value in config.items() if value and key.endswith(unsupported)]:
+        raise InputError(f"{path}: a PEFT LoRA with {key} is not supported. Give another file")
     return config
 
 
-def collect_deltas(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]
+def collect_deltas(loras: Sequence[Lora], shapes: Shapes
                    ) -> tuple[dict[str, list[WeightDelta]], dict[Path, dict[str, str]]]:
     """Return the changes of all LoRAs by weight, in order, and the ignored keys of each file."""
     deltas: dict[str, list[WeightDelta]] = {}
@@ -209,7 +206,7 @@ def apply_deltas(weight: Tensor, deltas: Sequence[WeightDelta], dtype: torch.dty
     return weight.to(dtype, copy=True)
 
 
-def merge_loras(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]) -> WeightTransform:
+def merge_loras(loras: Sequence[Lora], shapes: Shapes) -> WeightTransform:
     """Return the transform that merges LoRAs into a model with these shapes.
 
     Raises:
@@ -222,11 +219,6 @@ def merge_loras(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]) -> W
     return WeightTransform(
         lambda name, weight: apply_deltas(weight, deltas[name], torch.float32) if (
             name in deltas) else weight, hashlib.sha256(identity.encode()).hexdigest())
-
-
-def underscored(name: str) -> str:
-    """Return a name as kohya writes it, with underscores in place of dots."""
-    return name.replace(".", "_")
 
 
 def map_lora_module(module: str, layers: int) -> str:

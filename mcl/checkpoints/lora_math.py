@@ -15,7 +15,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from .lazy_tensor import LazyTensor
+from .lazy_tensor import LazyTensor, Shapes
 from .model_file import check_finite
 
 # Factors whose first dimension is the rank.
@@ -66,9 +66,8 @@ class WeightDelta:
         delta = delta_weight(factors, weight)
         if factors:
             raise KeyError(*factors)
-        if squeeze_trailing(delta.shape) not in (
-                squeeze_trailing(weight.shape),
-                squeeze_trailing(weight.reshape(len(weight), -1).shape)):
+        fitting = [squeeze_trailing(t.shape) for t in (weight, weight.reshape(len(weight), -1))]
+        if squeeze_trailing(delta.shape) not in fitting:
             raise ValueError(delta.shape)
         delta = delta.reshape(weight.shape)
         if not magnitudes:
@@ -77,7 +76,7 @@ class WeightDelta:
         return weight + self.strength * (adapted - weight)
 
 
-def infer_rank(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def infer_rank(shapes: Shapes) -> int | None:
     """Return the rank of factors by role, or None for a form without one.
 
     Raises:

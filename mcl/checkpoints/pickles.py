@@ -1,18 +1,20 @@
-"""Pickled PyTorch checkpoints (.ckpt, .pt, .bin), read without running the code they contain.
+"""Opens pickled PyTorch checkpoints (.ckpt, .pt, .bin) without running the code they contain.
 
-A pickle is a program that may call any function it names. The interpreter here knows only plain
-data and the few functions that describe a tensor. A global is only its name, a string, and every
-other object is None. Tensors stay on disk until they are read.
+A pickle is a program that may call any function it names. The interpreter in this file knows only
+plain data and the few functions that describe a tensor. A global is only its name, a string, and
+every other object is None. Tensors stay on disk until they are read.
 
-The interpreter hashes and prints only strings and short integers, so a hostile pickle needs no
-more time and memory than its length allows. `torch.load(weights_only=True)` gives no such limit:
-a key of nested tuples in 400 bytes stalls it, and it can be made to allocate any amount of memory.
+The interpreter hashes and prints only strings and short integers, so the length of a hostile
+pickle limits its time and memory. `torch.load(weights_only=True)` has no such limit: a key of
+nested tuples in 400 bytes stalls it, and a short pickle can make it allocate any amount of memory.
 """
+import contextlib
 import io
 import pickletools
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Callable, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,27 +35,34 @@ MAX_STORAGE, MAX_RATIO = 1 << 26, 100
 
 
 class Storage(NamedTuple):
-    """A storage's key in the file, the type of its elements, and its size in bytes."""
+    """A storage of a checkpoint: its key in the file, data type, and size in bytes."""
+
     key: str
     dtype: torch.dtype
     size: int
 
 
 class TensorUnpickler:
-    """Interpreter of pickles that builds dicts, lists, tuples, plain values and LazyTensors.
-
-    Args:
-        path: The checkpoint, for error messages.
-        read_bytes: Returns a part of a storage: key, first byte, number of bytes.
-    """
+    """Interpreter of pickles that builds dicts, lists, tuples, plain values and LazyTensors."""
 
     def __init__(self, path: Path, read_bytes: Callable[[str, int, int], Any]):
+        """Create an interpreter.
+
+        Args:
+            path: The checkpoint, for error messages.
+            read_bytes: Function of a storage's key, a first byte and a number of bytes that returns
+                these bytes of the storage.
+        """
         self.path, self.read_bytes = path, read_bytes
         self.max_size = max(MAX_STORAGE, MAX_RATIO * path.stat().st_size)
         self.storages: dict[str, Storage] = {}
 
     def load(self, file: IO[bytes]) -> Any:
-        """Return the object of the next pickle in `file`. A corrupt one raises any exception."""
+        """Return the object of the next pickle in a file.
+
+        Raises:
+            Exception: Any, if the pickle is damaged.
+        """
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[Any, Any] = {}
@@ -77,12 +86,12 @@ class TensorUnpickler:
             elif opcode.name == "STACK_GLOBAL":
                 stack.append(" ".join(part[:99] for part in used))
             elif after:
-                makes = None if before[:1] == after else after[0].obtype
-                stack.append(build(makes, used if arg is None else [arg]))
+                container_type = None if before[:1] == after else after[0].obtype
+                stack.append(build(container_type, used if arg is None else [arg]))
         return used[0]
 
     def call(self, function: Any, args: Any) -> Any:
-        """Return a dict or LazyTensor for the functions that make one, otherwise None."""
+        """Return a new dict or a LazyTensor for the functions that create them, otherwise None."""
         if function in ("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2"):
             return self.make_tensor(*args[:4])
         if function == "torch._utils _rebuild_tensor_v3" and isinstance(args[6], str):
@@ -92,7 +101,11 @@ class TensorUnpickler:
         return {} if function == "collections OrderedDict" else None
 
     def find_storage(self, pid: Any) -> Storage:
-        """Return the storage that a persistent id describes."""
+        """Return the storage that a persistent id describes.
+
+        Raises:
+            ValueError: If its description is unknown, or its size impossible.
+        """
         kind, dtype, key, _, numel = pid[:5]
         if (kind != "storage" or any(pid[5:6]) or {type(key), type(dtype)} != {str}
                 or not 0 <= numel <= self.max_size // DTYPES[dtype].itemsize):
@@ -101,54 +114,78 @@ class TensorUnpickler:
         return self.storages.setdefault(key, storage)
 
     def make_tensor(self, storage: Storage, offset: int, size: Any, stride: Any) -> LazyTensor:
-        """Return a tensor on disk. Its elements must lie in its storage."""
+        """Return a tensor on disk.
+
+        Args:
+            storage: The storage of its elements.
+            offset: Index of its first element in the storage.
+            size: Its shape.
+            stride: Its stride, in elements.
+
+        Raises:
+            ValueError: If its elements lie outside of its storage, or it repeats too many of them.
+        """
         view = torch.empty_strided(size[:64], stride[:64], dtype=storage.dtype, device="meta")
         start, count = offset * view.itemsize, view.untyped_storage().nbytes()
         if not 0 <= start <= start + count <= storage.size or view.nbytes > max(count, MAX_STORAGE):
             raise ValueError(f"its storage cannot hold a tensor of shape {tuple(view.shape)}")
 
+        @report_corruption(self.path)
         def read() -> torch.Tensor:
-            try:
-                data = self.read_bytes(storage.key, start, count) if count else bytes(view.itemsize)
-                flat = torch.frombuffer(bytearray(data), dtype=view.dtype)
-                return flat.as_strided(view.shape, view.stride())
-            except Exception as error:      # zipfile may raise any exception
-                raise corrupt_file_error(self.path, error) from error
+            data = self.read_bytes(storage.key, start, count) if count else bytes(view.itemsize)
+            flat = torch.frombuffer(bytearray(data), dtype=view.dtype)
+            return flat.as_strided(view.shape, view.stride())
         return LazyTensor(tuple(view.shape), view.dtype, read)
 
 
-def build(makes: Any, operands: list[Any]) -> Any:
-    """Return a new container of type `makes`, or else the first operand, extended by the others."""
-    if makes is tuple:
+def build(container_type: Any, operands: list[Any]) -> Any:
+    """Return the result of an opcode that creates or extends a container.
+
+    Args:
+        container_type: The type of a new container; another value for an opcode that extends its
+            first operand.
+        operands: The operands. The keys and values of a dict alternate.
+    """
+    if container_type is tuple:
         return tuple(operands)
-    if makes in (list, dict, frozenset) or not operands:
-        operands = [makes(), *operands]
+    if container_type in (list, dict, frozenset) or not operands:
+        operands = [container_type(), *operands]
     target, *items = operands
     if isinstance(target, list):
         target += items
     elif isinstance(target, dict):          # a key that is not text is known by its type
         target |= {key if isinstance(key, str) else f"<{type(key).__name__}>": value
-                   for key, value in zip(items[::2], items[1::2])}
+                   for key, value in zip(items[::2], items[1::2], strict=False)}
     return target
 
 
-def corrupt_file_error(path: Path, why: object) -> InputError:
-    """Return the error for a file that is truncated or damaged."""
-    return InputError(f"{path}: the file is truncated or damaged ({why!s:.200}). Fetch it again.")
+@contextlib.contextmanager
+def report_corruption(path: Path) -> Iterator[None]:
+    """Return a context, or decorator, in which every exception means that a file is damaged.
+
+    Raises:
+        InputError: In place of any other exception. Reading a damaged file may cause any.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: the file is truncated or damaged ({error!s:.200}). Download it "
+                         "again") from error
 
 
 def open_zip(path: Path) -> Any:
-    """Return the object in a zip checkpoint (torch 1.6 and later).
+    """Return the object in a zip checkpoint (PyTorch 1.6 and later).
 
     Raises:
-        InputError: The archive is not a checkpoint.
-        Exception: Any other, if the archive is corrupt.
+        InputError: If the archive is not a checkpoint.
+        Exception: Any other, if the archive is damaged.
     """
     archive = zipfile.ZipFile(path)
     records = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
     if not records:
-        raise InputError(f"{path}: the file is a zip archive, not a PyTorch checkpoint. If it "
-                         "contains a checkpoint, unpack it first.")
+        raise InputError(f"{path}: the file is a zip archive, not a PyTorch checkpoint. Unpack it")
 
     def read_bytes(key: str, start: int, count: int) -> bytes:
         with archive.open(f"{records[0].removesuffix('data.pkl')}data/{key}") as file:
@@ -159,20 +196,20 @@ def open_zip(path: Path) -> Any:
 
 
 def open_legacy(path: Path) -> Any:
-    """Return the object in a checkpoint of torch before 1.6: five pickles, then the storages.
+    """Return the object in a checkpoint of PyTorch before 1.6: five pickles, then the storages.
 
     Raises:
-        Exception: Any, if the file is corrupt.
+        Exception: Any, if the file is damaged.
     """
-    places: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     unpickler = TensorUnpickler(path, lambda key, start, count: np.fromfile(
-        path, np.uint8, count, offset=places[key] + start))
+        path, np.uint8, count, offset=offsets[key] + start))
     with open(path, "rb") as file:
         pickles = io.BytesIO(file.read(MAX_PICKLE))
     _, _, _, content, keys = [unpickler.load(pickles) for _ in range(5)]
     for key in map(str.__str__, keys):      # raises TypeError for what is not a string
-        places[key] = pickles.seek(8, io.SEEK_CUR)          # eight bytes repeat the length
+        offsets[key] = pickles.seek(8, io.SEEK_CUR)          # eight bytes repeat the length
         pickles.seek(unpickler.storages[key].size, io.SEEK_CUR)
-    if pickles.tell() > path.stat().st_size or places.keys() != unpickler.storages.keys():
+    if pickles.tell() > path.stat().st_size or offsets.keys() != unpickler.storages.keys():
         raise EOFError("its end is missing")
     return content

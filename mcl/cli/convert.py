@@ -2,7 +2,6 @@
 import argparse
 import functools
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from ..checkpoints import convert, detect
-from ..checkpoints.detect import FOREIGN_PART_NOTE, LORAS, OPTIONS, DetectedCheckpoint
-from ..checkpoints.lora import IGNORE_ALPHA_HELP, Lora, parse_scaled
+from ..checkpoints.detect import LORAS, OPTIONS, DetectedCheckpoint
+from ..checkpoints.lora import IGNORE_ALPHA_HELP, open_lora, parse_scaled
+from ..checkpoints.model_file import file_metadata
 from ..device import DTYPE_ALIASES, DTYPES
 from ..errors import InputError, escape_control_characters
-from ..files import OutputFile, check_io_conflicts, check_writable, sha256_of
+from ..files import OutputFile, check_io_conflicts, check_writable, sha256_of, stream_safetensors
 from .process import OneLineErrorParser, exit_code_of, run_main
 
 NETWORK_HELP = {
@@ -53,37 +53,27 @@ def build_parser() -> OneLineErrorParser:
     p.add_argument("--ignore-alpha", action="store_true", help=IGNORE_ALPHA_HELP)
     p.add_argument("--ema", action="store_true", help="use the base's moving averages")
     p.add_argument("--out", type=Path, metavar="FILE", help="the file to write, a .safetensors")
-    p.add_argument("--dtype", choices=DTYPE_ALIASES, default="fp16", help="data type of the file "
-                   "(default: fp16)")
-    p.add_argument("--name", help="name of the model (default: name of the file)")
+    p.add_argument("--dtype", choices=DTYPE_ALIASES, default="fp16", help="data type [fp16]")
+    p.add_argument("--name", help="name of the model [name of the file]")
     p.add_argument("--check", type=Path, nargs="+", action="extend", metavar="FILE",
                    help="say what each file is, and stop")
     return p
 
 
-def open_files(args: argparse.Namespace) -> tuple[dict[str, DetectedCheckpoint], list[Lora]]:
-    """Open all files of a command line.
-
-    Returns:
-        The checkpoint of each network by part, and the LoRAs in their order.
+def open_networks(args: argparse.Namespace) -> dict[str, DetectedCheckpoint]:
+    """Return the checkpoint of each network that a command line gives, by part.
 
     Raises:
         InputError: If a file is not what its option takes; the message names the right option.
     """
     networks: dict[str, DetectedCheckpoint] = {}
-    loras = []
-    open_file = functools.cache(detect.detect_file)     # one file may be given twice
+    detect_file = functools.cache(detect.detect_file)   # two options may name the same file
     for part, option in OPTIONS.items():
         if (path := vars(args)[option]) is not None:
-            networks[part] = open_file(path)
+            networks[part] = detect_file(path)
             if part not in networks[part].key_maps:
                 raise detect.wrong_option_error(networks[part], option)
-    for option in LORAS:
-        for path, scale in vars(args)[option]:
-            if open_file(path).option != option:
-                raise detect.wrong_option_error(open_file(path), option)
-            loras.append(Lora(open_file(path), scale, args.ignore_alpha))
-    return networks, loras
+    return networks
 
 
 def convert_files(args: argparse.Namespace) -> int:
@@ -91,10 +81,11 @@ def convert_files(args: argparse.Namespace) -> int:
     if args.check:
         return check_files(args.check)
     if args.out is None:
-        raise InputError("--out is missing: give the file to write, such as "
-                         "--out weights/sd15.safetensors")
+        raise InputError("--out is missing: give the file to write, a .safetensors")
     check_writable(args.out)
-    networks, loras = open_files(args)
+    networks = open_networks(args)
+    loras = [open_lora(option, path, scale, args.ignore_alpha)
+             for option in LORAS for path, scale in vars(args)[option]]
     base = networks.get("unet")
     parts = dict.fromkeys(base.key_maps, base) | networks if base else networks
     plan = convert.plan_conversion(args.name or args.out.stem, parts, loras, args.ema)
@@ -104,32 +95,29 @@ def convert_files(args: argparse.Namespace) -> int:
     paths = [path for _, checkpoint, _ in inputs for path in checkpoint.files]
     check_io_conflicts([("this command", path) for path in paths], [OutputFile("--out", args.out)])
     for checkpoint in {checkpoint.path: checkpoint for _, checkpoint, _ in inputs}.values():
-        print(usage_report(checkpoint, plan), file=sys.stderr)
+        print(usage_report(checkpoint, plan.ignored[checkpoint.path]), file=sys.stderr)
     sha256 = sha256_of_files(paths)
     sources = {f"{option} {path.relative_to(checkpoint.path.parent)}{scale}": sha256[path]
                for option, checkpoint, scale in inputs for path in checkpoint.files}
     dtype = DTYPES[DTYPE_ALIASES[args.dtype]]
     tensors = tqdm(plan.tensors(dtype), total=len(plan.shapes), desc=args.out.name, unit="tensor",
                    file=sys.stderr)
-    convert.write_model(plan, args.out, dtype, tensors, sources)
+    stream_safetensors(args.out, plan.shapes, dtype, tensors,
+                       file_metadata(plan.config, sources, dtype))
     print(f"{len(plan.shapes)} tensors written, {len(plan.deltas)} of them changed by LoRAs",
           file=sys.stderr)
     print(args.out)
     return 0
 
 
-def usage_report(checkpoint: DetectedCheckpoint, plan: convert.ConversionPlan) -> str:
+def usage_report(checkpoint: DetectedCheckpoint, ignored: Counter[str]) -> str:
     """Return one line: how many tensors of a file are used, and why the others are not."""
-    ignored = plan.ignored[checkpoint.path]
     reasons = "; ".join(f"{n} {reason}" for reason, n in ignored.items())
-    for reason in ignored:
-        if reason.endswith(FOREIGN_PART_NOTE):
-            warnings.warn(f"{checkpoint.path}: ignored tensors {reason}", stacklevel=2)
-    num_others = len(checkpoint.non_tensors)
+    num_used, num_others = len(checkpoint.tensors) - ignored.total(), len(checkpoint.non_tensors)
     return escape_control_characters(
-        f"{checkpoint.path}: {checkpoint.description}: {plan.used[checkpoint.path]} tensors used, "
-        f"{ignored.total()} ignored" + (f" ({reasons})" if reasons else "")
-        + (f"; {num_others} entries that are not tensors" if num_others else ""))
+        f"{checkpoint.path}: {checkpoint.description}: {num_used} tensors used, "
+        f"{ignored.total()} ignored{reasons and f' ({reasons})'}"
+        + f"; {num_others} entries that are not tensors" * bool(num_others))
 
 
 def sha256_of_files(paths: Sequence[Path]) -> dict[Path, str]:
@@ -152,16 +140,14 @@ def check_files(paths: Sequence[Path]) -> int:
 
 def describe_checkpoint(checkpoint: DetectedCheckpoint) -> str:
     """Return lines that say what a checkpoint is and what it still needs."""
-    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values())
+    counts = Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values())
+    dtypes = ", ".join(f"{n} {dtype}" for dtype, n in counts.items())
     size = sum(file.stat().st_size for file in checkpoint.files) / 1e9
-    lines = [f"{checkpoint.path}: {checkpoint.description}",
-             f"  {len(checkpoint.tensors)} tensors, "
-             f"{', '.join(f'{n} {dtype}' for dtype, n in dtypes.items())}, {size:.3f} GB"]
-    if checkpoint.option == "--weights":
-        lines.append("  complete: python sample.py --weights")
-    else:
-        missing = ", ".join(convert.missing_parts(checkpoint.key_maps))
-        lines.append(f"  for {checkpoint.option}; a complete model also needs {missing}")
-    lines += [f"  sha256 {sha256}  {file.name}"
-              for file, sha256 in sha256_of_files(checkpoint.files).items()]
-    return "\n".join(map(escape_control_characters, lines))
+    missing = ", ".join(convert.missing_parts(checkpoint.key_maps))
+    return "\n".join(map(escape_control_characters, [
+        f"{checkpoint.path}: {checkpoint.description}",
+        f"  {len(checkpoint.tensors)} tensors, {dtypes}, {size:.3f} GB",
+        "  complete: python sample.py --weights" if checkpoint.option == "--weights" else
+        f"  for {checkpoint.option}; a complete model also needs {missing}",
+        *(f"  sha256 {sha256}  {file.name}"
+          for file, sha256 in sha256_of_files(checkpoint.files).items())]))

@@ -5,16 +5,14 @@
 Writes files with the names, shapes and precision of the real ones (5.9 GB of float32) and random
 numbers into FOLDER, converts them, loads the result, and prints what each of the two took.
 """
-import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 if not __package__:     # run as a file
     sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -26,18 +24,6 @@ from mcl.files import atomic_write, check_writable, stream_safetensors
 
 ROOT = Path(__file__).parents[2]
 LOAD = "from mcl import load_model; load_model({!r}, device='cpu', dtype='float16')"
-FILES = {"unet": "unet/diffusion_pytorch_model.safetensors",
-         "vae": "vae/diffusion_pytorch_model.safetensors",
-         "text_encoder": "text_encoder/model.safetensors"}
-
-
-def random_tensors(shapes: Mapping[str, Sequence[int]]) -> Iterator[Tensor]:
-    """Yield random tensors. They repeat 65,536 numbers, because drawing a billion is slow."""
-    g = torch.Generator().manual_seed(0)
-    for shape in shapes.values():
-        numbers = 0.05 * torch.randn(min(math.prod(shape), 1 << 16), generator=g)
-        copies = -(-math.prod(shape) // len(numbers))
-        yield numbers.repeat(copies)[:math.prod(shape)].reshape(tuple(shape))
 
 
 def measure_command(title: str, argv: Sequence[str]) -> None:
@@ -47,8 +33,7 @@ def measure_command(title: str, argv: Sequence[str]) -> None:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise MemoryError(f"{title} failed with status {status}")
-    print(f"{title}: {time.perf_counter() - start:.0f} s, {usage.ru_maxrss * 1024 / 1e9:.2f} GB "
-          "at the peak")
+    print(f"{title}: {time.perf_counter() - start:.0f} s, {usage.ru_maxrss * 1024 / 1e9:.2f} GB")
 
 
 def run(folder: Path) -> None:
@@ -57,15 +42,17 @@ def run(folder: Path) -> None:
     base, module, out = (folder / name for name in ("sd15", "v3_sd15_mm.ckpt", "out.safetensors"))
     model = build_on_meta(ModelConfig())
     motion = {name: t.shape for name, t in model.unet.state_dict().items() if "motion_mod" in name}
-    for part, file in FILES.items():
+    for part in ("unet", "vae", "text_encoder"):
+        prefix = "" if part == "text_encoder" else "diffusion_pytorch_"
+        file = base / part / f"{prefix}model.safetensors"
         shapes = {name: t.shape for name, t in getattr(model, part).state_dict().items()
                   if name not in motion}
-        (base / file).parent.mkdir(parents=True, exist_ok=True)
-        stream_safetensors(base / file, shapes, torch.float32, random_tensors(shapes), {})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream_safetensors(file, shapes, torch.float32, map(torch.rand, shapes.values()), {})
     with atomic_write(module) as temporary:
-        torch.save(dict(zip(motion, random_tensors(motion))), temporary)
-    sizes = [sum((base / file).stat().st_size for file in FILES.values()), module.stat().st_size]
-    print(" + ".join(f"{size / 1e9:.2f}" for size in sizes) + " GB")
+        torch.save({name: torch.rand(shape) for name, shape in motion.items()}, temporary)
+    sources = (*base.rglob("*.safetensors"), module)
+    print(f"{sum(file.stat().st_size for file in sources) / 1e9:.2f} GB")
     measure_command("convert to fp16", ["convert_weights.py", "--base", str(base),
                                         "--motion-module", str(module), "--out", str(out)])
     print(f"{out.stat().st_size / 1e9:.2f} GB")

@@ -9,14 +9,15 @@ arithmetic is counted at every size on tensors without data. Steps that would ta
 not fit into memory, are extrapolated from the largest that were measured: time by arithmetic,
 memory by the number of latent elements.
 """
-import argparse
 import ctypes
 import dataclasses
+import math
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,24 @@ if not __package__:     # run as a file
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from mcl.checkpoints.model_file import build_on_meta
-from mcl.cli.process import OneLineErrorParser, exit_code_of, run_main
+from mcl.cli.process import run_main
 from mcl.clone import needs_checkpointing
-from mcl.config import ModelConfig, SampleConfig, UNetConfig
-from mcl.device import DTYPES, disable_malloc_trimming, resolve_device, resolve_dtype
+from mcl.config import ModelConfig, SampleConfig
+from mcl.device import disable_malloc_trimming, resolve_device, resolve_dtype
 from mcl.errors import InputError
 from mcl.guidance import motion_guidance
 from mcl.model import Model
 from mcl.motion import Motion
 from mcl.networks.attention import AttentionRequest
 from mcl.networks.ops import to_channels_last
+from mcl.networks.tokenizer import MAX_LENGTH
 from mcl.networks.unet import UNet3D
 from mcl.sampler import Sampler
+from weights.training.options import option, run_with_options
 from weights.training.train import TINY
 
-CONFIGS = {"tiny": TINY, "sd15": ModelConfig(),
-           "sd15-v2": ModelConfig(unet=UNetConfig(motion_mid_block=True))}
+CONFIGS = {"tiny": TINY, "sd15": ModelConfig()}
+Steps = dict[str, Callable[[], object]]
 TIMESTEP = 800                          # all timesteps cost the same
 ATEN = torch.ops.aten
 # PyTorch's own table of products and convolutions has no fused attention of CPUs.
@@ -56,13 +59,13 @@ FLOP_FORMULAS = {**flop_registry, **{
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """Cost of one kind of step; `peak_bytes` is beside the weights, None if unknown."""
+    """Cost of one kind of step; `peak_bytes` is beside the weights, nan if unknown."""
 
     settings: SampleConfig
     kind: str
     flops: int
     seconds: float
-    peak_bytes: float | None
+    peak_bytes: float
     is_measured: bool = True
 
 
@@ -75,30 +78,22 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return model.requires_grad_(False).eval()
 
 
-def benchmark_steps(model: Model, config: SampleConfig, gradient_checkpointing: bool
-                    ) -> dict[str, Callable[[], object]]:
+def benchmark_steps(model: Model, config: SampleConfig, use_low_memory: bool) -> Steps:
     """Return functions that take one step each, by the kind of the step."""
     z = torch.randn(model.config.latent_shape(config), device=model.device)
-    embeds = torch.randn(2, model.config.text_encoder.max_position_embeddings,
-                         model.config.unet.cross_attention_dim)
+    embeds = torch.randn(2, MAX_LENGTH, model.config.unet.cross_attention_dim)
     sampler = Sampler(model, embeds, config)
     text, null_text = sampler.text, sampler.negative_embeds
     maps = model.unet.forward_to_attention(z.to(model.dtype), TIMESTEP, null_text,
                                            AttentionRequest(temporal=config.guidance_blocks))
     top = {name: probs.topk(1) for name, probs in maps.temporal.items()}
-    guidance = [motion_guidance(Motion({name: t.values for name, t in top.items()},
-                                       {name: t.indices for name, t in top.items()}))]
-
-    def unguided() -> None:
-        sampler.predict_noise(z, TIMESTEP, text)
-        sampler.predict_noise(z, TIMESTEP, null_text)
-
-    def guided() -> None:
-        sampler.predict_noise_and_gradient(z, TIMESTEP, guidance, gradient_checkpointing)
-        sampler.predict_noise(z, TIMESTEP, null_text)
-
-    return {"forward pass": lambda: sampler.predict_noise(z, TIMESTEP, text),
-            "unguided step": unguided, "guided step": guided}
+    values, indices = ({name: pair[i] for name, pair in top.items()} for i in (0, 1))
+    guidance = [motion_guidance(Motion(values, indices))]
+    forward = partial(sampler.predict_noise, z, TIMESTEP)
+    guided = partial(sampler.predict_noise_and_gradient, z, TIMESTEP, guidance, use_low_memory)
+    return {"forward pass": lambda: forward(text),
+            "unguided step": lambda: (forward(text), forward(null_text)),
+            "guided step": lambda: (guided(), forward(null_text))}
 
 
 class FlopCounter(TorchDispatchMode):
@@ -107,21 +102,18 @@ class FlopCounter(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in FLOP_FORMULAS:
-            self.total += FLOP_FORMULAS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        out, formula = func(*args, **(kwargs or {})), FLOP_FORMULAS.get(func.overloadpacket)
+        self.total += formula(*args, **(kwargs or {}), out_val=out) if formula else 0
         return out
 
 
-def count_step_flops(config: ModelConfig, settings: SampleConfig, gradient_checkpointing: bool
+def count_step_flops(config: ModelConfig, settings: SampleConfig, use_low_memory: bool
                      ) -> dict[str, int]:
     """Return the arithmetic of each kind of step, counted on tensors without data."""
     with FakeTensorMode():
-        model = build_on_meta(config)
+        model, flops = build_on_meta(config), {}
         model.unet = UNet3D(config.unet).requires_grad_(False).eval()
-        steps = benchmark_steps(model, settings, gradient_checkpointing)
-        flops = {}
-        for kind, step in steps.items():
+        for kind, step in benchmark_steps(model, settings, use_low_memory).items():
             with FlopCounter() as counter:
                 step()
             flops[kind] = counter.total
@@ -138,23 +130,18 @@ def time_call(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(action: Callable[[], object], device: torch.device) -> int | None:
-    """Return the bytes that an action allocates at its peak, or None if they are not known."""
+def peak_memory(action: Callable[[], object], device: torch.device) -> float:
+    """Return the bytes that an action allocates at its peak, or nan if they are not known."""
+    clear_refs, before, peak = Path("/proc/self/clear_refs"), 0, lambda: math.nan
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        action()
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
-        action()
-        return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:                # return freed memory, so that it counts when it is reused
-        trim(0)
-    Path("/proc/self/clear_refs").write_text("5", "ascii")          # resets the peak
-    before = peak_rss()
+        before, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated
+    elif device.type == "cpu" and clear_refs.exists():
+        ctypes.CDLL(None).malloc_trim(0)    # return freed memory, so that it counts when reused
+        clear_refs.write_text("5", "ascii")                                 # resets the peak
+        before, peak = peak_rss(), peak_rss
     action()
-    return peak_rss() - before
+    return peak() - before
 
 
 def peak_rss() -> int:
@@ -163,60 +150,74 @@ def peak_rss() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def measure_steps(model: Model, settings: SampleConfig, flops: dict[str, int],
-                  gradient_checkpointing: bool, repeat: int) -> list[StepCost]:
-    """Return the cost of each kind of step: the median time of `repeat` steps after one."""
-    steps = benchmark_steps(model, settings, gradient_checkpointing)
-    peaks = {kind: peak_memory(step, model.device) for kind, step in steps.items()}
+def median_seconds(actions: Steps, device: torch.device, repeat: int) -> dict[str, float]:
+    """Return the median time of each action; the actions are repeated in turns."""
     # In turns, because a machine's speed may change from minute to minute.
-    rounds = [{kind: time_call(step, model.device) for kind, step in steps.items()}
+    rounds = [{name: time_call(action, device) for name, action in actions.items()}
               for _ in range(repeat)]
-    return [StepCost(settings, kind, flops[kind], statistics.median(r[kind] for r in rounds),
-                     peaks[kind]) for kind in steps]
+    return {name: statistics.median(times[name] for times in rounds) for name in actions}
+
+
+def measure_steps(model: Model, settings: SampleConfig, flops: dict[str, int],
+                  use_low_memory: bool, repeat: int) -> list[StepCost]:
+    """Return the cost of each kind of step: the median time of `repeat` steps after one."""
+    steps = benchmark_steps(model, settings, use_low_memory)
+    peaks = {kind: peak_memory(step, model.device) for kind, step in steps.items()}
+    seconds = median_seconds(steps, model.device, repeat)
+    return [StepCost(settings, kind, flops[kind], seconds[kind], peaks[kind]) for kind in steps]
 
 
 def extrapolate(cost: StepCost, settings: SampleConfig, flops: int) -> StepCost:
     """Return the estimated cost of a step at another size, from a measured one."""
     positions, known = (s.num_frames * s.height * s.width for s in (settings, cost.settings))
-    peak = None if cost.peak_bytes is None else cost.peak_bytes * positions / known
-    return StepCost(settings, cost.kind, flops, cost.seconds * flops / cost.flops, peak, False)
+    return StepCost(settings, cost.kind, flops, cost.seconds * flops / cost.flops,
+                    cost.peak_bytes * positions / known, is_measured=False)
 
 
 def format_row(cost: StepCost) -> str:
     """Return one row of the Markdown table."""
-    config, peak = cost.settings, "?" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e9:.2f}"
-    return (f"| {config.num_frames} | {config.width}x{config.height} | {cost.kind} "
-            f"| {cost.flops / 1e12:.3g} | {cost.seconds:.3g} "
-            f"| {cost.flops / cost.seconds / 1e9:.0f} | {peak} "
-            f"| {'measured' if cost.is_measured else 'extrapolated'} |")
+    config, origin = cost.settings, "measured" if cost.is_measured else "extrapolated"
+    return (f"| {config.num_frames} | {config.width}x{config.height} | {cost.kind} | "
+            f"{cost.flops / 1e12:.3g} | {cost.seconds:.3g} | {cost.flops / cost.seconds / 1e9:.0f}"
+            f" | {cost.peak_bytes / 1e9:.2f} | {origin} |")
 
 
 def print_machine(model: Model) -> None:
     """Print the machine, its speed in matrix products, and the model."""
     device, n = model.device, 2048
-    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
-            f"{device.type}, {torch.get_num_threads()} threads")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     a, b = torch.randn(2, n, n, device=device, dtype=model.dtype)
-    rate = 2 * n ** 3 / statistics.median(time_call(lambda: a @ b, device) for _ in range(5))
-    parameters = sum(p.numel() for p in model.unet.parameters())
-    print(f"{platform.platform()}, {name}, torch {torch.__version__}; {rate / 1e9:.0f} GFLOP/s in "
-          f"matrix products of {str(model.dtype).removeprefix('torch.')}\n"
-          f"{model.config.name}: UNet of {parameters / 1e6:.1f} M parameters\n")
+    rate = 2 * n ** 3 / median_seconds({"product": lambda: a @ b}, device, 5)["product"]
+    print(f"{platform.platform()}, {name}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}; {rate / 1e9:.0f} GFLOP/s in matrix products of {model.dtype}\n")
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclasses.dataclass
+class Options:
+    """Measure what one step of sampling costs here."""
+
+    model: str = option("tiny", "model of random weights", choices=CONFIGS)
+    frames: tuple[int, ...] = option((16,), "lengths of the clip")
+    sizes: tuple[int, ...] = option((), "sides of the square frames, in pixels")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    memory: str = option("high", "low recomputes activations", choices=("low", "high"))
+    repeat: int = option(3, "number of steps for the median time")
+    max_seconds: float = option(300.0, "steps that would take longer are extrapolated")
+
+
+def run(options: Options) -> None:
     """Measure and print all costs."""
-    config, device = CONFIGS[args.model], resolve_device(args.device)
-    limit, use_low_memory = config.unet.motion_max_seq_length, args.memory == "low"
-    frames, sizes = args.frames or [config.sample.num_frames], args.sizes or [config.sample.width]
-    if args.repeat < 1 or max(frames) > limit:
+    config, device = CONFIGS[options.model], resolve_device(options.device)
+    limit, use_low_memory = config.unet.motion_max_seq_length, options.memory == "low"
+    frames, sizes = options.frames, options.sizes or (config.sample.width,)
+    if options.repeat < 1 or max(frames) > limit:
         raise InputError(f"--repeat must be 1 or more, --frames at most {limit} for this model")
     pairs = {(n, sizes[0]) for n in frames} | {(frames[0], size) for size in sizes}
     all_settings = [dataclasses.replace(config.sample, num_frames=n, height=size, width=size)
                     for n, size in sorted(pairs, key=lambda pair: pair[0] * pair[1] ** 2)]
-    model = random_model(config, device, resolve_dtype(args.dtype, device))
     for settings in all_settings:
-        model.config.latent_shape(settings)                        # rejects impossible sizes
+        config.latent_shape(settings)                        # rejects impossible sizes
+    model = random_model(config, device, resolve_dtype("auto", device))
     if not use_low_memory:
         disable_malloc_trimming()
     print_machine(model)
@@ -226,26 +227,14 @@ def run(args: argparse.Namespace) -> None:
         flops = count_step_flops(config, settings, use_low_memory)
         costs = [extrapolate(cost, settings, flops[cost.kind]) for cost in measured]
         fits = use_low_memory or not needs_checkpointing(model, settings)
-        if not costs or (fits and max(cost.seconds for cost in costs) < args.max_seconds):
-            costs = measured = measure_steps(model, settings, flops, use_low_memory, args.repeat)
+        if not costs or (fits and max(cost.seconds for cost in costs) < options.max_seconds):
+            costs = measured = measure_steps(model, settings, flops, use_low_memory, options.repeat)
         print("\n".join(map(format_row, costs)), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    p = OneLineErrorParser(prog="tests/benchmarks/step_cost.py",
-                           description="Measure what one step of sampling costs here.")
-    p.add_argument("--model", choices=CONFIGS, default="tiny")
-    p.add_argument("--frames", type=int, nargs="+", help="lengths of the clip")
-    p.add_argument("--sizes", type=int, nargs="+", help="sides of the square frames, in pixels")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
-    p.add_argument("--memory", default="high", choices=("low", "high"),
-                   help="low recomputes activations for the gradient")
-    p.add_argument("--repeat", type=int, default=3, help="number of steps for the median time")
-    p.add_argument("--max-seconds", type=float, default=300,
-                   help="steps that would take longer are extrapolated")
-    return exit_code_of(lambda: run(p.parse_args(argv)))
+    return run_with_options("tests/benchmarks/step_cost.py", Options, run, argv)
 
 
 if __name__ == "__main__":

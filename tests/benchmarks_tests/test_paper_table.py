@@ -1,4 +1,4 @@
-"""Tests of the paper's table: CLIP against transformers, and the means of records."""
+"""Tests of the paper's table: CLIP's scores, and the means of records."""
 import json
 import math
 import re
@@ -7,23 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mcl import InputError, write_video
 from mcl.checkpoints.model_file import DEFAULT_WEIGHTS
 from mcl.evaluation.report import METRICS
 from mcl.networks.tokenizer import Tokenizer
-from tests.benchmarks.clip_model import CLIPModel, infer_clip_configs, load_clip, preprocess
-from tests.benchmarks.paper_table import PAPER_RESULTS, format_table, main
-from weights.training.intervals import student_t_95
+from tests.benchmarks.paper_table import PAPER_RESULTS, clip_scores, format_table, load_clip, main
+from weights.training.evaluate import student_t_95
 
-transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 SMALL = {"text": 64, "text_layers": 2, "vision": 128, "layers": 2, "patch": 8, "grid": 4, "d": 24}
-LARGE_14 = {"text": 768, "text_layers": 12, "vision": 1024, "layers": 24, "patch": 14, "grid": 16,
-            "d": 768}
-BASE_32 = {"text": 512, "text_layers": 12, "vision": 768, "layers": 12, "patch": 32, "grid": 7,
-           "d": 512}
 
 
 def clip_config(text, text_layers, vision, layers, patch, grid, d):
@@ -45,11 +41,6 @@ def make_oracle(sizes):
     return model
 
 
-def oracle_pixels(images, size):
-    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
-    return processor(list(images), return_tensors="pt").pixel_values
-
-
 def make_images(h, w, count=3):
     """Return images (n, h, w, 3) uint8, smooth on one side and noisy on the other."""
     noise = np.random.default_rng(0).integers(0, 256, (count, h, w, 3))
@@ -69,74 +60,39 @@ def clip_file(tmp_path_factory):
     return path / "model.safetensors"
 
 
-@pytest.mark.filterwarnings("ignore:the prompt has")
 @pytest.mark.parametrize("sizes", [SMALL, SMALL | {"text": 128, "patch": 6, "grid": 5, "d": 40}])
-def test_clip_embeddings_equal_those_of_transformers(sizes, tmp_path):
-    oracle = make_oracle(sizes)
+def test_clip_scores_equal_products_of_embeddings_of_normalized_crops(sizes, tmp_path):
+    oracle, size = make_oracle(sizes), sizes["patch"] * sizes["grid"]
     oracle.save_pretrained(tmp_path)
-    model = load_clip(tmp_path / "model.safetensors")
-    ids = Tokenizer()(["", "a red star on a navy background", "a fox " * 60])
-    images = make_images(40, 61)
+    images = make_images(40, 60)
+    width = size * 60 // 40
+    resized = np.stack([Image.fromarray(image).resize((width, size), Image.Resampling.BICUBIC)
+                        for image in images])[:, :, (width - size) // 2:][:, :, :size]
+    mean, std = (torch.tensor(v) for v in ((0.48145466, 0.4578275, 0.40821073),
+                                           (0.26862954, 0.26130258, 0.27577711)))
+    pixels = ((torch.from_numpy(resized) / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
-        expected = oracle(input_ids=ids, pixel_values=oracle_pixels(images, model.size))
-        text = model.encode_text(ids)
-        image = model.encode_image(preprocess(to_frames(images), model.size))
-    assert (text - expected.text_embeds).abs().max() < 1e-5
-    assert (image - expected.image_embeds).abs().max() < 1e-5
-    for embeds in (text, image):        # the three embeddings differ
-        assert (embeds @ embeds.T - torch.eye(3)).tril(-1).amax() < 0.99
-    scores = model.clip_scores("a red star on a navy background", to_frames(images))
+        expected = oracle(input_ids=Tokenizer()("a red star on a navy background"),
+                          pixel_values=pixels)
     a, b, c = expected.image_embeds
-    assert scores == pytest.approx((float((a + b + c) @ expected.text_embeds[1] / 3),
-                                    float((a @ b + b @ c) / 2)), abs=1e-6)
-
-
-@pytest.mark.parametrize("h, w", [(224, 224), (512, 512), (480, 854), (333, 225), (64, 97)])
-def test_preprocessing_equals_that_of_transformers(h, w):
-    images = make_images(h, w)
-    assert (preprocess(to_frames(images), 224) - oracle_pixels(images, 224)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("sizes", [LARGE_14, BASE_32])
-def test_sizes_of_openai_models_are_inferred_from_their_weights(sizes):
-    with torch.device("meta"):
-        weights = transformers.CLIPModel(clip_config(**sizes)).state_dict()
-        model = CLIPModel(*infer_clip_configs(Path("none/model.safetensors"), weights))
-    shapes = {name: t.shape for name, t in weights.items() if name != "logit_scale"}
-    assert {name: t.shape for name, t in model.state_dict().items()} == shapes
-    assert model.size == 224
-
-
-def test_position_ids_of_old_files_are_ignored(clip_file, tmp_path):
-    tensors = load_file(clip_file) | {f"{part}.embeddings.position_ids": torch.arange(n)[None]
-                                      for part, n in (("text_model", 77), ("vision_model", 17))}
-    save_file(tensors, tmp_path / "old.safetensors")
-    expected = load_clip(clip_file).state_dict()
-    assert all(torch.equal(expected[name], weight) for name, weight in
-               load_clip(tmp_path / "old.safetensors").state_dict().items())
+    assert max(a @ b, b @ c, a @ c) < 0.99              # the embeddings differ
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        scores = clip_scores(load_clip(path), "a red star on a navy background", to_frames(images))
+        assert scores == pytest.approx((float((a + b + c) @ expected.text_embeds[0] / 3),
+                                        float((a @ b + b @ c) / 2)), abs=1e-5)
 
 
 @pytest.mark.parametrize("name, change, message", [
     ("visual_projection.weight", None, "visual_projection.weight is missing"),
-    ("text_projection.weight", None, "not a CLIPModel .*text_projection"),
-    ("extra", torch.zeros(1), "extra belongs to no part"),
-    ("vision_model.pre_layrnorm.bias", torch.full((128,), math.inf), "not finite"),
-    ("text_model.embeddings.position_embedding.weight", torch.zeros(9, 64), r"\(9, 64\); expected"),
-    ("vision_model.embeddings.position_embedding.weight", torch.zeros(16, 128), "expected")])
+    ("text_model.embeddings.position_embedding.weight", torch.zeros(9, 64), "not a CLIPModel")])
 def test_damaged_clip_files_are_rejected(name, change, message, clip_file, tmp_path):
     tensors = load_file(clip_file)
     tensors.pop(name, None)
     path = tmp_path / "model.safetensors"
-    save_file(tensors if change is None else tensors | {name: change}, path)
+    save_file(tensors if change is None else tensors | {name: change}, path, {"format": "pt"})
+    (tmp_path / "config.json").write_text((clip_file.parent / "config.json").read_text())
     with pytest.raises(InputError, match=f"{path}.*{message}"):
         load_clip(path)
-
-
-def test_clip_with_another_activation_is_rejected(clip_file, tmp_path):
-    save_file(load_file(clip_file), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}))
-    with pytest.raises(InputError, match="another activation than quick_gelu"):
-        load_clip(tmp_path / "model.safetensors")
 
 
 def record(reference, prompt, seed=0, **metrics):
@@ -185,7 +141,7 @@ def test_table_is_made_from_the_records_of_clips(make_record, clip_file, capsys)
     table = rows(capsys.readouterr().out)
     assert list(table) == ["", "---", *PAPER_RESULTS, *METRICS]
     assert table["flicker"] == ["2.0000", "1.5000", ""]         # seeds are averaged first
-    scores = [load_clip(clip_file).clip_scores("a red star", frames) for frames in clips]
+    scores = [clip_scores(load_clip(clip_file), "a red star", frames) for frames in clips]
     for name, values in zip(PAPER_RESULTS, zip(*scores, strict=True), strict=True):
         clone, unguided, paper = table[name]
         assert float(clone) == pytest.approx(sum(values) / 2, abs=1e-4)

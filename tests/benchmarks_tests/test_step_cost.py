@@ -54,7 +54,7 @@ def test_large_sizes_are_extrapolated_by_their_arithmetic(capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--dtype", "float8"], "invalid choice: 'float8'"),
+    (["--memory", "none"], "invalid choice: 'none'"),
     (["--frames", "40"], "--frames at most 16"),
     (["--repeat", "0"], "--repeat must be 1 or more"), (["--sizes", "63"], "multiples of 8")])
 def test_wrong_options_are_reported_in_one_line(options, message, capsys):

@@ -211,8 +211,8 @@ def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for text, message in (
             ('{"weight_map": {"w": "../../model-00001-of-00001.safetensors"}}',
-             f"{tmp_path}/model-00001-of-00001.safetensors: this shard, which"),
-            ("{}", "has no weight_map"), ("[]", "a JSON object"), ("{", "not JSON")):
+             f"{tmp_path}/model-00001-of-00001.safetensors: cannot be read: No such file"),
+            ("{}", "has no weight_map"), ("[]", "not a JSON object"), ("{", "not a JSON object")):
         index.write_text(text)
         with pytest.raises(InputError, match=message):
             open_checkpoint(tmp_path)

@@ -233,6 +233,16 @@ def test_alpha_is_read_from_the_config_of_peft(tmp_path):
         lora_deltas(open_lora("--lora", folder), shapes())
 
 
+def test_a_peft_lora_given_as_a_file_is_merged_with_the_alpha_of_its_folder(tmp_path):
+    factors = random_pairs(LINEAR[:2])
+    file = save(tmp_path / "adapter_model.safetensors", {
+        f"base_model.model.{name.removeprefix('unet.')}": t
+        for name, t in diffusers(factors, DIALECTS["peft"][0]).items()})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": RANK}))
+    for path in (tmp_path, file):
+        check(path, "--lora", factors, alpha=8)
+
+
 def adapter(factors):
     return {name.removeprefix("unet."): t for name, t in diffusers(
         factors, *DIALECTS["processor"]).items()}
@@ -271,7 +281,7 @@ def test_several_loras_are_added_in_float32_and_converted_once(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.popitem(), r"has down \(4, 64\), which make no change"),
     (lambda s: s.update({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}),
-     "it changes lora_unet_x, which this model does not have"),
+     "this model has no lora_unet_x. Give a LoRA for this model"),
     (lambda s: s.update({"lora_unet_conv_in.set_weight": torch.zeros(2)}),
      "lora_unet_conv_in.set_weight is of no known kind of LoRA"),
     (lambda s: s.update({next(iter(s)): torch.zeros(RANK, 5)}), "Give a LoRA for this model"),

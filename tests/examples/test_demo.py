@@ -179,7 +179,7 @@ def test_missing_gradio_is_named_in_one_line():
 
 @pytest.mark.parametrize("argv, message", [
     (["--set", "cfg_scale=-1"], "cfg_scale = -1 is"), (["--set", "stpes=9"], "did you mean 'steps'?"),
-    (["--set", "height=100"], "must be multiples of 8"),
+    (["--set", "height=100"], "use multiples of 8"),
     (["--colour"], "unrecognized arguments: --colour"),
     (["--port", "x"], "argument --port: invalid int value: 'x'"),
     (["--port", "TAKEN"], "TAKEN")])

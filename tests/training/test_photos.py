@@ -18,7 +18,7 @@ from weights.training.data import LatentClips, random_frames
 from weights.training.held_out import CAMERAS, PATHS, emoji_cases, held_out_cases
 from weights.training.photos import (
     BACKGROUND_SIZE,
-    camera_shake,
+    add_camera_shake,
     find_photos,
     procedural_background,
     random_photo_scene,
@@ -178,16 +178,18 @@ def test_procedural_backgrounds_differ_and_have_detail():
 
 
 def test_camera_shake_moves_the_background_by_its_curves(folder):
-    pan, zoom, roll = camera_shake(np.random.default_rng(3), 6)
     one, still = torch.ones(1), torch.zeros(6)
+    steady = Scene("", (0., 0., 0.), "plain", (0., 0., 0.), (0., 0., 0.), 1.0, 0.0,
+                   torch.zeros(6, 2), one, still, torch.zeros(6, 2), torch.ones(6), still)
+    shaken = add_camera_shake(steady, np.random.default_rng(3))
+    pan, zoom, roll = shaken.pan, shaken.zoom, shaken.roll
     assert 0.02 <= pan.abs().max() <= 0.12 and pan.std() > 0
     line = (torch.arange(BACKGROUND_SIZE) + 0.5) / BACKGROUND_SIZE * 4 - 2
     y, x = torch.meshgrid(line, line, indexing="ij")
     photo = torch.stack([x / 4 + .5, y / 4 + .5, 0 * x])    # position as color
 
     def world_points(pan, zoom, roll):
-        scene = Scene("", (0., 0., 0.), "plain", (0., 0., 0.), (0., 0., 0.), 1.0, 0.0,
-                      torch.zeros(6, 2), one, still, pan, zoom, roll, photo)
+        scene = dataclasses.replace(steady, pan=pan, zoom=zoom, roll=roll, photo=photo)
         return (((render(scene, 65) + 1) / 2)[:, :2] - .5) * 4
 
     assert torch.allclose(world_points(pan, zoom, roll)[:, :, 32, 32], pan, atol=1e-3)
@@ -252,7 +254,7 @@ def test_new_model_is_trained_from_nothing(folder, tmp_path, monkeypatch, drawn_
                "--decoder-steps", "0"]
     assert train.main([*map(str, command)]) == 0
     encoded, clips = (LatentClips(tmp_path / "run" / "latents") for _ in range(2))
-    vae = train.train_vae(tmp_path / "run", [], train.Hyperparameters(vae_steps=2), "cpu")
+    vae = train.train_vae([], train.Options(out=tmp_path / "run", vae_steps=2), "cpu")
     plain = copy.deepcopy(vae)
     model = train.init_model(vae, clips)
     assert not clips.latents.equal(encoded.latents)

@@ -5,21 +5,20 @@ Positions are in half widths of the picture.
 import functools
 import itertools
 import math
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mcl.evaluation.metrics import camera_curves, curve_correlation, flicker
+from mcl.evaluation.metrics import camera_curves, curve_correlation, flicker, pixel_centers
 
 from . import scenes
 from .clips import shade
 from .held_out import CAMERAS, EvalCase
 from .scenes import BACKGROUNDS, COLORS, EMOJI, SHAPES, Rgb, Scene, emoji_sprite, render
 
-K = TypeVar("K")
 MIN_AREA = 0.004                # fraction of the picture below which a mask is no subject
 MIN_STEP = 0.02                 # motion per frame, in half widths, below which a subject rests
 
@@ -40,39 +39,30 @@ def measure(frames: Tensor, case: EvalCase) -> dict[str, float]:
     target = scenes.projected_center(case.scene)
     mask = (subject_mask(frames, case.color, case.background) if case.color else
             foreground_mask(frames, case.background))
-    center, is_found = track(mask)
-    values = {"direction": direction_agreement(center, target),
-              "position error": float((center - target).norm(dim=-1).mean()),
-              "found": float(is_found.float().mean()), "flicker": flicker(frames),
-              "colour": 0.0, "ground": 0.0}
+    center, is_subject = track(mask)
     # A texture has two shades of its color, and each may cover more of the picture than the other.
     backgrounds = {(name, i): rgb for name, color in BACKGROUNDS.items() for i, rgb in enumerate(
         (color, shade(color)) if case.motion in CAMERAS else (color,))}
-    subjects = []
-    for i, picture in enumerate((frames + 1) / 2):
-        outside = rearrange(picture, "c h w -> (h w) c")[~mask[i].flatten()]
-        if len(outside):
-            values["ground"] += most_common_color(outside, backgrounds)[0] == case.background
-        if is_found[i] and not case.color:
-            subjects.append(best_subject(frames[i], mask[i], case.background))
-        elif is_found[i]:
-            median = picture[:, mask[i]].median(dim=1).values
-            values["colour"] += most_common_color(median[None], COLORS) == case.color
-            subjects.append(best_shape(mask[i]))
-    values["shape"] = subjects.count(case.shape)
-    values["steady"] = max(map(subjects.count, subjects), default=0)
-    for name in ("colour", "ground", "shape", "steady"):
-        values[name] /= len(frames)
-    if case.motion in CAMERAS:
-        values["camera"] = camera_agreement(frames, case)
-    return values if case.color else {k: v for k, v in values.items() if k != "colour"}
+    pictures = rearrange((frames + 1) / 2, "f c h w -> f h w c")
+    grounds = [most_common_color(picture[~m], backgrounds)[0]
+               for picture, m in zip(pictures, mask, strict=True) if not m.all()]
+    colors = [most_common_color(picture[m].median(dim=0).values[None], COLORS)
+              for picture, m in zip(pictures[is_subject], mask[is_subject], strict=True)]
+    shapes = [best_shape(m) if case.color else best_subject(frame, m, case.background)
+              for frame, m in zip(frames[is_subject], mask[is_subject], strict=True)]
+    hits = {"colour": colors.count(case.color), "ground": grounds.count(case.background),
+            "shape": shapes.count(case.shape), "steady": max(map(shapes.count, shapes), default=0)}
+    values = {"direction": direction_agreement(center, target),
+              "position error": float((center - target).norm(dim=-1).mean()),
+              "found": float(is_subject.float().mean()), "flicker": flicker(frames)}
+    values |= {k: n / len(frames) for k, n in hits.items() if k != "colour" or case.color}
+    return values | ({"camera": camera_agreement(frames, case)} if case.motion in CAMERAS else {})
 
 
 def camera_agreement(frames: Tensor, case: EvalCase) -> float:
     """Return the correlation of the camera's curves with those of the case's scene."""
     curves = {"pan": slice(0, 2), "zoom": slice(2, 3), "roll": slice(3, 4)}[case.motion]
-    target = torch.cat([case.scene.pan, case.scene.zoom.log()[:, None], case.scene.roll[:, None]],
-                       dim=-1)
+    target = torch.column_stack([case.scene.pan, case.scene.zoom.log(), case.scene.roll])
     return curve_correlation(camera_curves(frames)[:, curves], target[:, curves])
 
 
@@ -93,10 +83,8 @@ def foreground_mask(frames: Tensor, background: str) -> Tensor:
 def track(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return the centroids (f, 2) of masks (f, H, W), and whether each mask is a subject, (f,)."""
     size, weight = mask.shape[-1], mask.float()
-    line = (torch.arange(size) + 0.5) / size * 2 - 1
-    area = weight.sum(dim=(1, 2)).clamp(min=1)
-    x = (weight * line).sum(dim=(1, 2)) / area
-    y = (weight * line[:, None]).sum(dim=(1, 2)) / area
+    line, area = pixel_centers(size), weight.sum(dim=(1, 2)).clamp(min=1)
+    x, y = ((weight * v).sum(dim=(1, 2)) / area for v in (line, line[:, None]))
     return torch.stack([x, y], dim=-1), weight.mean(dim=(1, 2)) > MIN_AREA
 
 
@@ -107,8 +95,8 @@ def direction_agreement(predicted: Tensor, target: Tensor) -> float:
     return float(cosine[target_step.norm(dim=-1) > MIN_STEP].mean())
 
 
-def most_common_color(pixels: Tensor, colors: dict[K, Rgb]) -> K:
-    """Return the name of the color that most pixels (n, 3) are nearest to."""
+def most_common_color(pixels: Tensor, colors: dict[Any, Rgb]) -> Any:
+    """Return the key of the color that most pixels (n, 3) are nearest to."""
     nearest = torch.cdist(pixels, torch.tensor(list(colors.values()))).argmin(dim=1)
     return list(colors)[int(nearest.mode().values)]
 
@@ -116,13 +104,14 @@ def most_common_color(pixels: Tensor, colors: dict[K, Rgb]) -> K:
 def best_shape(mask: Tensor) -> str:
     """Return the shape whose template overlaps a mask (H, W) best, at the mask's size."""
     crop, aspect = crop_resize(mask[None].float(), mask)
-    scores = {}
-    for shape in SHAPES:
-        template_mask = render_template(shape, (1., 1., 1.), (0., 0., 0.))[0, 0] > 0
-        template, template_aspect = crop_resize(template_mask[None].float(), template_mask)
+
+    def score(shape: str) -> float:
+        ideal = render_template(shape, (1., 1., 1.), (0., 0., 0.))[0, 0] > 0
+        template, template_aspect = crop_resize(ideal[None].float(), ideal)
         overlap = torch.minimum(crop, template).sum() / torch.maximum(crop, template).sum()
-        scores[shape] = float(overlap) - 0.3 * abs(math.log(aspect / template_aspect))
-    return max(scores, key=lambda shape: scores[shape])
+        return float(overlap) - 0.3 * abs(math.log(aspect / template_aspect))
+
+    return max(SHAPES, key=score)
 
 
 def best_subject(frame: Tensor, mask: Tensor, background: str) -> str:
@@ -155,5 +144,4 @@ def render_template(subject: str, color: Rgb, background: Rgb) -> Tensor:
 
 def psnr(frames: Tensor, target: Tensor) -> float:
     """Return the peak signal-to-noise ratio in dB, the mean over frames (f, 3, H, W) in [-1, 1]."""
-    errors = ((frames - target) / 2).square().mean(dim=(1, 2, 3))
-    return float(-10 * errors.log10().mean())
+    return float(-10 * ((frames - target) / 2).square().mean(dim=(1, 2, 3)).log10().mean())

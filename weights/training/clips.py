@@ -1,6 +1,7 @@
 """Random scenes and their captions, for training the built-in demo model."""
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -9,10 +10,9 @@ from torch import Tensor
 from .scenes import BACKGROUNDS, COLORS, EMOJI, SHAPES, TEXTURES, Rgb, Scene
 
 Rng = np.random.Generator
-VOCABULARY = tuple(sorted({
-    *SHAPES, *COLORS, *BACKGROUNDS, *EMOJI, "grey", *TEXTURES[1:], "photo", "shape", "background",
-    "ground", "backdrop", "a", "an", "that", "is", "in", "on", "over", "against", "front", "of",
-    "with", "and"}))
+OTHER_WORDS = ("grey photo shape background ground backdrop a an that is in on over against front "
+               "of with and").split()
+VOCABULARY = tuple(sorted({*SHAPES, *COLORS, *BACKGROUNDS, *EMOJI, *TEXTURES[1:], *OTHER_WORDS}))
 
 
 def random_scene(rng: Rng, num_frames: int) -> Scene:
@@ -34,18 +34,16 @@ def random_scene(rng: Rng, num_frames: int) -> Scene:
 
     pan, zoom, roll = camera_path(rng, num_frames) if camera else still_camera(num_frames)
     reach = 1 - 0.8 * float(radius.max())
-    if moving in ("object", "both"):
-        center = path(rng, num_frames, reach)
-    else:
-        reach = 0.35 if camera else reach
-        place = torch.tensor(rng.uniform(-reach, reach, 2), dtype=torch.float32)
-        center = place.expand(num_frames, 2)
+    spread = 0.35 if camera else reach                      # of subjects that do not move
+    center = (path(rng, num_frames, reach) if moving in ("object", "both") else
+              torch.tensor(rng.uniform(-spread, spread, 2)).float().expand(num_frames, 2))
     return Scene(
         shape=str(rng.choice(SHAPES)), color=COLORS[str(rng.choice(list(COLORS)))],
         texture=texture, background=BACKGROUNDS[background],
-        second_color=random_second_color(rng, background), cell_size=rng.uniform(.4, .65),
-        texture_angle=rng.uniform(-.6, .6) * (rng.random() < 0.3), center=center,
-        radius=radius.float(), angle=angle.float(), pan=pan, zoom=zoom, roll=roll)
+        second_color=(BACKGROUNDS[str(rng.choice([n for n in BACKGROUNDS if n != background]))]
+                      if rng.random() < 0.4 else shade(BACKGROUNDS[background])),
+        cell_size=rng.uniform(.4, .65), texture_angle=rng.uniform(-.6, .6) * (rng.random() < 0.3),
+        center=center, radius=radius.float(), angle=angle.float(), pan=pan, zoom=zoom, roll=roll)
 
 
 def still_camera(num_frames: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,13 +66,6 @@ def camera_path(rng: Rng, num_frames: int) -> tuple[Tensor, Tensor, Tensor]:
     return pan, zoom, roll
 
 
-def random_second_color(rng: Rng, background: str) -> Rgb:
-    """Return the second color of a texture: another background's, or a shade of the same one."""
-    if rng.random() < 0.4:
-        return BACKGROUNDS[str(rng.choice([name for name in BACKGROUNDS if name != background]))]
-    return shade(BACKGROUNDS[background])
-
-
 def shade(color: Rgb) -> Rgb:
     """Return a lighter shade of a dark color, or a darker shade of a light one."""
     r, g, b = (c + .35 * (1 - c) if sum(color) < 1.2 else c * .6 for c in color)
@@ -83,12 +74,9 @@ def shade(color: Rgb) -> Rgb:
 
 def ease(rng: Rng, num_frames: int, start: float, end: float) -> Tensor:
     """Return values (f,) from start to end: evenly, with soft ends, or there and half way back."""
-    t = torch.linspace(0, 1, num_frames)
-    style = rng.random()
+    t, style = torch.linspace(0, 1, num_frames), rng.random()
     if style > 0.4:
-        t = t * t * (3 - 2 * t)
-    if style > 0.8:
-        t = (math.pi * 0.75 * torch.linspace(0, 1, num_frames)).sin()
+        t = (math.pi * 0.75 * t).sin() if style > 0.8 else t * t * (3 - 2 * t)
     return start + (end - start) * t
 
 
@@ -103,10 +91,8 @@ def path(rng: Rng, num_frames: int, reach: float, max_frequency: float = 1.5) ->
     """
     time = np.linspace(0, 1, num_frames)
     kind = rng.choice(["curve", "waypoints", "bounce"], p=[.45, .3, .25])
-    if kind == "curve":
-        points = curve_path(rng, time, max_frequency)
-    else:
-        points = waypoint_path(rng, time) if kind == "waypoints" else bounce_path(rng, time)
+    points = (curve_path(rng, time, max_frequency) if kind == "curve" else
+              waypoint_path(rng, time) if kind == "waypoints" else bounce_path(rng, time))
     size = 2 * reach * rng.uniform(.25, 1)
     if kind == "bounce":                                    # it bounces off the picture's edges
         return torch.tensor(points * reach, dtype=torch.float32)
@@ -161,14 +147,11 @@ def caption(scene: Scene, rng: Rng) -> str:
     is_shape = scene.shape in SHAPES
     if not scene.shape or (is_shape and scene.sprite is not None):
         return "a photo"
-    color = next(name for name, value in COLORS.items() if value == scene.color)
-    behind = describe_background(scene, rng)
+    color, behind = name_of(scene.color, COLORS), describe_background(scene, rng)
     place = f"{behind} {rng.choice(['background', 'ground', 'backdrop'], p=[.5, .4, .1])}"
-    subject, choice = f"{color} {scene.shape}", rng.random()
-    if choice < .06 or not is_shape:
-        subject = scene.shape
-    elif choice < .09:
-        subject = f"{color} shape"
+    color_and_shape, choice = f"{color} {scene.shape}", rng.random()
+    subject = (scene.shape if choice < .06 or not is_shape else
+               f"{color} shape" if choice < .09 else color_and_shape)
     if rng.random() < .1:
         return with_article(subject) if rng.random() < .6 else subject
     a_subject, a_place = with_article(subject), with_article(place)
@@ -178,11 +161,10 @@ def caption(scene: Scene, rng: Rng) -> str:
         f"{a_subject} {rng.choice(['over', 'against', 'in front of'])} {a_place}",
         f"{place}, {subject}", f"{a_place} with {a_subject}", f"{a_subject}, {place}",
         f"{a_subject} on {behind}"]
-    if subject == f"{color} {scene.shape}":
+    if subject == color_and_shape:
         a_shape = with_article(scene.shape)
-        that = f"{a_shape} that is {color}"
-        phrases += [f"{that}, {place}", f"{that} on {a_place}", that,
-                    f"{a_shape} in {color} on {a_place}"]
+        that, in_color = f"{a_shape} that is {color}", f"{a_shape} in {color}"
+        phrases += [f"{that}, {place}", f"{that} on {a_place}", that, f"{in_color} on {a_place}"]
     return str(rng.choice(phrases))
 
 
@@ -190,11 +172,15 @@ def describe_background(scene: Scene, rng: Rng) -> str:
     """Return the words for a background, such as "striped navy and pink"."""
     if scene.photo is not None:
         return "photo"
-    name = next(name for name, value in BACKGROUNDS.items() if value == scene.background)
+    name, second = name_of(scene.background, BACKGROUNDS), name_of(scene.second_color, BACKGROUNDS)
     if name == "gray" and rng.random() < 0.25:
         name = "grey"
     if scene.texture == "plain":
         return name
-    second = [other for other, value in BACKGROUNDS.items() if value == scene.second_color]
-    words = [scene.texture, f"{name} and {second[0]}" if second else name]
+    words = [scene.texture, f"{name} and {second}" if second else name]
     return " ".join(words if rng.random() < .5 else words[::-1])
+
+
+def name_of(color: Rgb, colors: Mapping[str, Rgb]) -> str:
+    """Return the name of a color, or "" for a color without a name."""
+    return {value: name for name, value in colors.items()}.get(color, "")

@@ -1,5 +1,4 @@
 """Training data of the built-in demo model: frames drawn when needed, clips as latents on disk."""
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,19 +19,17 @@ from .scenes import TEXTURES, render
 from .trainer import autocast
 
 SIZE, NUM_FRAMES = 128, 16              # of the demo model's clips
-CLIPS_PER_SHARD = 250
-CAPTIONS_PER_CLIP = 4
-FRAMES_PER_SCENE = 4                    # of random_frames; rendering more frames is cheap
+CLIPS_PER_SHARD, CAPTIONS_PER_CLIP = 250, 4
 
 
 def random_frames(seed: int, count: int, photos: Sequence[Path]) -> tuple[Tensor, list[str]]:
     """Return frames (count, 3, SIZE, SIZE) in [-1, 1] of random clips, and their captions."""
     rng = np.random.default_rng([7, seed])
-    scenes = [random_photo_scene(rng, NUM_FRAMES, photos)
-              for _ in range(math.ceil(count / FRAMES_PER_SCENE))]
-    frames = [render(select_frames(s, indices[:FRAMES_PER_SCENE].tolist()), SIZE)
-              for s in scenes for indices in (rng.permutation(NUM_FRAMES),)]
-    captions = [caption(s, rng) for _ in range(FRAMES_PER_SCENE) for s in scenes]
+    n = 4                               # frames of each scene: rendering more frames is cheap
+    scenes = [random_photo_scene(rng, NUM_FRAMES, photos) for _ in range(0, count, n)]
+    frames = [render(select_frames(s, rng.permutation(NUM_FRAMES)[:n].tolist()), SIZE)
+              for s in scenes]
+    captions = [caption(s, rng) for _ in range(n) for s in scenes]
     return rearrange(frames, "n f c h w -> (f n) c h w")[:count], captions[:count]
 
 

@@ -4,10 +4,9 @@ The references follow other kinds of paths than `clips.path`, in front of other 
 prompt differs from the reference in subject, color and background. For a moving camera the texture
 of the background stays the same kind, unless another one is requested.
 """
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,23 +52,16 @@ class EvalCase:
 def held_out_path(kind: str, num_frames: int, reach: float) -> Tensor:
     """Return a path (f, 2) of one of PATHS, within [-reach, reach]."""
     t = torch.linspace(0, 1, num_frames)
-    turn = 2 * math.pi * t
-    if kind == "figure eight":
-        xy = torch.stack([turn.sin(), 0.6 * (2 * turn).sin()], dim=-1)
-    elif kind == "square":
-        corners = torch.tensor([[-.8, -.8], [.8, -.8], [.8, .8], [-.8, .8], [-.8, -.8]])
-        leg = (t * 4).clamp(max=3.999)
-        progress = (leg - leg.floor())[:, None]
-        xy = corners[leg.long()] * (1 - progress) + corners[leg.long() + 1] * progress
-    elif kind == "spiral":
-        xy = (0.2 + 0.8 * t)[:, None] * torch.stack([(1.5 * turn).cos(), (1.5 * turn).sin()], -1)
-    elif kind == "zigzag":
-        xy = torch.stack([2 * t - 1, 0.7 * (2 * (3 * t % 2 - 1).abs() - 1)], dim=-1)
-    elif kind == "circle":
-        xy = 0.85 * torch.stack([turn.cos(), turn.sin()], dim=-1)
-    else:                                                   # hops
-        xy = torch.stack([2 * t - 1, 0.8 - 1.5 * (2 * math.pi * t).sin().abs()], dim=-1)
-    return xy * reach
+    turn, spiral, leg = 2 * math.pi * t, 0.2 + 0.8 * t, (t * 4).clamp(max=3.999)
+    corners = torch.tensor([[-.8, -.8], [.8, -.8], [.8, .8], [-.8, .8], [-.8, -.8]])
+    start, end, progress = corners[leg.long()], corners[leg.long() + 1], leg.frac()[:, None]
+    curves = {"figure eight": (turn.sin(), 0.6 * (2 * turn).sin()),
+              "square": (start * (1 - progress) + end * progress).unbind(-1),
+              "spiral": (spiral * (1.5 * turn).cos(), spiral * (1.5 * turn).sin()),
+              "zigzag": (2 * t - 1, 0.7 * (2 * (3 * t % 2 - 1).abs() - 1)),
+              "circle": (0.85 * turn.cos(), 0.85 * turn.sin()),
+              "hops": (2 * t - 1, 0.8 - 1.5 * turn.sin().abs())}
+    return torch.stack(curves[kind], dim=-1) * reach
 
 
 def held_out_camera(kind: str, rng: Rng, num_frames: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,15 +109,12 @@ def emoji_cases(count: int, num_frames: int, seed: int, photos: Sequence[Path] =
     cases, words = [], list(EMOJI)
     for i, case in enumerate(held_out_cases(PATHS, count, num_frames, seed, photos=photos)):
         word, ref_word = (words[(seed + i + shift) % len(words)] for shift in (0, len(words) // 2))
-        scene = dataclasses.replace(case.scene, radius=0.2 + case.scene.radius / 2,
-                                    center=0.7 * case.scene.center)
-        sprite = emoji_sprite(ref_word)     # always, because the metrics need the font too
-        if photos:
-            scene = dataclasses.replace(scene, shape=ref_word, sprite=sprite)
+        scene, sprite = case.scene, emoji_sprite(ref_word)      # the metrics need the font too
+        scene = replace(scene, radius=0.2 + scene.radius / 2, center=0.7 * scene.center)
+        scene = replace(scene, shape=ref_word, sprite=sprite) if photos else scene
         prompt = f"{with_article(word)} on {with_article(case.background)} background"
-        kind = case.kind.replace("object", "emoji")
-        cases.append(dataclasses.replace(case, kind=kind, shape=word, color="", scene=scene,
-                                         prompt=prompt))
+        cases.append(replace(case, kind=case.kind.replace("object", "emoji"), shape=word, color="",
+                             scene=scene, prompt=prompt))
     return cases
 
 
@@ -141,24 +130,21 @@ def held_out_case(motion: str, num_frames: int, seed: int, other_textures: bool 
     if motion in PATHS:
         center = held_out_path(motion, num_frames, 1 - 0.9 * radius)
         center = center.flip(-1) if rng.random() < 0.5 else center
-    background = BACKGROUNDS[str(backgrounds[0])]
+    background, still = BACKGROUNDS[str(backgrounds[0])], torch.zeros(num_frames)
     scene = Scene(
         shape=str(shapes[0]), color=COLORS[str(colors[0])],
         texture=str(textures[0]) if is_camera else "plain", background=background,
         second_color=shade(background), cell_size=0.5, texture_angle=0.0, center=center,
-        radius=torch.zeros(num_frames) + radius, angle=torch.zeros(num_frames), pan=pan, zoom=zoom,
-        roll=roll)
-    prompts = []
-    for i in range(2):
-        texture = f"{textures[i if other_textures else 0]} " if is_camera else ""
-        prompts.append(f"{with_article(f'{colors[i]} {shapes[i]}')} on "
-                       f"{with_article(f'{texture}{backgrounds[i]}')} background")
+        radius=still + radius, angle=still, pan=pan, zoom=zoom, roll=roll)
+    words = [f"{textures[i]} " if is_camera else "" for i in (0, int(other_textures))]
+    prompts = [f"{with_article(f'{colors[i]} {shapes[i]}')} on "
+               f"{with_article(word + backgrounds[i])} background" for i, word in enumerate(words)]
     kind = "camera" if is_camera else "still" if motion in STATIC else "object"
     kind += ", another texture" if is_camera and other_textures else ""
     if photos:
         rng = np.random.default_rng([11, seed])
-        scene = dataclasses.replace(scene, shape="" if is_camera else scene.shape, texture="plain",
-                                    photo=photo_background(rng, photos))
+        scene = replace(scene, shape="" if is_camera else scene.shape, texture="plain",
+                        photo=photo_background(rng, photos))
         prompts[0] = caption(scene, rng)
         kind += " over photographs"
     if has_camera_shake:

@@ -3,12 +3,12 @@
 The photographs are those of Debian's wallpaper packages (PHOTO_INSTALL); none is stored here. One
 in eight, selected by its name, is never used for training but for the evaluation.
 """
-import dataclasses
 import functools
 import math
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,7 @@ PHOTO_INSTALL = ("apt-get install gnome-backgrounds plasma-workspace-wallpapers 
                  "lomiri-wallpapers ukui-wallpapers")
 SHORT_SIDE = 768            # largest number of pixels of a photo's shorter side
 BACKGROUND_SIZE = 256       # pixels of a background, which spans four half widths of the picture
-SCENE_KINDS = ("shapes", "camera", "still", "by hand")
-SCENE_PROBS = (.45, .25, .19, .11)
+SCENE_PROBS = {"shapes": .45, "camera": .25, "still": .19, "by hand": .11}
 P_EMOJI = 0.4               # probability that a subject is an emoji
 P_PROCEDURAL = 0.4          # probability that a background is not a photo
 
@@ -49,8 +48,7 @@ def find_photos(folders: Sequence[Path], held_out: bool) -> list[Path]:
             is_nested = "contents" in file.parts
             name = file.parts[file.parts.index("contents") - 1] if is_nested else file.stem
             name = re.split("[-_]", name)[0].lower()
-            if name not in largest or file.stat().st_size > largest[name].stat().st_size:
-                largest[name] = file
+            largest[name] = max(largest.get(name, file), file, key=lambda f: f.stat().st_size)
     photos = [file for name, file in largest.items()
               if (zlib.crc32(name.encode()) % 8 == 0) == held_out]
     if not photos:
@@ -63,9 +61,8 @@ def read_photo(file: Path) -> Tensor:
     """Return a photo (3, H, W) uint8 whose shorter side has at most SHORT_SIDE pixels."""
     with Image.open(file) as image:
         image.draft("RGB", (SHORT_SIDE, SHORT_SIDE))        # decodes a JPEG at a reduced size
-        scale = min(1, SHORT_SIDE / min(image.size))
-        size = (round(scale * image.width), round(scale * image.height))
-        pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BOX))
+        w, h = (round(min(1, SHORT_SIDE / min(image.size)) * n) for n in image.size)
+        pixels = np.array(image.convert("RGB").resize((w, h), Image.Resampling.BOX))
     return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
 
 
@@ -86,24 +83,17 @@ def random_crop(rng: Rng, photo: Tensor, min_side: int) -> Tensor:
     side = int(rng.integers(min(min_side, short), short + 1))
     top, left = (int(rng.integers(length - side + 1)) for length in photo.shape[1:])
     crop = photo[None, :, top:top + side, left:left + side].float() / 255
-    crop = F.interpolate(crop, (BACKGROUND_SIZE, BACKGROUND_SIZE), mode="bilinear",
-                         antialias=True)[0]
+    crop = F.interpolate(crop, (BACKGROUND_SIZE,) * 2, mode="bilinear", antialias=True)[0]
     return crop.flip(-1) if rng.random() < 0.5 else crop
-
-
-def camera_shake(rng: Rng, num_frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the pan (f, 2), zoom factor (f,) and roll (f,) of a camera that is held by hand."""
-    size, time = rng.uniform(.02, .12), np.linspace(0, 1, num_frames)
-    pan, turn = (torch.tensor(size * c / np.abs(c).max(), dtype=torch.float32)
-                 for c in (curve_path(rng, time, 4.0), curve_path(rng, time, 4.0)))
-    return pan, (0.3 * turn[:, 0]).exp(), 0.3 * turn[:, 1]
 
 
 def add_camera_shake(scene: Scene, rng: Rng) -> Scene:
     """Return a scene whose camera is held by hand."""
-    pan, zoom, roll = camera_shake(rng, len(scene.zoom))
-    return dataclasses.replace(scene, pan=scene.pan + pan, zoom=scene.zoom * zoom,
-                               roll=scene.roll + roll)
+    size, time = rng.uniform(.02, .12), np.linspace(0, 1, len(scene.zoom))
+    pan, turn = (torch.tensor(size * c / np.abs(c).max(), dtype=torch.float32)
+                 for c in (curve_path(rng, time, 4.0) for _ in range(2)))
+    zoom, roll = scene.zoom * (0.3 * turn[:, 0]).exp(), scene.roll + 0.3 * turn[:, 1]
+    return replace(scene, pan=scene.pan + pan, zoom=zoom, roll=roll)
 
 
 def random_background(rng: Rng, photos: Sequence[Path]) -> Tensor:
@@ -138,7 +128,7 @@ def procedural_background(rng: Rng) -> Tensor:
 
 
 def random_photo_scene(rng: Rng, num_frames: int, photos: Sequence[Path]) -> Scene:
-    """Return a scene of one of SCENE_KINDS.
+    """Return a scene of one of the kinds of SCENE_PROBS.
 
     "shapes" is a `random_scene`. In the others the background is a photo or a procedural one. The
     camera moves over it without a subject ("camera"), also along a background that leans away; or a
@@ -146,25 +136,23 @@ def random_photo_scene(rng: Rng, num_frames: int, photos: Sequence[Path]) -> Sce
     Some subjects are emoji, and some are cut out of another background.
     """
     scene = random_scene(rng, num_frames)
-    kind = rng.choice(SCENE_KINDS, p=SCENE_PROBS)
+    kind = rng.choice(list(SCENE_PROBS), p=list(SCENE_PROBS.values()))
     is_camera, is_emoji = kind == "camera", bool(rng.random() < P_EMOJI) and kind != "camera"
     if is_emoji:
         shape = str(rng.choice(list(EMOJI)))
-        scene = dataclasses.replace(scene, shape=shape, sprite=emoji_sprite(shape))
+        scene = replace(scene, shape=shape, sprite=emoji_sprite(shape))
     if kind == "shapes":
         return scene
     pan, zoom, roll = camera_path(rng, num_frames) if is_camera else still_camera(num_frames)
-    scene = dataclasses.replace(scene, texture="plain", pan=pan, zoom=zoom, roll=roll)
+    scene = replace(scene, texture="plain", pan=pan, zoom=zoom, roll=roll)
     if kind == "by hand" or (is_camera and rng.random() < 0.3):
         scene = add_camera_shake(scene, rng)
-    tilt = (0., 0.)
     if is_camera and rng.random() < 0.4:                    # a pan along the tilt is a dolly
         direction, slope = rng.uniform(0, 2 * math.pi), rng.uniform(.1, .35)
-        tilt = (slope * math.cos(direction), slope * math.sin(direction))
-    sprite = scene.sprite
+        scene = replace(scene, tilt=(slope * math.cos(direction), slope * math.sin(direction)))
     if not is_camera and not is_emoji and rng.random() < 0.25:
         # A subject covers about a quarter of the picture's width.
-        sprite = F.avg_pool2d(random_background(rng, photos), 4)
+        scene = replace(scene, sprite=F.avg_pool2d(random_background(rng, photos), 4))
     center = path(rng, num_frames, 1 - 0.8 * float(scene.radius.max()), max_frequency=2.5)
-    return dataclasses.replace(scene, shape="" if is_camera else scene.shape, sprite=sprite,
-                               center=center, tilt=tilt, photo=random_background(rng, photos))
+    return replace(scene, shape="" if is_camera else scene.shape, center=center,
+                   photo=random_background(rng, photos))

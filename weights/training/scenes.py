@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mcl.errors import InputError
+from mcl.evaluation.metrics import pixel_centers
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
 COLORS = {"red": (.90, .15, .15), "green": (.15, .75, .25), "blue": (.20, .35, .95),
@@ -26,7 +27,6 @@ BACKGROUNDS = {"black": (.05, .05, .05), "gray": (.50, .50, .50), "navy": (.08, 
                "brown": (.40, .25, .12), "pink": (.98, .75, .80), "teal": (.10, .40, .40)}
 TEXTURES = ("plain", "checkered", "striped", "dotted")
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-FONT_INSTALL = "apt-get install fonts-noto-color-emoji"
 _PAIRS = """
     apple 🍎 banana 🍌 lemon 🍋 pineapple 🍍 strawberry 🍓 watermelon 🍉 carrot 🥕 eggplant 🍆
     mushroom 🍄 burger 🍔 donut 🍩 pizza 🍕 cheese 🧀 cat 🐱 dog 🐶 fox 🦊 panda 🐼 pig 🐷 frog 🐸
@@ -36,7 +36,7 @@ _PAIRS = """
     gift 🎁 gem 💎 magnet 🧲 book 📕 flag 🚩 crown 👑 cap 🧢 shirt 👕 dress 👗 skull 💀 face 😀
     ghost 👻 alien 👽 hand ✋
 """.split()
-EMOJI = dict(zip(_PAIRS[::2], _PAIRS[1::2]))
+EMOJI = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
 Rgb = tuple[float, float, float]                # sRGB in [0, 1]
 
 
@@ -100,12 +100,11 @@ def rotate(points: Tensor, angle: Tensor) -> Tensor:
 
 def render(scene: Scene, size: int) -> Tensor:
     """Return frames (f, 3, size, size) in [-1, 1] of a scene, with edges one pixel wide."""
-    line = (torch.arange(size) + 0.5) / size * 2 - 1
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    picture = rearrange(torch.stack([x, y], dim=-1), "h w two -> 1 h w two")
+    line = pixel_centers(size)
+    picture = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)[None]
     zoom, roll = (rearrange(v, "f -> f 1 1") for v in (scene.zoom, scene.roll))
     depth_zoom = zoom * (1 + picture @ torch.tensor(scene.tilt))
-    pan = rearrange(scene.pan, "f two -> f 1 1 two")
+    pan, center = (rearrange(v, "f two -> f 1 1 two") for v in (scene.pan, scene.center))
     world = rotate(picture, roll) / depth_zoom[..., None] + pan
     pixels = zoom * (size / 2)                              # pixels per unit of the world
 
@@ -114,15 +113,12 @@ def render(scene: Scene, size: int) -> Tensor:
     if scene.texture != "plain":
         cover = texture_cover(scene, world, pixels)[..., None]
         image = background + cover * (torch.tensor(scene.second_color) - background)
-
     if not scene.shape:
         return rearrange(image, "f h w c -> f c h w") * 2 - 1
     radius, angle = (rearrange(v, "f -> f 1 1") for v in (scene.radius, scene.angle))
-    local = rotate(world - rearrange(scene.center, "f two -> f 1 1 two"), -angle)
-    local = local / radius[..., None]
-    paint = torch.tensor(scene.color)
-    if scene.sprite is not None:
-        paint = sample_photo(scene.sprite, local.clamp(-2, 2))
+    local = rotate(world - center, -angle) / radius[..., None]
+    paint = (torch.tensor(scene.color) if scene.sprite is None else
+             sample_photo(scene.sprite, local.clamp(-2, 2)))
     if paint.shape[-1] == 4:
         cover, paint = paint[..., 3:], paint[..., :3]
     else:
@@ -155,21 +151,14 @@ def texture_cover(scene: Scene, world: Tensor, pixels: Tensor) -> Tensor:
 
 def signed_distance(shape: str, p: Tensor) -> Tensor:
     """Return the distance of points (..., 2) to a shape of radius 1, negative inside."""
-    x, y = p.unbind(-1)
-    if shape == "circle":
-        return p.norm(dim=-1) - 0.9
-    if shape == "ring":
-        return (p.norm(dim=-1) - 0.7).abs() - 0.24
-    if shape == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.78
-    if shape == "diamond":
-        return (x.abs() / 0.72 + y.abs() - 1) * (1 / math.hypot(1 / 0.72, 1))
-    if shape == "cross":
-        a, b = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
-        return torch.maximum(a - 0.92, b - 0.3)
-    if shape == "triangle":
-        return torch.maximum(y - 0.55, (x.abs() * math.sqrt(3) - y) / 2 - 0.5)
-    return star_distance(x, y) if shape == "star" else heart_distance(x, y)
+    (x, y), r = p.unbind(-1), p.norm(dim=-1)
+    longer, shorter = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    return {"circle": lambda: r - 0.9, "ring": lambda: (r - 0.7).abs() - 0.24,
+            "square": lambda: longer - 0.78,
+            "diamond": lambda: (x.abs() / 0.72 + y.abs() - 1) * (1 / math.hypot(1 / 0.72, 1)),
+            "cross": lambda: torch.maximum(longer - 0.92, shorter - 0.3),
+            "triangle": lambda: torch.maximum(y - 0.55, (x.abs() * math.sqrt(3) - y) / 2 - 0.5),
+            "star": lambda: star_distance(x, y), "heart": lambda: heart_distance(x, y)}[shape]()
 
 
 def star_distance(x: Tensor, y: Tensor, points: int = 5, inner: float = 0.42) -> Tensor:
@@ -206,7 +195,7 @@ def emoji_sprite(word: str) -> Tensor:
         InputError: If the font is not installed.
     """
     if not FONT.exists():
-        raise InputError(f"{FONT}: no such font. Run: {FONT_INSTALL}")
+        raise InputError(f"{FONT}: no such font. Run: apt-get install fonts-noto-color-emoji")
     image = Image.new("RGBA", (200, 200))
     font = ImageFont.truetype(FONT, 109)                    # the only size that its bitmaps have
     ImageDraw.Draw(image).text((20, 20), EMOJI[word], font=font, embedded_color=True)

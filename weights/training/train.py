@@ -12,7 +12,6 @@ The five stages each resume where they were stopped:
 The last stage writes weights/tiny.safetensors. `--start FILE` continues with a model in place of
 the stages vae and image, and teaches it the words that it does not know. README.md has the recipe.
 """
-import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,61 +23,69 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mcl.checkpoints.model_file import DEFAULT_WEIGHTS, load_model, save_model
-from mcl.cli.process import OneLineErrorParser, exit_code_of, run_main
+from mcl.cli.process import run_main
 from mcl.config import CLIPTextConfig, ModelConfig, SampleConfig, UNetConfig, VAEConfig
 from mcl.device import resolve_device
 from mcl.files import check_writable
 from mcl.model import Model
 from mcl.networks.ops import to_channels_last
-from mcl.schedule import NUM_TRAIN_TIMESTEPS
 from mcl.networks.vae import AutoencoderKL
+from mcl.schedule import NUM_TRAIN_TIMESTEPS
 
 from .clips import VOCABULARY, Rng
 from .data import NUM_FRAMES, SIZE, LatentClips, encode_clips, random_crops, random_frames
+from .options import option, run_with_options
 from .photos import PHOTO_FOLDERS, find_photos
 from .scenes import EMOJI, emoji_sprite
 from .trainer import TrainingRun, autocast
 
-UNET = UNetConfig(
-    block_out_channels=(48, 96, 192), layers_per_block=1, cross_attention_levels=(1, 2),
-    num_attention_heads=4, cross_attention_dim=64, norm_num_groups=8, motion_num_attention_heads=4,
-    motion_max_seq_length=NUM_FRAMES)
-VAE = VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8,
-                scaling_factor=1.0)
-TEXT_ENCODER = CLIPTextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                              num_attention_heads=4)
-# The second motion module of the block determines a camera's direction, the first hardly.
-SAMPLE = SampleConfig(
-    steps=32, guidance_steps=16, guidance_noise_range=0.25, guidance_warmup_steps=5,
-    guidance_cooldown_steps=5, cfg_scale=5.0, motion_weight=25000.0, extraction_timestep=200,
-    guidance_blocks=("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
-    guidance_block_weights=(1.0, 4.0), height=SIZE, width=SIZE)
-# The two limits were chosen on held-out references and real clips (BENCHMARKS.md).
-TINY = ModelConfig("tiny", UNET, VAE, TEXT_ENCODER, sample=SAMPLE, training_vocabulary=VOCABULARY,
-                   min_reference_motion=0.38, max_denoising_error=0.08)
+TINY = ModelConfig(
+    "tiny",
+    UNetConfig(block_out_channels=(48, 96, 192), layers_per_block=1, cross_attention_levels=(1, 2),
+               num_attention_heads=4, cross_attention_dim=64, norm_num_groups=8,
+               motion_num_attention_heads=4, motion_max_seq_length=NUM_FRAMES),
+    VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8,
+              scaling_factor=1.0),
+    CLIPTextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                   num_attention_heads=4),
+    # The second motion module of the block determines a camera's direction, the first hardly.
+    sample=SampleConfig(
+        steps=32, guidance_steps=16, guidance_noise_range=0.25, guidance_warmup_steps=5,
+        guidance_cooldown_steps=5, cfg_scale=5.0, motion_weight=25000.0, extraction_timestep=200,
+        guidance_blocks=("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
+        guidance_block_weights=(1.0, 4.0), height=SIZE, width=SIZE),
+    # The two limits were chosen on held-out references and real clips (BENCHMARKS.md).
+    training_vocabulary=VOCABULARY, min_reference_motion=0.38, max_denoising_error=0.08)
 P_EMPTY_CAPTION = 0.1           # for classifier-free guidance
 
 
-@dataclasses.dataclass(frozen=True)
-class Hyperparameters:
-    """Length and learning rates of the stages; README.md says what the published weights had."""
+@dataclasses.dataclass
+class Options:
+    """Train the built-in demo model.
 
+    The lengths and learning rates are those of the stages; README.md says what the published
+    weights had.
+    """
+
+    out: Path = option(Path(), "folder of the checkpoints", required=True)
+    device: str = option("cpu", "auto, cpu, cuda or mps")
+    weights: Path = option(DEFAULT_WEIGHTS, "file to write")
+    start: Path | None = option(None, "model to continue with, in place of the first stages")
+    photos: tuple[Path, ...] = option(PHOTO_FOLDERS, "folders of the photographs")
     vae_steps: int = 2600
     vae_batch_size: int = 32
-    vae_lr: float = 2e-3
+    vae_lr: float = 2e-3                # also of the stage decoder
     num_clips: int = 14000
     image_steps: int = 3600
     image_batch_size: int = 64
     image_lr: float = 4e-3
     motion_steps: int = 18000
     motion_batch_size: int = 6
-    motion_lr: float = 2.4e-3           # of the motion modules
-    spatial_lr: float = 2.4e-3          # of the UNet's other layers, in the motion stage
+    motion_lr: float = 2.4e-3           # of the UNet, in the motion stage
     text_lr: float = 4e-4               # of the text encoder, in the motion stage
     token_lr: float = 2e-3              # of words that the model of --start does not know
     p_single_frames: float = 0.6        # fraction of the motion stage's steps on single frames
     decoder_steps: int = 1600
-    decoder_lr: float = 2e-3
 
 
 def reconstruction_loss(output: Tensor, x: Tensor) -> Tensor:
@@ -87,16 +94,15 @@ def reconstruction_loss(output: Tensor, x: Tensor) -> Tensor:
     return F.mse_loss(output, x) + 0.3 * F.l1_loss(output, x) + 0.3 * edges
 
 
-def train_vae(folder: Path, photos: Sequence[Path], params: Hyperparameters, device: str
-              ) -> AutoencoderKL:
+def train_vae(photos: Sequence[Path], options: Options, device: str) -> AutoencoderKL:
     """Train the autoencoder on single frames."""
     torch.manual_seed(0)
     vae = AutoencoderKL(TINY.vae).to(device)
     to_channels_last(vae)
 
     def loss_of(step: int) -> Tensor:
-        x, _ = random_frames(step, params.vae_batch_size, photos)
-        x, = random_crops(np.random.default_rng([8, step]), step / params.vae_steps, x)
+        x, _ = random_frames(step, options.vae_batch_size, photos)
+        x, = random_crops(np.random.default_rng([8, step]), step / options.vae_steps, x)
         x = x.to(device, memory_format=torch.channels_last)
         with autocast(device):
             mean, logvar = (y.float() for y in vae.moments(x))
@@ -108,7 +114,8 @@ def train_vae(folder: Path, photos: Sequence[Path], params: Hyperparameters, dev
         reduced = F.mse_loss(mean[:, :3], 1.3 * F.avg_pool2d(x, TINY.vae.downsampling))
         return reconstruction_loss(output, x) + 2e-4 * kl + 0.03 * reduced
 
-    TrainingRun(vae, lambda name: params.vae_lr, folder / "vae.pt").run(params.vae_steps, loss_of)
+    run = TrainingRun(vae, lambda name: options.vae_lr, options.out / "vae.pt")
+    run.run(options.vae_steps, loss_of)
     return vae.requires_grad_(False)
 
 
@@ -190,8 +197,7 @@ def init_new_tokens(model: Model) -> None:
     embeddings.register_hook(lambda grad: grad * is_new)
 
 
-def train_decoder(model: Model, folder: Path, photos: Sequence[Path], params: Hyperparameters
-                  ) -> None:
+def train_decoder(model: Model, photos: Sequence[Path], options: Options) -> None:
     """Train the decoder on latents as encoded, and on the UNet's estimates of noised latents."""
     vae, device = model.vae, str(model.device)
     to_channels_last(vae)
@@ -211,74 +217,53 @@ def train_decoder(model: Model, folder: Path, photos: Sequence[Path], params: Hy
         return torch.cat([estimate, z[half:] + 0.05 * noise[half:]])
 
     def loss_of(step: int) -> Tensor:
-        x, captions = random_frames(100_000 + step, params.vae_batch_size, photos)
+        x, captions = random_frames(100_000 + step, options.vae_batch_size, photos)
         x = x.to(device, memory_format=torch.channels_last)
         rng = np.random.default_rng([10, step])
         with autocast(device):
-            x, z = random_crops(rng, step / params.decoder_steps, x,
+            x, z = random_crops(rng, step / options.decoder_steps, x,
                                 inexact_latents(x, captions, rng))
             output = vae.decoder(vae.post_quant_conv(z)).float()
         return reconstruction_loss(output, x)
 
-    TrainingRun(decoder, lambda name: params.decoder_lr, folder / "decoder.pt").run(
-        params.decoder_steps, loss_of)
+    run = TrainingRun(decoder, lambda name: options.vae_lr, options.out / "decoder.pt")
+    run.run(options.decoder_steps, loss_of)
 
 
-def save(model: Model, weights: Path) -> None:
-    """Write the model with TINY's settings: float16, and large matrices as int8."""
-    config = model.config
-    model.config = dataclasses.replace(TINY, unet=config.unet, vae=config.vae,
-                                       text_encoder=config.text_encoder)
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, weights, torch.float16, sources={}, quantize_min_numel=1 << 16)
+def run(options: Options) -> None:
+    """Run all stages, and write the model: float16, and large matrices as int8."""
+    device, out = str(resolve_device(options.device)), options.out
+    if not out.is_dir():
+        check_writable(out, is_folder=True)
+    photos = find_photos(options.photos, held_out=False)
+    emoji_sprite(min(EMOJI))                # fails without the font, before anything is trained
+    out.mkdir(exist_ok=True)
+    model = load_model(options.start, device, "float32") if options.start else None
+    vae = model.vae if model else train_vae(photos, options, device)
+    encode_clips(out / "latents", photos, vae, options.num_clips, device)
+    clips = LatentClips(out / "latents")
+    if model is None:
+        model = init_model(vae, clips).to(device)
+        train_denoiser(model, out / "image.pt", clips, options.image_steps,
+                       options.image_batch_size, 1,
+                       lambda name: options.image_lr * ("motion_modules" not in name))
+
+    def lr_of(name: str) -> float:
+        text_lr = options.token_lr if "token_embedding" in name else options.text_lr
+        return text_lr if name.startswith("text_encoder.") else options.motion_lr
+
+    train_denoiser(model, out / "motion.pt", clips, options.motion_steps,
+                   options.motion_batch_size * NUM_FRAMES, options.p_single_frames, lr_of)
+    train_decoder(model, photos, options)
+    model.config = dataclasses.replace(TINY, **{
+        part: getattr(model.config, part) for part in ("unet", "vae", "text_encoder")})
+    options.weights.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, options.weights, torch.float16, sources={}, quantize_min_numel=1 << 16)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = OneLineErrorParser(prog="-m weights.training.train",
-                                description="Train the built-in demo model.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write")
-    parser.add_argument("--start", type=Path,
-                        help="model to continue with, in place of the stages vae and image")
-    parser.add_argument("--photos", type=Path, nargs="+", default=PHOTO_FOLDERS,
-                        help="folders of the photographs")
-    for f in dataclasses.fields(Hyperparameters):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
-                            default=f.default)
-    return exit_code_of(lambda: run(parser.parse_args(argv)))
-
-
-def run(args: argparse.Namespace) -> None:
-    """Run all stages."""
-    names = [f.name for f in dataclasses.fields(Hyperparameters)]
-    params = Hyperparameters(**{name: getattr(args, name) for name in names})
-    device, out = str(resolve_device(args.device)), args.out
-    if not out.is_dir():
-        check_writable(out, is_folder=True)
-    photos = find_photos(args.photos, held_out=False)
-    for word in EMOJI:
-        emoji_sprite(word)                  # fails without the font, before anything is trained
-    out.mkdir(exist_ok=True)
-    model = load_model(args.start, device, "float32") if args.start else None
-    vae = model.vae if model else train_vae(out, photos, params, device)
-    encode_clips(out / "latents", photos, vae, params.num_clips, device)
-    clips = LatentClips(out / "latents")
-    if model is None:
-        model = init_model(vae, clips).to(device)
-        train_denoiser(model, out / "image.pt", clips, params.image_steps, params.image_batch_size,
-                       1, lambda name: params.image_lr * ("motion_modules" not in name))
-
-    def lr_of(name: str) -> float:
-        if name.startswith("text_encoder."):
-            return params.token_lr if "token_embedding" in name else params.text_lr
-        return params.motion_lr if "motion_modules" in name else params.spatial_lr
-
-    train_denoiser(model, out / "motion.pt", clips, params.motion_steps,
-                   params.motion_batch_size * NUM_FRAMES, params.p_single_frames, lr_of)
-    train_decoder(model, out, photos, params)
-    save(model, args.weights)
+    return run_with_options("-m weights.training.train", Options, run, argv)
 
 
 if __name__ == "__main__":

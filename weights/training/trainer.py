@@ -1,9 +1,7 @@
 """Parts that all stages of the training share: optimizer, running average, checkpoints."""
 import copy
-import itertools
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,20 +23,19 @@ class Muon(torch.optim.Muon):
 
     def __init__(self, groups: list[dict[str, Any]]):
         """Create an optimizer of parameter groups {"params": [...], "lr": ...}."""
-        self.pairs = [[(p, nn.Parameter(p.detach().flatten(1))) for p in group["params"]]
-                      for group in groups]
-        super().__init__([group | {"params": [matrix for _, matrix in pairs]}
-                          for group, pairs in zip(groups, self.pairs)],
-                         weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.matrices = {p: nn.Parameter(p.detach().flatten(1))
+                         for group in groups for p in group["params"]}
+        super().__init__([group | {"params": [self.matrices[p] for p in group["params"]]}
+                          for group in groups], weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self) -> None:     # type: ignore[override]
         """Update all parameters by their gradients."""
-        for p, matrix in itertools.chain(*self.pairs):
+        for p, matrix in self.matrices.items():
             matrix.copy_(p.flatten(1))
             matrix.grad = p.grad.flatten(1)
         super().step()
-        for p, matrix in itertools.chain(*self.pairs):
+        for p, matrix in self.matrices.items():
             p.copy_(matrix.view_as(p))
 
 
@@ -58,28 +55,23 @@ class TrainingRun:
         """
         self.module, self.file, self.step = module, file, 0
         self.average = copy.deepcopy(module).requires_grad_(False)
-        muon: dict[float, list[nn.Parameter]] = defaultdict(list)
-        adam: dict[float, list[nn.Parameter]] = defaultdict(list)
+        by_lr: tuple[dict[float, list[nn.Parameter]], ...] = ({}, {})       # of Muon, of AdamW
         for name, p in module.named_parameters():
             p.requires_grad_(lr_of(name) > 0)
             if p.requires_grad:
                 is_edge = any(part in name for part in ("embedding.", "conv_in", "conv_out"))
-                (adam if p.ndim < 2 or is_edge else muon)[lr_of(name)].append(p)
-        muon_groups, adam_groups = ([{"params": params, "lr": lr} for lr, params in by_lr.items()]
-                                    for by_lr in (muon, adam))
-        self.optimizers = [Muon(muon_groups), torch.optim.AdamW(adam_groups, betas=(.9, .99),
-                                                                weight_decay=1e-3)]
-        self.lrs = [*muon, *adam]
+                by_lr[p.ndim < 2 or is_edge].setdefault(lr_of(name), []).append(p)
+        muon, adam = ([{"params": params, "lr": lr} for lr, params in groups.items()]
+                      for groups in by_lr)
+        self.optimizers = [Muon(muon), torch.optim.AdamW(adam, betas=(.9, .99), weight_decay=1e-3)]
+        self.lrs = [lr for groups in by_lr for lr in groups]
         if file.exists():
-            self.load(torch.load(file, weights_only=True))
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Resume from the content of a checkpoint."""
-        self.module.load_state_dict(state["module"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(optimizer_state)
-        self.step = state["step"]
+            state = torch.load(file, weights_only=True)
+            parts: tuple[Any, ...] = (module, self.average, *self.optimizers)
+            states = (state["module"], state["average"], *state["optimizers"])
+            for part, part_state in zip(parts, states, strict=True):
+                part.load_state_dict(part_state)
+            self.step = state["step"]
 
     def save(self) -> None:
         """Write the checkpoint, atomically."""
@@ -102,7 +94,7 @@ class TrainingRun:
         progress, mean = tqdm(range(self.step, steps), self.file.stem, file=sys.stderr), math.nan
         for step in progress:
             cosine = (1 + math.cos(math.pi * step / steps)) / 2
-            for group, lr in zip(groups, self.lrs):
+            for group, lr in zip(groups, self.lrs, strict=True):
                 group["lr"] = lr * min(1, (step + 1) / 50) * (.02 + .98 * cosine)
             loss = loss_of(step)
             self.module.zero_grad()
@@ -110,10 +102,8 @@ class TrainingRun:
             nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
             for optimizer in self.optimizers:
                 optimizer.step()
-            decay = min(EMA_DECAY, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for average, p in zip(self.average.parameters(), self.module.parameters()):
-                    average.lerp_(p, 1 - decay)
+            for average, p in zip(self.average.parameters(), self.module.parameters(), strict=True):
+                average.lerp_(p.detach(), 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
             self.step = step + 1
             mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
             progress.set_postfix(mean_loss=f"{mean:.4f}")

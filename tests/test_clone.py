@@ -1,4 +1,5 @@
 """clone(): the whole method as one function, on small random models."""
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def test_motion_or_reference_can_be_used_again(small, expected):
     for reference in (expected.motion, read_reference(small, frames(), config)):
         clip = clone_small(small, reference)
         assert torch.equal(clip.latents, expected.latents)
+
+
+def test_only_the_unet_stays_on_the_device_while_it_samples(small, monkeypatch):
+    offloaded, while_sampling = [], []
+
+    @contextlib.contextmanager
+    def offload(*modules):
+        offloaded.extend(type(module).__name__ for module in modules)
+        yield
+        offloaded.clear()
+
+    monkeypatch.setattr("mcl.device.offload_to_cpu", offload)
+    clone_small(small, callback=lambda step: while_sampling.append(tuple(offloaded)))
+    assert while_sampling == [("AutoencoderKL", "TextEncoder")] * 3 and not offloaded
 
 
 def test_saved_clips_of_one_seed_have_the_same_bytes(small, expected, tmp_path):

@@ -1,170 +1,184 @@
-"""Many clips in one run: what a file of jobs may say, what fails, what is not made again."""
+"""Many clips in one run: the lines of a jobs file, failures, continuing, and torchrun."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 
-import sample as command
-from mcl import SampleConfig
+import mcl.cli.sample as command
 from mcl.cli import jobs
-from mcl.cli.jobs import Crew, parse_jobs, requested
-from mcl.cli.outputs import clips_of
+from mcl.cli.arguments import parse_args
+from mcl.cli.jobs import all_gather, join_workers, read_jobs
+from tests.cli.conftest import PROMPT, REFERENCE, ROOT, run
 
-ROOT = Path(__file__).parents[2]
-REF = ROOT / "examples" / "figure_eight.mp4"
-COMMON = ["--prompt", "a red star", "--steps", "3", "--guidance-steps", "1", "--size", "32x32"]
+COMMON = ["--jobs", "jobs.jsonl", "--ref", "ref.mp4", "--prompt", PROMPT, "--steps", 2,
+          "--guidance-steps", 1]
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """In a folder with a reference; the command shows warnings in its own way meanwhile."""
+def folder(tmp_path, monkeypatch):
+    """Work in a folder with a reference."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(REF, "ref.mp4")
-    with warnings.catch_warnings():
-        yield
+    shutil.copy(REFERENCE, "ref.mp4")
 
 
 @pytest.fixture
-def loaded(monkeypatch):
-    """A note of each time that a model is read."""
-    times, read = [], command.load_model
-    monkeypatch.setattr(command, "load_model", lambda *a: times.append(a) or read(*a))
-    return times
+def loads(monkeypatch):
+    """Return a list that gets an element each time a model is loaded."""
+    calls, load_model = [], command.model_file.load_model
+
+    def load(*args):
+        calls.append(args)
+        return load_model(*args)
+
+    monkeypatch.setattr(command.model_file, "load_model", load)
+    return calls
 
 
-def write(*jobs):
-    Path("jobs.jsonl").write_text("\n".join(json.dumps(job) for job in jobs) + "\n\n")
+@pytest.fixture
+def run_jobs(weights):
+    """Return a function that runs jobs.jsonl."""
+    return lambda *argv: run("--weights", weights, *COMMON, *argv)
 
 
-def run(*argv):
-    return command.main(["--jobs", "jobs.jsonl", "--ref", "ref.mp4", *COMMON, *argv])
+def write_jobs(*options):
+    Path("jobs.jsonl").write_text("\n".join(map(json.dumps, options)) + "\n\n")
 
 
-def test_many_jobs_run_with_one_model_and_write_what_each_alone_would(loaded):
-    write({"out": "a.mp4", "seed": 5}, {"out": "b.mp4", "top_k": 2, "compare": True})
-    assert run() == 0 and len(loaded) == 1
-    assert command.main(["--ref", "ref.mp4", *COMMON, "--seed", "5", "--out", "alone.mp4"]) == 0
+def test_jobs_share_one_model_and_write_what_each_alone_would(run_jobs, loads, weights):
+    write_jobs({"out": "a.mp4", "seed": 5}, {"out": "b.mp4", "top_k": 2, "compare": True})
+    assert run_jobs() == 0 and len(loads) == 1
+    assert run("--weights", weights, *COMMON[2:], "--seed", 5, "--out", "alone.mp4") == 0
     assert Path("a.mp4").read_bytes() == Path("alone.mp4").read_bytes()
     assert Path("b-compare.mp4").exists()
 
 
 @pytest.mark.parametrize("lines, message", [
-    (['{"out": "a.mp4"}', '{"out": "a.mp4"}'],
-     "a.mp4: is written by --out of jobs.jsonl, line 1 as well"),
     (['{"steps": "many"}'], "line 1: argument --steps: invalid int value: 'many'"),
-    (['{"colour": 3}'], "line 1: unrecognized arguments: --colour=3"),
-    (['{"help": true}'], "line 1: 'help' is no option of a job"),
-    (['{"out=a.mp4 --seed": 3}'], "is no option of a job"),
-    (['{"prompt": {"a": 1}}'], "line 1: prompt is {'a': 1}, where text"),
+    (['{"sede": 3}'], "line 1: unrecognized arguments: --sede=3. Did you mean --seed?"),
+    (['{"help": true}'], "line 1: --help is not an option of a job"),
+    (['{"jobs": "a"}'], "line 1: --jobs is not an option of a job"),
+    (['{"out=a.mp4 --seed": 3}'], "line 1: a.mp4 --seed=3: the extension is not known"),
+    (['{"prompt": {"a": 1}}'], "line 1: prompt = {'a': 1}: use text, numbers or true"),
     (["[" * 100000], "line 1: maximum recursion depth"),
-    (["[1]"], "line 1: not an object of options"), (["{"], "line 1: Expecting"),
-    ([""], "holds no job"),
-    (["{}", '{"out": "b.mp4", "steps": 0}'], "line 2: --steps 0 is not possible"),
+    (["[1]"], "line 1: [1] is not a job: write an object of options"),
+    (["{"], "line 1: Expecting"), ([""], "has no jobs"),
+    (["{}", '{"out": "b.mp4", "steps": 0}'], "line 2: "),
     (["{}", '{"out": "b.mp4", "ref": "none.mp4"}'], "line 2: none.mp4: no such file"),
     (["{}", '{"out": "b.mp4", "ref": "text.mp4"}'], "line 2: text.mp4: cannot be decoded"),
-    (["{}", '{"out": "b.mp4", "stride": 9}'], "line 2: ref.mp4: --stride 9 is not possible"),
-    (["{}", '{"out": "b.mp4", "start": 99}'], "line 2: ref.mp4: start 99 s is past the end")])
-def test_jobs_that_cannot_be_are_refused_before_any_is_begun(lines, message, capsys, loaded):
+    (["{}", '{"out": "b.mp4", "stride": 19}'], "line 2: ref.mp4: stride = 19 is out of range"),
+    (["{}", '{"out": "b.mp4", "start": 99}'], "line 2: ref.mp4: start = 99 s is past the end")])
+def test_wrong_job_is_rejected_with_its_line_before_any_is_begun(lines, message, run_jobs, loads,
+                                                                 capsys):
     Path("text.mp4").write_text("no film")
     Path("jobs.jsonl").write_text("\n".join(lines))
-    assert run() == 2 and not loaded
+    assert run_jobs() == 2 and not loads
     error, = capsys.readouterr().err.splitlines()
-    assert message in error and error.startswith("error: ")
+    assert message in error and error.startswith("error: jobs.jsonl")
     assert sorted(p.name for p in Path().iterdir()) == ["jobs.jsonl", "ref.mp4", "text.mp4"]
 
 
-def test_a_value_is_what_it_says_whatever_it_looks_like():
+@pytest.mark.parametrize("content", [None, b"\xff{}"])
+def test_jobs_file_that_is_no_text_is_rejected(content, run_jobs, capsys):
+    Path("jobs.jsonl").mkdir() if content is None else Path("jobs.jsonl").write_bytes(content)
+    assert run_jobs() == 2
+    assert re.match("error: jobs.jsonl(: has no jobs|, line 1: 'utf-8')", capsys.readouterr().err)
+
+
+def test_values_of_a_job_replace_the_common_ones_and_may_begin_with_a_dash(weights):
     Path("jobs.jsonl").write_text("\ufeff" + "\n".join([
-        '{"prompt": "-star", "negative_prompt": "--", "subject": ["-a", "-x"], "compare": false, '
-        '"fps": null}',
-        '{"prompt": "a\u2028b", "out": "b.mp4", "top_k": 3}\r']), encoding="utf-8")
-    first, second = parse_jobs(["--jobs", "jobs.jsonl", "--ref", "ref.mp4"])
-    assert (first.prompt, first.negative_prompt.strip(), first.subject) == (
-        "-star", "--", ["-a", "-x"])
-    assert (first.compare, first.fps) == (False, None)
-    assert (second.prompt, second.top_k, second.where) == ("a\u2028b", 3, "jobs.jsonl, line 2")
+        '{"prompt": "-star", "subject": ["-a", "-star"], "ref_prompt": "-a", "compare": false, '
+        '"fps": null}', '{"prompt": "a\u2028b", "out": "b.mp4", "top-k": 3}\r']), encoding="utf-8")
+    argv = ["--weights", str(weights), "--jobs", "jobs.jsonl", "--ref", "ref.mp4", "--top-k", "2"]
+    first, second = (clip.args for clip in read_jobs(parse_args(argv)))
+    assert (first.prompt, first.subject, first.ref_prompt) == ("-star", ["-a", "-star"], "-a")
+    assert (first.compare, first.fps, first.top_k) == (False, None, 2)
+    assert (second.prompt, second.top_k, second.source) == ("a\u2028b", 3, "jobs.jsonl, line 2")
 
 
-def test_a_job_that_fails_stops_no_other_and_only_it_is_made_again(capsys, loaded):
-    write({"out": "a.mp4", "motion_weight": 1e38}, {"out": "b.mp4"},
-          {"out": "c.gif", "num_samples": 2})
-    assert run() == 1
-    said = capsys.readouterr().err.splitlines()
-    assert said[-2] == "jobs.jsonl: 4 clips; 1 failed:"
-    assert said[-1].startswith("jobs.jsonl, line 1: failed: not finite at step 2")
+def test_failed_job_stops_no_other_and_only_it_is_run_again(run_jobs, capsys, loads):
+    write_jobs({"out": "a.mp4", "motion_weight": 1e38}, {"out": "b.mp4"},
+               {"out": "c.gif", "num_samples": 2})
+    assert run_jobs() == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2] == "jobs.jsonl: 4 clips; 0 were up to date, 1 failed"
+    assert lines[-1].startswith("jobs.jsonl, line 1: failed: ")
     names = ["b.mp4", "c-0.gif", "c-1.gif"]
     assert not Path("a.mp4").exists() and all(map(os.path.exists, names))
 
     before = {name: os.stat(name).st_ino for name in names}
-    write({"out": "a.mp4"}, {"out": "b.mp4"}, {"out": "c.gif", "num_samples": 2})
-    assert run() == 0 and Path("a.mp4").exists()
+    write_jobs({"out": "a.mp4"}, {"out": "b.mp4"}, {"out": "c.gif", "num_samples": 2})
+    assert run_jobs() == 0 and Path("a.mp4").exists()
     assert {name: os.stat(name).st_ino for name in names} == before
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "jobs.jsonl: 4 clips, 3 of them made of the same before")
-    loaded.clear()
-    assert run() == 0 and not loaded
+        "jobs.jsonl: 4 clips; 3 were up to date, 0 failed")
+    loads.clear()
+    assert run_jobs() == 0 and not loads
 
 
 @pytest.mark.parametrize("change", [
-    lambda: write({"out": "b.mp4", "seed": 1}),
-    lambda: write({"out": "b.mp4", "compare": True}),
-    lambda: write({"out": "b.mp4", "report": True}),
-    lambda: write({"out": "b.mp4", "maps": "m"}),
-    lambda: write({"out": "b.mp4", "save_motion": "m.safetensors"}),
-    lambda: write({"out": "b.mp4", "dtype": "bfloat16"}),
-    lambda: Path("b.mp4").write_bytes(Path("b.mp4").read_bytes()[:-1]),
-    lambda: Path("b.mp4").unlink(), lambda: Path("b.mp4.json").write_text("{}"),
-    lambda: shutil.copy(ROOT / "examples" / "zigzag.mp4", "ref.mp4")])
-def test_a_clip_is_made_again_when_anything_of_it_is_another(change, loaded, monkeypatch):
-    monkeypatch.setattr(jobs, "kept_digest", jobs.sha256_of)     # as in a process of its own
-    write({"out": "b.mp4"})
-    assert run() == 0
+    lambda: write_jobs({"out": "b.gif", "seed": 1}),
+    lambda: write_jobs({"out": "b.gif", "compare": True}),
+    lambda: write_jobs({"out": "b.gif", "report": True}),
+    lambda: write_jobs({"out": "b.gif", "maps": "m"}),
+    lambda: write_jobs({"out": "b.gif", "save_motion": "m.safetensors"}),
+    lambda: write_jobs({"out": "b.gif", "dtype": "bfloat16"}),
+    lambda: Path("b.gif").write_bytes(Path("b.gif").read_bytes()[:-1]),
+    lambda: Path("b.gif").unlink(),
+    lambda: shutil.copy(ROOT / "examples" / "zigzag.mp4", "ref.mp4")],
+    ids=["seed", "compare", "report", "maps", "save_motion", "dtype", "changed clip", "no clip",
+         "reference"])
+def test_changed_job_or_file_is_run_again(change, run_jobs, loads, monkeypatch):
+    monkeypatch.setattr(jobs, "cached_sha256", jobs.sha256_of)      # as in a new process
+    write_jobs({"out": "b.gif"})
+    assert run_jobs() == 0
     change()
-    loaded.clear()
-    assert run() in (0, 2)      # 2: a record that is not ours any more
-    assert loaded or Path("b.mp4.json").read_text() == "{}"
+    loads.clear()
+    assert run_jobs() == 0 and loads
 
 
-def test_the_processes_of_a_crew_share_all_of_the_work():
-    for size in (1, 2, 3, 8):
-        parts = [Crew(rank, size).share(range(7)) for rank in range(size)]
-        assert sorted(one for part in parts for one in part) == list(range(7))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+def test_record_that_another_program_changed_is_not_replaced(run_jobs, capsys):
+    write_jobs({"out": "b.gif"})
+    assert run_jobs() == 0
+    Path("b.gif.json").write_text("{}")
+    assert run_jobs() == 2 and "was not written by this program" in capsys.readouterr().err
 
 
-def test_what_a_clip_is_made_of_does_not_depend_on_which_process_asks(monkeypatch):
+def test_fingerprint_does_not_depend_on_the_process_that_asks(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    found = []
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1 << 40, 1 << 40))
+    fingerprints = []
     for rank in "01":
         monkeypatch.setenv("LOCAL_RANK", rank)
-        args = command.parse_jobs(["--ref", "ref.mp4", "--prompt", "a star"])[0]
-        assert args.device == f"cuda:{rank}"
-        found.append(requested(clips_of(args)[0], SampleConfig(), 8))
-    assert found[0] == found[1]
+        clip, = read_jobs(parse_args(["--ref", "ref.mp4", "--prompt", "a star"]))
+        fingerprints.append(jobs.job_fingerprint(clip))
+    assert fingerprints[0] == fingerprints[1]
 
 
-def test_torchrun_shares_the_jobs_and_goes_on_after_it_was_killed():
-    write(*({"out": f"{i}.mp4", "seed": i} for i in range(4)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python",
-              sys.executable, ROOT / "sample.py", "--jobs", "jobs.jsonl", "--ref", "ref.mp4",
-              *COMMON]
-    process = subprocess.Popen(launch, stderr=subprocess.PIPE, text=True)
+def test_single_process_shares_its_work_with_no_other():
+    assert join_workers() == (0, 1) and all_gather(["a"], 1) == ["a"]
+
+
+def test_torchrun_shares_the_jobs_and_continues_after_it_was_stopped(weights):
+    write_jobs(*({"out": f"{i}.mp4", "seed": i} for i in range(4)))
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python",
+            sys.executable, ROOT / "sample.py", "--weights", weights, *map(str, COMMON)]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     while not list(Path().glob("*.mp4.json")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    done = subprocess.run(launch, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    summary, = [line for line in done.stderr.splitlines() if line.startswith("jobs.jsonl: 4 clips")]
-    assert "made of the same before" in summary
-    assert sorted(p.name for p in Path().glob("*.mp4")) == [*(f"{i}.mp4" for i in range(4)),
-                                                            "ref.mp4"]
+    again = subprocess.run(argv, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    summary = re.findall("jobs.jsonl: 4 clips; [1-4] were up to date, 0 failed", again.stderr)
+    assert len(summary) == 1
+    assert {path.name for path in Path().glob("*.mp4")} == {
+        *(f"{i}.mp4" for i in range(4)), "ref.mp4"}

@@ -10,15 +10,16 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from mcl.cli.sample import main
 from mcl.files import FOLDER_MARKER, is_mcl_record
+from tests.cli import conftest
+from tests.cli.conftest import REFERENCE
 
-REFERENCE = Path(__file__).parents[2] / "examples" / "figure_eight.mp4"
-QUICK = ["--steps", "2", "--guidance-steps", "1", "--size", "64x64"]
 
-
-def run(*argv):
-    return main([str(argument) for argument in (*argv, "--prompt", "a star", *QUICK)])
+@pytest.fixture
+def run(weights):
+    """Return a function that runs the command with a small model."""
+    return lambda *argv: conftest.run("--weights", weights, *argv, "--prompt", "a star", "--steps",
+                                      2, "--guidance-steps", 1)
 
 
 def snapshot(folder):
@@ -62,14 +63,14 @@ def user_files(tmp_path, monkeypatch):
     ["--ref", "clip.mp4", "--out", "c.mp4", "--num-samples", "2"],
     *(["--ref", "clip.mp4", "--out", out] for out in (
         "", ".", "-", ".mp4", "x", "n" * 251 + ".mp4", "n\0.mp4", "none/a.mp4"))])
-def test_a_run_that_would_destroy_a_file_is_rejected_before_any_work(user_files, capsys, argv):
+def test_a_run_that_would_destroy_a_file_is_rejected_before_any_work(user_files, run, capsys, argv):
     before = snapshot(user_files)
     assert run(*argv) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("error: ") and snapshot(user_files) == before
 
 
-def test_jobs_that_would_write_the_same_file_are_rejected(user_files, capsys):
+def test_jobs_that_would_write_the_same_file_are_rejected(user_files, run, capsys):
     for first, second in (("n.gif", "x/../n.gif"), ("n.mp4", "n.mp4"), ("m.mp4", "clip.mp4")):
         Path("jobs").write_text("\n".join(json.dumps({"out": out}) for out in (first, second)))
         before = snapshot(user_files)
@@ -81,10 +82,10 @@ def test_jobs_that_would_write_the_same_file_are_rejected(user_files, capsys):
     assert "m: is also written by --save-motion of jobs, line 1." in capsys.readouterr().err
 
 
-def test_files_that_this_program_wrote_are_replaced(user_files):
+def test_files_that_this_program_wrote_are_replaced(user_files, run):
     for _ in range(2):
         assert run("--ref", "clip.mp4", "--out", "new", "--compare", "--maps", "report") == 0
         assert run("--ref", "clip.mp4", "--out", "package.mp4", "--num-samples", 2) == 0
     assert Path("package.json").read_text() == "{}" and is_mcl_record(Path("package-1.mp4.json"))
-    assert {FOLDER_MARKER, "00015.png"} < {path.name for path in Path("new").iterdir()}
+    assert {FOLDER_MARKER, "00003.png"} < {path.name for path in Path("new").iterdir()}
     assert not list(user_files.rglob(".*.new.*"))

@@ -1,4 +1,4 @@
-"""Signals and closed streams end the command in order."""
+"""Exit codes, signals, and output streams that cannot be written."""
 import os
 import shlex
 import signal
@@ -8,21 +8,31 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-ARGV = [sys.executable, ROOT / "sample.py", "--ref", ROOT / "examples" / "figure_eight.mp4",
-        "--prompt", "a star"]
+from mcl.cli.process import exit_code_of
+from tests.cli.conftest import REFERENCE, ROOT
+
+
+@pytest.fixture(scope="module")
+def argv(weights):
+    return [sys.executable, ROOT / "sample.py", "--weights", weights, "--ref", REFERENCE,
+            "--prompt", "a star"]
+
+
+def start(argv, number, folder, **options):
+    """Start a process that handles a signal in the default way, which pytest's parent may not."""
+    return subprocess.Popen(argv, cwd=folder, stderr=subprocess.PIPE, text=True, **options,
+                            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-@pytest.mark.parametrize("number, code, word", [
-    (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"),
-    (getattr(signal, "SIGHUP", None), 143, "terminated")])
-def test_a_signal_ends_in_one_line_and_leaves_no_file(tmp_path, number, code, word):
-    process = subprocess.Popen(
-        [*ARGV, "--out", "a.mp4"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))   # the tests may ignore it
+@pytest.mark.parametrize("name, code, word", [
+    ("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated"), ("SIGHUP", 143, "terminated")])
+def test_signal_ends_in_one_line_and_leaves_no_file(argv, tmp_path, name, code, word):
+    number = getattr(signal, name)
+    process = start([*argv, "--out", "a.mp4", "--steps", "1000", "--guidance-steps", "1000"],
+                    number, tmp_path)
     output = ""
-    while "seed 0" not in output:
+    while "loss=" not in output:
         output += process.stderr.read(20)
     process.send_signal(number)
     *_, last = process.communicate()[1].splitlines()
@@ -30,13 +40,48 @@ def test_a_signal_ends_in_one_line_and_leaves_no_file(tmp_path, number, code, wo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+@pytest.mark.parametrize("script", ["sample.py", "convert_weights.py"])
+def test_interrupt_while_pytorch_is_imported_prints_no_traceback(tmp_path, script):
+    """A module that takes long stands in for PyTorch."""
+    (tmp_path / "torch.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
+    process = start([sys.executable, ROOT / script], signal.SIGINT, tmp_path,
+                    stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and process.returncode == 130
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
-@pytest.mark.parametrize("streams", ["| head -c0", "2>/dev/full"])
-def test_files_are_written_even_if_the_output_cannot_be_printed(tmp_path, streams):
-    argv = [*ARGV, "--steps", "2", "--guidance-steps", "1", "--size", "64x64", "--num-samples", "2",
-            "--out", "a.gif"]
-    line = " ".join(shlex.quote(str(argument)) for argument in argv)
-    process = subprocess.run(["bash", "-c", f"{line} {streams}"], cwd=tmp_path,
+@pytest.mark.parametrize("streams", ["| head -c0", "2>/dev/full", ">/dev/full", ">&-"])
+def test_files_are_written_even_if_messages_cannot_be(argv, tmp_path, streams):
+    command = shlex.join(map(str, [*argv, "--steps", 1, "--guidance-steps", 0, "--num-samples", 2,
+                                   "--compare", "--out", "a.gif"]))
+    process = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {streams}"], cwd=tmp_path,
                              capture_output=True, text=True)
-    assert "Traceback" not in process.stderr + process.stdout
-    assert "Exception" not in process.stderr and len(list(tmp_path.glob("*.gif"))) == 2
+    assert process.returncode == 0 and len(list(tmp_path.glob("*.gif"))) == 4
+    assert "Traceback" not in process.stderr and "Exception" not in process.stderr
+
+
+def test_wrong_usage_is_one_line_without_traceback(argv):
+    process = subprocess.run([sys.executable, ROOT / "sample.py", "--prompt", "x"],
+                             capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr == "error: sample.py needs --ref, a video with the motion\n"
+
+
+@pytest.mark.parametrize("error, line", [
+    (MemoryError("too large"), "failed: too large"), (MemoryError(), "failed: out of memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] err == 0. DefaultCPUAllocator: can't allocate "
+                  "memory: 9 bytes\nmore"),
+     "failed: DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_lack_of_memory_is_one_line(error, line, capsys):
+    def action():
+        raise error
+
+    assert exit_code_of(action) == 1 and capsys.readouterr().err == line + "\n"
+
+
+def test_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_code_of(lambda: 1 // 0)

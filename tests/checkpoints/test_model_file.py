@@ -1,0 +1,84 @@
+"""The project's own model file: strict loading, and matrices as int8."""
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mcl import InputError, load_model, save_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def change_tensors(path, change):
+    """Write a model file again with changed tensors."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+def test_saved_model_is_loaded_unchanged(small, tmp_path):
+    save_model(small, tmp_path / "w.safetensors", torch.float32, {})
+    loaded = load_model(tmp_path / "w.safetensors", device="cpu")
+    assert loaded.config == small.config
+    for name, weight in small.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("unet.conv_in.bias"), "unet.conv_in.bias is missing"),
+    (lambda t: t.update({"unet.more": torch.ones(1)}), "unet.more belongs to no part"),
+    (lambda t: t.update({"unet.conv_in.bias": torch.ones(3)}), r"unet.conv_in.bias is \(3,\)"),
+    (lambda t: t["unet.conv_in.bias"].fill_(float("nan")), "unet.conv_in.bias .* not finite")])
+def test_missing_extra_misshapen_or_infinite_tensor_is_rejected(small, tmp_path, change, message):
+    save_model(small, tmp_path / "w.safetensors", torch.float32, {})
+    change_tensors(tmp_path / "w.safetensors", change)
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "w.safetensors", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def quantized(small):
+    """Return the small model with one row of zeros."""
+    model = copy.deepcopy(small)
+    model.unet.conv_in.weight[3] = 0
+    return model
+
+
+def test_int8_weights_differ_by_half_a_step_of_their_row(quantized, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_model(quantized, path, torch.float16, {}, quantize_min_numel=500)
+    is_int8 = {name: tensor.dtype == torch.int8 for name, tensor in load_file(path).items()}
+    assert is_int8["unet.conv_in.weight"] and not is_int8["unet.conv_in.bias"]
+    loaded = load_model(path, device="cpu").unet.state_dict()
+    for name, weight in quantized.unet.state_dict().items():
+        rows = weight.flatten(1).abs().amax(dim=1) if weight.ndim > 1 else weight.abs()
+        error = (loaded[name] - weight).abs().reshape(len(rows), -1).amax(dim=1)
+        assert (error <= rows * (1 / 254 + 1e-3) + 1e-6).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("unet.conv_in.weight.scale"), "scale of the tensor unet.conv_in.weight is"),
+    (lambda t: t.update({"unet.conv_in.bias.scale": torch.ones(1)}),
+     "scale of the tensor unet.conv_in.bias is missing or wrong"),
+    (lambda t: t.update({"unet.conv_in.weight.scale": torch.ones(2)}), "is missing or wrong"),
+    (lambda t: t.update({"unet.more.scale": torch.ones(1)}), "unet.more.scale belongs to no part")])
+def test_wrong_scale_is_rejected(quantized, tmp_path, change, message):
+    path = tmp_path / "w.safetensors"
+    save_model(quantized, path, torch.float16, {}, quantize_min_numel=500)
+    change_tensors(path, change)
+    with pytest.raises(InputError, match=message):
+        load_model(path, device="cpu")
+
+
+def test_loading_a_model_does_not_import_the_compiler():
+    code = ("import sys, mcl; mcl.load_model(device='cpu');"
+            "print([name for name in sys.modules if name.startswith('torch._dynamo')])")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True,
+                          text=True).stdout == "[]\n"

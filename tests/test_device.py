@@ -14,7 +14,6 @@ from mcl.errors import InputError
 from mcl.motion import extract_motion
 from mcl.networks import unet
 from mcl.sampler import sample
-
 from tests.conftest import randn
 
 

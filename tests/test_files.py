@@ -12,9 +12,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mcl.errors import InputError
-from mcl.files import (FOLDER_MARKER, OutputFile, atomic_write, check_io_conflicts, check_readable,
-                       check_writable, is_mcl_record, save_safetensors, sha256_of,
-                       stream_safetensors, write_json)
+from mcl.files import (
+    FOLDER_MARKER,
+    OutputFile,
+    atomic_write,
+    check_io_conflicts,
+    check_readable,
+    check_writable,
+    is_mcl_record,
+    save_safetensors,
+    sha256_of,
+    stream_safetensors,
+    write_json,
+)
 
 
 def names_in(folder):

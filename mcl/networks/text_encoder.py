@@ -7,31 +7,31 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from ..config import CLIPTextConfig, CLIPTransformerConfig
+from ..config import CLIPTextConfig
 from .attention import attention
 from .ops import Linear
 
 
 class SelfAttention(nn.Module):
-    """Self-attention layer; in a causal layer a token sees only itself and earlier tokens."""
+    """Causal self-attention: a token sees only itself and earlier tokens."""
 
-    def __init__(self, config: CLIPTransformerConfig, causal: bool):
+    def __init__(self, config: CLIPTextConfig):
         """Create a layer with random weights."""
         super().__init__()
         c = config.hidden_size
-        self.heads, self.causal = config.num_attention_heads, causal
+        self.heads = config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(c, c) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, like x (b, n, c)."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(attention(q, k, v, self.heads, causal=self.causal)[0])
+        return self.out_proj(attention(q, k, v, self.heads, causal=True)[0])
 
 
 class MLP(nn.Module):
     """Feed-forward layer with CLIP's quick GELU, x * sigmoid(1.702 x)."""
 
-    def __init__(self, config: CLIPTransformerConfig):
+    def __init__(self, config: CLIPTextConfig):
         """Create a layer with random weights."""
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
@@ -46,10 +46,10 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward layer, each with a residual connection."""
 
-    def __init__(self, config: CLIPTransformerConfig, causal: bool):
+    def __init__(self, config: CLIPTextConfig):
         """Create a layer with random weights."""
         super().__init__()
-        self.self_attn = SelfAttention(config, causal)
+        self.self_attn = SelfAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size)
         self.mlp, self.layer_norm2 = MLP(config), nn.LayerNorm(config.hidden_size)
 
@@ -88,9 +88,9 @@ class Embeddings(nn.Module):
 class Encoder(nn.Sequential):
     """Stack of transformer layers, (b, n, c) -> (b, n, c)."""
 
-    def __init__(self, config: CLIPTransformerConfig, causal: bool):
+    def __init__(self, config: CLIPTextConfig):
         """Create layers with random weights."""
-        layers = (EncoderLayer(config, causal) for _ in range(config.num_hidden_layers))
+        layers = (EncoderLayer(config) for _ in range(config.num_hidden_layers))
         super().__init__(OrderedDict(layers=nn.Sequential(*layers)))
 
 
@@ -100,7 +100,7 @@ class TextTransformer(nn.Sequential):
     def __init__(self, config: CLIPTextConfig):
         """Create a transformer with random weights."""
         super().__init__(OrderedDict(
-            embeddings=Embeddings(config), encoder=Encoder(config, causal=True),
+            embeddings=Embeddings(config), encoder=Encoder(config),
             final_layer_norm=nn.LayerNorm(config.hidden_size)))
 
 

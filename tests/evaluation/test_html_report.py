@@ -22,7 +22,6 @@ from mcl.evaluation.report import METRICS, PREVIEW_STEPS, sample_unguided
 from mcl.files import FOLDER_MARKER
 from mcl.motion import reference_noise
 from mcl.presets import build_config
-
 from tests.conftest import randn
 
 CHROMIUM = shutil.which("chromium")

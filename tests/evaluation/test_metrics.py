@@ -6,8 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mcl.evaluation.metrics import (camera_curves, change_centroids, curve_correlation, flicker,
-                                    top1_agreement, tracklet_distance, tracklet_fidelity)
+from mcl.evaluation.metrics import (
+    camera_curves,
+    change_centroids,
+    curve_correlation,
+    flicker,
+    top1_agreement,
+    tracklet_distance,
+    tracklet_fidelity,
+)
 from mcl.evaluation.tracking import tracklets
 from mcl.motion import Motion
 from weights.training.held_out import held_out_path

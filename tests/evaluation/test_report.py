@@ -9,10 +9,18 @@ import torch
 
 from mcl import Motion, extract_motion, sample
 from mcl.clone import make_generator
-from mcl.evaluation.report import (DECISIVE_METRICS, METRICS, denoising_error, format_table,
-                                   measure_clip, measure_clips, motion_magnitude, sample_unguided,
-                                   verdict, warn_if_unsuitable)
-
+from mcl.evaluation.report import (
+    DECISIVE_METRICS,
+    METRICS,
+    denoising_error,
+    format_table,
+    measure_clip,
+    measure_clips,
+    motion_magnitude,
+    sample_unguided,
+    verdict,
+    warn_if_unsuitable,
+)
 from tests.conftest import randn
 from tests.evaluation.test_metrics import make_clip, make_path
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import mcl
-
 from tests.evaluation.test_html_report import chromium, click, find, wait_for
 
 pytest.importorskip("gradio")
@@ -135,7 +134,8 @@ def test_negative_seed_is_refused(server, browser):
     upload(browser, address, REF)
     fill(find(browser, "input[type=number]")[0], "-1")
     press(browser, "Clone the motion")
-    wait(lambda: any(text.startswith("seed = -1 is out of range: it must be between 0") for text in messages(browser)))
+    refusal = "seed = -1 is out of range: it must be between 0"
+    wait(lambda: any(text.startswith(refusal) for text in messages(browser)))
 
 
 def test_unknown_words_of_the_prompt_are_named(server, browser):
@@ -178,7 +178,8 @@ def test_missing_gradio_is_named_in_one_line():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--set", "cfg_scale=-1"], "cfg_scale = -1 is"), (["--set", "stpes=9"], "did you mean 'steps'?"),
+    (["--set", "cfg_scale=-1"], "cfg_scale = -1 is"),
+    (["--set", "stpes=9"], "did you mean 'steps'?"),
     (["--set", "height=100"], "use multiples of 8"),
     (["--colour"], "unrecognized arguments: --colour"),
     (["--port", "x"], "argument --port: invalid int value: 'x'"),

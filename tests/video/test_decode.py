@@ -11,9 +11,15 @@ from mcl.errors import InputError
 from mcl.video.decode import has_audio
 from mcl.video.read import read_image, read_video
 from mcl.video.write import write_video
-
-from tests.video.conftest import (assert_rejected, encode_video, frame_numbers, gray_levels,
-                                  image_folder, numbered_frames, random_frames)
+from tests.video.conftest import (
+    assert_rejected,
+    encode_video,
+    frame_numbers,
+    gray_levels,
+    image_folder,
+    numbered_frames,
+    random_frames,
+)
 
 
 @pytest.mark.parametrize("name, codec, rate", [

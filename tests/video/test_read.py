@@ -8,9 +8,13 @@ import torch
 from mcl.errors import InputError
 from mcl.video.read import FITS, read_video, resize_frames
 from mcl.video.write import write_video
-
-from tests.video.conftest import (encode_video, frame_numbers, gray_levels, image_folder,
-                                  numbered_frames)
+from tests.video.conftest import (
+    encode_video,
+    frame_numbers,
+    gray_levels,
+    image_folder,
+    numbered_frames,
+)
 
 
 @pytest.mark.parametrize("num_frames, start, duration, expected", [

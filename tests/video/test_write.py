@@ -15,9 +15,13 @@ from mcl.files import FOLDER_MARKER
 from mcl.video import write
 from mcl.video.read import read_video
 from mcl.video.write import check_output_path, write_video
-
-from tests.video.conftest import (frame_numbers, image_folder, numbered_frames, random_frames,
-                                  smooth_frames)
+from tests.video.conftest import (
+    frame_numbers,
+    image_folder,
+    numbered_frames,
+    random_frames,
+    smooth_frames,
+)
 
 
 @pytest.mark.parametrize("name, max_error", [("a.mp4", 15), ("a.gif", 12), ("a.webp", 0), ("a", 0)])

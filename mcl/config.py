@@ -13,8 +13,7 @@ from typing import Any, TypeVar, get_args
 from .errors import InputError
 
 T = TypeVar("T")
-TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "text",
-                              bool: "true or false"}
+TYPE_NAMES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 # Upper bounds. A file that asks for more describes no real network.
 MAX_LAYERS, MAX_LEVELS, MAX_CHANNELS, MAX_FRAMES, MAX_SIDE = 16, 8, 16384, 4096, 16384
 short_repr = reprlib.repr                   # cuts long and deep values
@@ -52,7 +51,7 @@ class ValidatedConfig:
             if types and isinstance(value, list):
                 object.__setattr__(self, name, value := tuple(value))
             kind, elements = (types[0], value) if types else (spec.type, (value,))
-            legal = TYPE_NAMES.get(kind, "a group of settings by name")
+            legal = TYPE_NAMES.get(kind, "a group of settings by name")  # type: ignore[arg-type]
             self.check(name, type(elements) is tuple and all(has_type(e, kind) for e in elements),
                        f"a list, each {legal}" if types else legal)
             low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
@@ -73,19 +72,18 @@ class ValidatedConfig:
             value = short_repr(getattr(self, name))
             raise InputError(f"{name} = {value} is out of range: it must be {legal}")
 
+    def channels_check(self, name: str, *divisors: int) -> Check:
+        """Return the condition that the widths of a field are multiples of all divisors."""
+        widths, step = getattr(self, name), math.lcm(*divisors)
+        is_legal = 1 <= len(widths) <= MAX_LEVELS and all(width % step == 0 for width in widths)
+        return name, is_legal, f"1 to {MAX_LEVELS} multiples of {step}, up to {MAX_CHANNELS}"
+
 
 def has_type(value: Any, kind: Any) -> bool:
     """Return True if a value fits a field's type. Integers fit float; booleans fit only bool."""
     if kind is float:
         return has_type(value, int) or (isinstance(value, float) and math.isfinite(value))
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def check_channels(widths: tuple[int, ...], *divisors: int) -> tuple[bool, str]:
-    """Return whether every width is a multiple of all divisors, and the legal values."""
-    step = math.lcm(*divisors)
-    return (1 <= len(widths) <= MAX_LEVELS and all(width % step == 0 for width in widths),
-            f"1 to {MAX_LEVELS} multiples of {step}, up to {MAX_CHANNELS}")
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class UNetConfig(ValidatedConfig):
         levels, cross = range(len(self.block_out_channels)), self.cross_attention_levels
         divisors = (2, self.norm_num_groups, self.num_attention_heads,
                     self.motion_num_attention_heads if self.motion_modules else 1)
-        return [("block_out_channels", *check_channels(self.block_out_channels, *divisors)),
+        return [self.channels_check("block_out_channels", *divisors),
                 ("cross_attention_levels", cross == tuple(i for i in levels if i in cross),
                  f"some of 0 to {len(levels) - 1}, in rising order")]
 
@@ -135,8 +133,7 @@ class SparseCtrlConfig(ValidatedConfig):
 
     def constraints(self) -> list[Check]:
         """Return the conditions between fields."""
-        name = "conditioning_embedding_channels"
-        return [(name, *check_channels(self.conditioning_embedding_channels))]
+        return [self.channels_check("conditioning_embedding_channels")]
 
 
 @dataclass(frozen=True)
@@ -151,8 +148,7 @@ class VAEConfig(ValidatedConfig):
 
     def constraints(self) -> list[Check]:
         """Return the conditions between fields."""
-        channels = check_channels(self.block_out_channels, 2, self.norm_num_groups)
-        return [("block_out_channels", *channels),
+        return [self.channels_check("block_out_channels", 2, self.norm_num_groups),
                 ("scaling_factor", self.scaling_factor > 0, "above 0")]
 
     @property
@@ -267,13 +263,12 @@ class ModelConfig(ValidatedConfig):
     def constraints(self) -> list[Check]:
         """Return the conditions between fields."""
         unet, heads = self.unet, self.sparsectrl.motion_num_attention_heads
-        has_heads = not self.sparsectrl.kind or check_channels(unet.block_out_channels, heads)[0]
+        has_heads = not self.sparsectrl.kind or unet.channels_check("block_out_channels", heads)[1]
         return [("vae", unet.in_channels == self.vae.latent_channels,
                  f"one with {unet.in_channels} latent channels, as the UNet takes"),
                 ("text_encoder", unet.cross_attention_dim == self.text_encoder.hidden_size,
                  f"one of hidden size {unet.cross_attention_dim}, as the UNet takes"),
-                ("sparsectrl", has_heads,
-                 f"one whose heads divide the UNet's channels, {unet.block_out_channels}")]
+                ("sparsectrl", has_heads, f"one whose heads divide {unet.block_out_channels}")]
 
     def latent_shape(self, config: SampleConfig) -> tuple[int, int, int, int, int]:
         """Return the shape (1, c, f, h, w) of a clip's latents.

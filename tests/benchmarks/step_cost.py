@@ -81,20 +81,20 @@ def benchmark_steps(model: Model, config: SampleConfig, gradient_checkpointing: 
     z = torch.randn(model.config.latent_shape(config), device=model.device)
     embeds = torch.randn(2, model.config.text_encoder.max_position_embeddings,
                          model.config.unet.cross_attention_dim)
-    sampler = Sampler(model, embeds, config)
+    sampler = Sampler(model, embeds, config, gradient_checkpointing=gradient_checkpointing)
     text, null_text = sampler.text, sampler.negative_embeds
     maps = model.unet.forward_to_attention(z.to(model.dtype), TIMESTEP, null_text,
                                            AttentionRequest(temporal=config.guidance_blocks))
     top = {name: probs.topk(1) for name, probs in maps.temporal.items()}
-    guidance = [motion_guidance(Motion({name: t.values for name, t in top.items()},
-                                       {name: t.indices for name, t in top.items()}))]
+    sampler.guidance = [motion_guidance(Motion({name: t.values for name, t in top.items()},
+                                               {name: t.indices for name, t in top.items()}))]
 
     def unguided() -> None:
         sampler.predict_noise(z, TIMESTEP, text)
         sampler.predict_noise(z, TIMESTEP, null_text)
 
     def guided() -> None:
-        sampler.predict_noise_and_gradient(z, TIMESTEP, guidance, gradient_checkpointing)
+        sampler.predict_noise_and_gradient(z, TIMESTEP)
         sampler.predict_noise(z, TIMESTEP, null_text)
 
     return {"forward pass": lambda: sampler.predict_noise(z, TIMESTEP, text),

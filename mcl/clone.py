@@ -1,6 +1,5 @@
 """The whole method as one function: reference video and prompt in, clip out."""
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import device, semantic
+from . import device, inversion, semantic
 from .checkpoints.model_file import load_model
 from .config import ModelConfig, SampleConfig, short_repr
 from .context_windows import make_context_windows
 from .errors import InputError
 from .guidance import Guidance, resolve_guidance
-from .inversion import InvertedReference, inversion_guidance, inversion_timesteps, invert_reference
+from .inversion import InvertedReference
 from .model import Model
 from .motion import Motion, extract_motion, reference_noise
 from .networks.sparsectrl import sparsectrl_condition
@@ -58,12 +57,12 @@ class Clip(NamedTuple):
     motion: Motion | InvertedReference
     steps: list[SamplerStep]
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the clip to an .mp4, .gif or .webp file, or a folder of PNG images."""
         write_video(path, self.frames, self.fps)
 
 
-Source = str | os.PathLike | Tensor | Motion | Reference
+Source = str | Path | Tensor | Motion | Reference
 
 
 def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = None,
@@ -96,16 +95,20 @@ def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = 
     model = model if isinstance(model, Model) else load_model(model)
     config = build_config(model.config.sample, preset, **settings)
     guidance = resolve_guidance(guidance, None, model, config)
-    images = read_control_images(control or {}, config)
-    condition = control_condition(model, images, config)
+    condition = control_condition(model, read_control_images(control or {}, config), config)
     generator = make_generator(seed)
     noise = initial_noise(model, config, generator)
 
     # 1. The motion of the reference (eqs. 4 to 6), and what else guides the clip.
-    reference = read_reference(model, reference, config, control=images, start=start,
+    reference = read_reference(model, reference, config, control=control, start=start,
                                duration=duration, progress=progress)
     motion = reference.motion if isinstance(reference.motion, Motion) else None
-    guidance = [*first_form_guidance(model, prompt, reference, noise, config, progress), *guidance]
+    if config.motion_weight and config.semantic_scale:
+        guidance = [semantic.semantic_guidance(
+            model, prompt, noise, config, subject_masks(model, prompt, reference, config),
+            progress=partial(progress, desc="unguided clip")), *guidance]
+    if config.motion_weight and isinstance(reference.motion, InvertedReference):
+        guidance = [inversion.inversion_guidance(reference.motion, config), *guidance]
 
     # 2. Guided sampling (eqs. 1 and 3).
     states = sample(model, prompt, motion, config, guidance=guidance, latents=noise,
@@ -123,58 +126,41 @@ def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = 
     return Clip(frames, state.latents, model.config.fps, reference.motion, steps)
 
 
-def read_reference(model: Model, source: Source, config: SampleConfig, *,
-                   control: Mapping[int, Tensor] | None = None, start: float = 0.0,
-                   duration: float | None = None, cache_dir: Path | None = None,
-                   progress: Progress | None = None) -> Reference:
+def read_reference(model: Model, source: Source, config: SampleConfig, *, start: float = 0.0,
+                   duration: float | None = None, control: Mapping[int, Any] | None = None,
+                   cache_dir: Path | None = None, progress: Progress | None = None) -> Reference:
     """Read a reference and its motion by config.method.
 
     Args:
         model: The model that the clip will be sampled with.
         source: As `reference` of `clone`. A Reference is returned unchanged.
         config: Settings of the clip.
-        control: The clip's control images. The reference is then read with its own frames at
-            their indices as control.
         start: As for `clone`.
         duration: As for `clone`.
+        control: The clip's control images by frame index. The reference is then read with its own
+            frames at their indices as control.
         cache_dir: Folder for inverted latents.
         progress: As for `clone`.
 
     Raises:
         InputError: If `source` cannot be read, or not in the way that the settings ask for.
     """
-    if (start or duration is not None) and not isinstance(source, (str, os.PathLike)):
+    if (start or duration is not None) and isinstance(source, (Tensor, Motion, Reference)):
         raise InputError("start and duration need the path of a video: leave them out")
-    if isinstance(source, Reference):
-        return source
-    if isinstance(source, Motion):
-        if config.method == "inversion" or config.subject:
-            raise InputError("a Motion has no frames, which inversion and a subject need")
-        return Reference(source)
+    if isinstance(source, Motion) and (config.method == "inversion" or config.subject):
+        raise InputError("a Motion has no frames, which inversion and a subject need")
+    if isinstance(source, (Motion, Reference)):
+        return Reference(source) if isinstance(source, Motion) else source
     size = (config.height, config.width)
     frames = resize_frames(source, config.num_frames, size) if isinstance(source, Tensor) else (
         read_video(source, config.num_frames, size, start, duration, model_fps=model.config.fps))
     latents = model.vae.encode(frames)
     if config.method == "inversion":
-        bar = partial(progress or no_progress, desc="inversion",
-                      total=len(inversion_timesteps(model.schedule, config)))
-        return Reference(invert_reference(model, latents, config.ref_prompt, config, bar,
-                                          cache_dir), frames, latents)
+        bar, prompt = partial(progress or no_progress, desc="inversion"), config.ref_prompt
+        motion = inversion.invert_reference(model, latents, prompt, config, bar, cache_dir)
+        return Reference(motion, frames, latents)
     condition = control_condition(model, {i: frames[i, None] for i in control or {}}, config)
     return Reference(extract_motion(model, latents, config, control=condition), frames, latents)
-
-
-def first_form_guidance(model: Model, prompt: str, reference: Reference, noise: Tensor,
-                        config: SampleConfig, progress: Progress) -> list[Guidance]:
-    """Return the guidance of the paper's first form: inversion and semantic guidance."""
-    guidance = []
-    if config.motion_weight and isinstance(reference.motion, InvertedReference):
-        guidance.append(inversion_guidance(reference.motion, config))
-    if config.motion_weight and config.semantic_scale:
-        guidance.append(semantic.semantic_guidance(
-            model, prompt, noise, config, subject_masks(model, prompt, reference, config),
-            progress=partial(progress, desc="unguided clip", total=config.guidance_steps)))
-    return guidance
 
 
 def subject_masks(model: Model, prompt: str, reference: Reference, config: SampleConfig

@@ -4,18 +4,16 @@ Every config is a frozen dataclass that validates its fields when it is created,
 is read. A setting is declared once, with its type, default, range and help text; the options of the
 command line are generated from `SampleConfig`.
 """
-import dataclasses
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args
 
 from .errors import InputError
 
 T = TypeVar("T")
-TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "text",
-                              bool: "true or false"}
+TYPE_NAMES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 # Upper bounds. A file that asks for more describes no real network.
 MAX_LAYERS, MAX_LEVELS, MAX_CHANNELS, MAX_FRAMES, MAX_SIDE = 16, 8, 16384, 4096, 16384
 short_repr = reprlib.repr                   # cuts long and deep values
@@ -35,8 +33,10 @@ def bounded(default: Any, low: float = -math.inf, high: float = math.inf, help: 
         help: Documentation of the field, which the command line shows too.
         choices: The legal values of a text field; empty for any text.
     """
-    return field(default=default,
-                 metadata={"low": low, "high": high, "help": help, "choices": choices})
+    return field(default=default, metadata=dict(low=low, high=high, help=help, choices=choices))
+
+
+Check = tuple[str, bool, str]               # a field, whether its value is legal, the legal values
 
 
 class ValidatedConfig:
@@ -46,49 +46,44 @@ class ValidatedConfig:
     """
 
     def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):       # type: ignore[arg-type]
-            value, types, limits = getattr(self, spec.name), get_args(spec.type), spec.metadata
+        for spec in fields(self):       # type: ignore[arg-type]
+            name, value, types = spec.name, getattr(self, spec.name), get_args(spec.type)
             if types and isinstance(value, list):
-                value = tuple(value)
-                object.__setattr__(self, spec.name, value)
-            kind, is_tuple = types[0] if types else spec.type, type(value) is tuple
-            elements = value if types and is_tuple else (value,)
-            if (types and not is_tuple) or not all(has_type(element, kind) for element in elements):
-                name = TYPE_NAMES.get(kind, "a group of settings by name")
-                self.fail(spec.name, f"a list, each {name}" if types else name)
-            low, high = limits.get("low", -math.inf), limits.get("high", math.inf)
-            if kind in (int, float) and not all(low <= element <= high for element in elements):
-                self.fail(spec.name, f"between {low} and {high}" if low < high else str(high))
-            choices = limits.get("choices")
-            if choices and value not in choices:
-                self.fail(spec.name, "one of " + ", ".join(choices))
-        for name, (holds, legal) in self.constraints().items():
-            if not holds:
-                self.fail(name, legal)
+                object.__setattr__(self, name, value := tuple(value))
+            kind, elements = (types[0], value) if types else (spec.type, (value,))
+            legal = TYPE_NAMES.get(kind, "a group of settings by name")  # type: ignore[arg-type]
+            self.check(name, type(elements) is tuple and all(has_type(e, kind) for e in elements),
+                       f"a list, each {legal}" if types else legal)
+            low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
+            in_range = kind not in (int, float) or all(low <= number <= high for number in elements)
+            self.check(name, in_range, f"between {low} and {high}")
+            choices = spec.metadata.get("choices", ())
+            self.check(name, not choices or value in choices, "one of " + ", ".join(choices))
+        for check in self.constraints():
+            self.check(*check)
 
-    def constraints(self) -> dict[str, tuple[bool, str]]:
-        """Return, by field name, whether the value fits the other fields, and the legal values."""
-        return {}
+    def constraints(self) -> list[Check]:
+        """Return the conditions between fields, whose types and ranges are already checked."""
+        return []
 
-    def fail(self, name: str, legal: str) -> None:
-        """Raise InputError for a field, with its value and the legal values."""
-        value = short_repr(getattr(self, name))
-        raise InputError(f"{name} = {value} is out of range: it must be {legal}")
+    def check(self, name: str, is_legal: bool, legal: str) -> None:
+        """Raise InputError with the value of a field and the legal values, unless it is legal."""
+        if not is_legal:
+            value = short_repr(getattr(self, name))
+            raise InputError(f"{name} = {value} is out of range: it must be {legal}")
+
+    def channels_check(self, name: str, *divisors: int) -> Check:
+        """Return the condition that the widths of a field are multiples of all divisors."""
+        widths, step = getattr(self, name), math.lcm(*divisors)
+        is_legal = 1 <= len(widths) <= MAX_LEVELS and all(width % step == 0 for width in widths)
+        return name, is_legal, f"1 to {MAX_LEVELS} multiples of {step}, up to {MAX_CHANNELS}"
 
 
 def has_type(value: Any, kind: Any) -> bool:
     """Return True if a value fits a field's type. Integers fit float; booleans fit only bool."""
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and (
-            math.isfinite(value))
+        return has_type(value, int) or (isinstance(value, float) and math.isfinite(value))
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def check_channels(widths: tuple[int, ...], divisor: int) -> tuple[bool, str]:
-    """Return whether every width is a multiple of `divisor` and even, and the legal values."""
-    step = math.lcm(2, divisor)
-    return (1 <= len(widths) <= MAX_LEVELS and all(width % step == 0 for width in widths),
-            f"1 to {MAX_LEVELS} multiples of {step}, up to {MAX_CHANNELS}")
 
 
 @dataclass(frozen=True)
@@ -111,17 +106,14 @@ class UNetConfig(ValidatedConfig):
     inflated_groupnorm: bool = True         # False for v1: residual blocks normalize whole clips
     motion_max_seq_length: int = bounded(32, 1, MAX_FRAMES)         # frames; 24 for v1
 
-    def constraints(self) -> dict[str, tuple[bool, str]]:
+    def constraints(self) -> list[Check]:
         """Return the conditions between fields."""
-        levels = range(len(self.block_out_channels))
-        heads = self.motion_num_attention_heads if self.motion_modules else 1
-        return {
-            "block_out_channels": check_channels(self.block_out_channels, math.lcm(
-                self.norm_num_groups, self.num_attention_heads, heads)),
-            "cross_attention_levels": (
-                list(self.cross_attention_levels) == sorted(
-                    set(self.cross_attention_levels) & set(levels)),
-                f"some of 0 to {len(levels) - 1}, in rising order")}
+        levels, cross = range(len(self.block_out_channels)), self.cross_attention_levels
+        divisors = (2, self.norm_num_groups, self.num_attention_heads,
+                    self.motion_num_attention_heads if self.motion_modules else 1)
+        return [self.channels_check("block_out_channels", *divisors),
+                ("cross_attention_levels", cross == tuple(i for i in levels if i in cross),
+                 f"some of 0 to {len(levels) - 1}, in rising order")]
 
     @property
     def time_channels(self) -> int:
@@ -139,11 +131,9 @@ class SparseCtrlConfig(ValidatedConfig):
     # Widths of the convolutions that reduce a sketch to the size of the latents.
     conditioning_embedding_channels: tuple[int, ...] = bounded((16, 32, 96, 256), 1, MAX_CHANNELS)
 
-    def constraints(self) -> dict[str, tuple[bool, str]]:
+    def constraints(self) -> list[Check]:
         """Return the conditions between fields."""
-        return {"conditioning_embedding_channels": (
-            1 <= len(self.conditioning_embedding_channels) <= MAX_LEVELS,
-            f"1 to {MAX_LEVELS} numbers")}
+        return [self.channels_check("conditioning_embedding_channels")]
 
 
 @dataclass(frozen=True)
@@ -156,11 +146,10 @@ class VAEConfig(ValidatedConfig):
     norm_num_groups: int = bounded(32, 1, MAX_CHANNELS)
     scaling_factor: float = 0.18215
 
-    def constraints(self) -> dict[str, tuple[bool, str]]:
+    def constraints(self) -> list[Check]:
         """Return the conditions between fields."""
-        return {
-            "block_out_channels": check_channels(self.block_out_channels, self.norm_num_groups),
-            "scaling_factor": (self.scaling_factor > 0, "above 0")}
+        return [self.channels_check("block_out_channels", 2, self.norm_num_groups),
+                ("scaling_factor", self.scaling_factor > 0, "above 0")]
 
     @property
     def downsampling(self) -> int:
@@ -177,10 +166,10 @@ class CLIPTransformerConfig(ValidatedConfig):
     num_hidden_layers: int = bounded(12, 1, 8 * MAX_LAYERS)
     num_attention_heads: int = bounded(12, 1, MAX_CHANNELS)
 
-    def constraints(self) -> dict[str, tuple[bool, str]]:
+    def constraints(self) -> list[Check]:
         """Return the conditions between fields."""
-        return {"hidden_size": (self.hidden_size % self.num_attention_heads == 0,
-                                f"a multiple of {self.num_attention_heads}, up to {MAX_CHANNELS}")}
+        return [("hidden_size", self.hidden_size % self.num_attention_heads == 0,
+                 f"a multiple of {self.num_attention_heads}, up to {MAX_CHANNELS}")]
 
 
 @dataclass(frozen=True)
@@ -207,8 +196,8 @@ class SampleConfig(ValidatedConfig):
     method: str = bounded("single-step", help="noise the reference once, or invert it",
                           choices=("single-step", "inversion"))
     motion_weight: float = bounded(2000.0, 0, 1e38, "weight of the motion loss; 0 for no guidance")
-    guidance_warmup_steps: int = bounded(10, 0, 1000, "steps over which the guidance weight rises")
-    guidance_cooldown_steps: int = bounded(10, 0, 1000, "steps over which the guidance weight falls")
+    guidance_warmup_steps: int = bounded(10, 0, 1000, "steps in which the guidance weight rises")
+    guidance_cooldown_steps: int = bounded(10, 0, 1000, "steps in which the guidance weight falls")
     guidance_interval: int = bounded(1, 1, 1000, "compute the gradient in every n-th guided step")
     guidance_repeats: int = bounded(1, 1, 100, "times that each step with a gradient is taken")
     extraction_timestep: int = bounded(400, 0, 999, "noise level at which the motion is extracted")
@@ -229,30 +218,30 @@ class SampleConfig(ValidatedConfig):
     context_length: int = bounded(0, 0, MAX_FRAMES, "frames that the UNet sees at once; 0 for all")
     context_overlap: float = bounded(0.25, 0, 0.9, "fraction that neighboring windows share")
     closed_loop: bool = bounded(False, help="join the end of the clip to its beginning")
-    memory: str = bounded("auto", choices=("auto", "low", "high"), help="low saves memory, not time")
+    memory: str = bounded("auto", choices=("auto", "low", "high"), help="low: less memory, slower")
 
-    def constraints(self) -> dict[str, tuple[bool, str]]:
+    def constraints(self) -> list[Check]:
         """Return the conditions between fields."""
         blocks, weights = len(self.guidance_blocks), len(self.guidance_block_weights)
-        return {
-            "guidance_steps": (self.guidance_steps <= self.steps,
-                               f"between 0 and {self.steps}, the number of steps"),
-            "guidance_noise_range": (self.guidance_noise_range > 0, "above 0, up to 1"),
-            "steps": (self.timestep_spacing != "lcm" or self.steps <= LCM_STEPS,
-                      f"between 1 and {LCM_STEPS} with timestep_spacing lcm"),
-            "semantic_scale": (not self.semantic_scale or self.sampler == "ddim",
-                               "0 with sampler lcm, which adds new noise in every step"),
-            "top_k": (self.top_k <= self.num_frames,
-                      f"between 1 and {self.num_frames}, the number of frames, or 0 for all"),
-            "subject": (len(self.subject) in (0, 2), "two words"),
-            "guidance_blocks": (blocks > 0, "at least one block"),
-            "semantic_blocks": (len(self.semantic_blocks) > 0, "at least one block"),
-            "guidance_block_weights": (weights in (0, blocks), f"empty, or {blocks} numbers")}
+        return [
+            ("guidance_steps", self.guidance_steps <= self.steps,
+             f"between 0 and {self.steps}, the number of steps"),
+            ("guidance_noise_range", self.guidance_noise_range > 0, "above 0, up to 1"),
+            ("steps", self.timestep_spacing != "lcm" or self.steps <= LCM_STEPS,
+             f"between 1 and {LCM_STEPS} with timestep_spacing lcm"),
+            ("semantic_scale", not self.semantic_scale or self.sampler == "ddim",
+             "0 with sampler lcm, which adds new noise in every step"),
+            ("top_k", self.top_k <= self.num_frames,
+             f"between 1 and {self.num_frames}, the number of frames, or 0 for all"),
+            ("subject", len(self.subject) in (0, 2), "two words"),
+            ("guidance_blocks", blocks > 0, "at least one block"),
+            ("semantic_blocks", len(self.semantic_blocks) > 0, "at least one block"),
+            ("guidance_block_weights", weights in (0, blocks), f"empty, or {blocks} numbers")]
 
     @property
     def block_weight_map(self) -> dict[str, float]:
         """Weight of each guidance block in the loss, by name; empty where all are 1."""
-        return dict(zip(self.guidance_blocks, self.guidance_block_weights))
+        return dict(zip(self.guidance_blocks, self.guidance_block_weights, strict=False))
 
 
 @dataclass(frozen=True)
@@ -271,17 +260,15 @@ class ModelConfig(ValidatedConfig):
     min_reference_motion: float = bounded(0.0, 0)
     max_denoising_error: float = bounded(1.0, 0)
 
-    def constraints(self) -> dict[str, tuple[bool, str]]:
+    def constraints(self) -> list[Check]:
         """Return the conditions between fields."""
-        unet, control = self.unet, self.sparsectrl
-        return {
-            "vae": (unet.in_channels == self.vae.latent_channels,
-                    f"one with {unet.in_channels} latent channels, as the UNet takes"),
-            "text_encoder": (unet.cross_attention_dim == self.text_encoder.hidden_size,
-                             f"one of hidden size {unet.cross_attention_dim}, as the UNet takes"),
-            "sparsectrl": (not control.kind or check_channels(
-                unet.block_out_channels, control.motion_num_attention_heads)[0],
-                f"one whose heads divide the UNet's channels, {unet.block_out_channels}")}
+        unet, heads = self.unet, self.sparsectrl.motion_num_attention_heads
+        has_heads = not self.sparsectrl.kind or unet.channels_check("block_out_channels", heads)[1]
+        return [("vae", unet.in_channels == self.vae.latent_channels,
+                 f"one with {unet.in_channels} latent channels, as the UNet takes"),
+                ("text_encoder", unet.cross_attention_dim == self.text_encoder.hidden_size,
+                 f"one of hidden size {unet.cross_attention_dim}, as the UNet takes"),
+                ("sparsectrl", has_heads, f"one whose heads divide {unet.block_out_channels}")]
 
     def latent_shape(self, config: SampleConfig) -> tuple[int, int, int, int, int]:
         """Return the shape (1, c, f, h, w) of a clip's latents.
@@ -295,9 +282,7 @@ class ModelConfig(ValidatedConfig):
         return 1, self.unet.in_channels, config.num_frames, config.height // s, config.width // s
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return a config as plain dicts and lists, for JSON."""
-    return dataclasses.asdict(config)
+to_dict = asdict        # returns a config as plain dicts and tuples, for JSON
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -306,11 +291,10 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         InputError: If a key is not a field of the class, or a value is not legal.
     """
-    fields = {spec.name: spec.type for spec in dataclasses.fields(kind)}    # type: ignore[arg-type]
+    types = {spec.name: spec.type for spec in fields(kind)}     # type: ignore[arg-type]
     if not isinstance(values, Mapping):
         raise InputError(f"{kind.__name__} is {short_repr(values)}: it must be settings by name")
-    if unknown := sorted(set(values) - set(fields)):
-        raise InputError(f"{kind.__name__} has no setting {unknown[0]!r}: it has {', '.join(fields)}")
-    return kind(**{key: from_dict(fields[key], value)       # type: ignore[arg-type]
-                   if dataclasses.is_dataclass(fields[key]) else value
-                   for key, value in values.items()})
+    if unknown := sorted(set(values) - set(types)):
+        raise InputError(f"{kind.__name__} has no setting {unknown[0]!r}: use {', '.join(types)}")
+    return kind(**{name: from_dict(types[name], value)          # type: ignore[arg-type]
+                   if is_dataclass(types[name]) else value for name, value in values.items()})

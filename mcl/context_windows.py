@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig, SampleConfig
-from .errors import InputError
 
 
 class ContextWindows(NamedTuple):
@@ -46,11 +45,9 @@ def make_context_windows(config: SampleConfig, model: ModelConfig, num_frames: i
     Raises:
         InputError: If config.context_length is more than the UNet can see.
     """
-    num_frames, max_length = num_frames or config.num_frames, model.unet.motion_max_seq_length
-    if config.context_length > max_length:
-        raise InputError(f"context_length = {config.context_length} is out of range: at most "
-                         f"{max_length} frames, which this model sees at once")
-    length = min(num_frames, config.context_length or max_length)
+    num_frames, limit = num_frames or config.num_frames, model.unet.motion_max_seq_length
+    config.check("context_length", config.context_length <= limit, f"at most {limit} frames")
+    length = min(num_frames, config.context_length or limit)
     stride = max(1, length - round(config.context_overlap * length))
     # Frames from the first offset to the last; in a closed loop, to the first one again.
     span = num_frames if config.closed_loop else num_frames - length

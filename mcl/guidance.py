@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .config import SampleConfig, has_type, short_repr
+from .config import SampleConfig, ValidatedConfig, has_type, short_repr
 from .errors import InputError
 from .model import Model
 from .motion import Motion, motion_loss
@@ -20,7 +20,7 @@ LOSS_SCALE = 2.0 ** 12          # for the backward pass in half precision; a pow
 
 
 @dataclass(frozen=True)
-class Guidance:
+class Guidance(ValidatedConfig):
     """A loss that sampling descends.
 
     Attributes:
@@ -38,13 +38,9 @@ class Guidance:
 
     def __post_init__(self) -> None:
         kinds = AttentionRequest._fields
-        for name, is_valid, legal in (
-                ("loss", callable(self.loss), "a function loss(maps, timestep)"),
-                ("kind", self.kind in kinds, f"one of {', '.join(kinds)}"),
-                ("weight", has_type(self.weight, float), "a finite number")):
-            if not is_valid:
-                raise InputError(f"Guidance.{name} = {short_repr(getattr(self, name))} is not "
-                                 f"valid: it must be {legal}")
+        self.check("loss", callable(self.loss), "a function loss(maps, timestep)")
+        self.check("kind", self.kind in kinds, f"one of {', '.join(kinds)}")
+        self.check("weight", has_type(self.weight, float), "a finite number")
 
     @property
     def request(self) -> AttentionRequest:
@@ -72,12 +68,13 @@ def resolve_guidance(guidance: Sequence[Guidance], motion: Motion | None, model:
         InputError: If `guidance` is not a list of Guidance or names layers that the UNet does not
             have, or the motion does not fit the model and the settings.
     """
-    if guidance and not config.motion_weight:
-        raise InputError("motion_weight = 0 disables all guidance: raise it, or leave guidance out")
+    config.check("motion_weight", not guidance or config.motion_weight > 0, "above 0 with guidance")
     if not isinstance(guidance, Sequence) or not all(isinstance(g, Guidance) for g in guidance):
         raise InputError(f"guidance = {short_repr(guidance)} must be a list, [Guidance(loss), ...]")
     if motion is not None and config.motion_weight:
-        motion.check_model(model, config)
+        if motion.metadata and motion.metadata.get("model") != model.sha256:
+            raise InputError("the motion was extracted with another model: extract it again")
+        motion.check_config(config, model.config)
         guidance = [motion_guidance(motion.to(model.device), config.block_weight_map), *guidance]
     return [replace(one, layers=getattr(model.unet.resolve_layers(one.request), one.kind))
             for one in guidance]
@@ -95,11 +92,8 @@ def guidance_weight(step: int, config: SampleConfig, num_elements: int) -> float
         config: Settings.
         num_elements: f*h*w of the latents that the UNet sees at once.
     """
-    if step >= config.guidance_steps:
-        return 0.0
-    warmup, cooldown = config.guidance_warmup_steps, config.guidance_cooldown_steps
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    fall = min(1.0, (config.guidance_steps - step) / cooldown) if cooldown else 1.0
+    rise = min(1.0, (step + 1) / max(1, config.guidance_warmup_steps))
+    fall = min(1.0, max(0, config.guidance_steps - step) / max(1, config.guidance_cooldown_steps))
     return config.motion_weight * rise * fall * num_elements / REFERENCE_NUM_ELEMENTS
 
 

@@ -4,9 +4,10 @@ The reference is led back step by step to the noise that it would have been samp
 guided step, the motion is read from the inverted latents of that timestep.
 """
 import hashlib
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +21,10 @@ from .guidance import Guidance
 from .model import Model
 from .motion import Motion, motion_loss, motion_metadata, read_safetensors, top_k_motion
 from .networks.attention import AttentionMaps, AttentionRequest
-from .sampler import unet_forward
 from .schedule import NUM_TRAIN_TIMESTEPS, NoiseSchedule, ddim_step
 
 
+@torch.no_grad()
 def ddim_invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[int],
                 t_before: int = -1, windows: ContextWindows | None = None
                 ) -> Iterator[tuple[int, Tensor]]:
@@ -44,8 +45,8 @@ def ddim_invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[
     text = model.encode_text([prompt])
     z = latents.detach().to(model.device, torch.float32)
     for t_prev, t in zip([t_before, *timesteps], timesteps, strict=False):
-        eps = blend_windows([unet_forward(model, z[:, :, windows.frame_indices(offset)], t, text)[0]
-                             for offset in windows.offsets], windows)
+        parts = (z[:, :, windows.frame_indices(o)].to(model.dtype) for o in windows.offsets)
+        eps = blend_windows([model.unet(part, t, text)[0].float() for part in parts], windows)
         z = ddim_step(z, eps, eps, model.schedule.alpha_bar(t_prev), model.schedule.alpha_bar(t))
         if not torch.isfinite(z).all():
             raise NumericalError(f"not finite at timestep {t} of the inversion: try dtype float32")
@@ -99,14 +100,13 @@ def inversion_guidance(inverted: InvertedReference, config: SampleConfig) -> Gui
         if t not in inverted.latents or inverted.latents[t].shape != shape:
             raise InputError(f"the reference was not inverted to {shape} at t={t}: invert it again")
 
-    def loss(maps: AttentionMaps, t: int) -> Tensor:
-        motion = inverted.motion_at(t, config, maps.frame_offset)
-        return motion_loss(maps.temporal, motion, config.block_weight_map)
-    return Guidance(loss, config.guidance_blocks)
+    return Guidance(lambda maps, t: motion_loss(
+        maps.temporal, inverted.motion_at(t, config, maps.frame_offset), config.block_weight_map),
+        config.guidance_blocks)
 
 
-class LatentCache(MutableMapping[int, Tensor]):
-    """Latents by timestep in the files of a folder, loaded on access."""
+class LatentCache(UserDict[int, Any]):
+    """Latents by timestep in the files of a folder, loaded on access; `data` holds the paths."""
 
     def __init__(self, folder: Path, key: str):
         """Open or create a cache folder.
@@ -120,33 +120,26 @@ class LatentCache(MutableMapping[int, Tensor]):
         """
         self.folder, self.key = folder, key
         folder.mkdir(parents=True, exist_ok=True)
-        files = sorted(folder.glob("[0-9]" * 4 + ".safetensors"))       # ignores all other files
-        self.files = {int(file.stem): file for file in files}
+        # Other files in the folder are ignored.
+        self.data = {int(f.stem): f for f in sorted(folder.glob("[0-9]" * 4 + ".safetensors"))}
         list(self.values())             # checks every file
 
     def __getitem__(self, t: int) -> Tensor:
-        metadata, tensors = read_safetensors(self.files[t])
+        metadata, tensors = read_safetensors(self.data[t])
         if metadata.get("key") != self.key:
-            raise InputError(f"{self.folder}: belongs to another reference or other settings. "
-                             "Choose an empty folder")
+            raise InputError(f"{self.folder}: was made with other inputs. Choose an empty folder")
         return tensors["latents"]
 
     def __setitem__(self, t: int, latents: Tensor) -> None:
-        self.files[t] = self.folder / f"{t:04d}.safetensors"
-        save_safetensors(self.files[t], {"latents": latents.cpu()}, {"key": self.key})
+        self.data[t] = self.folder / f"{t:04d}.safetensors"
+        save_safetensors(self.data[t], {"latents": latents.cpu()}, {"key": self.key})
 
     def __delitem__(self, t: int) -> None:
-        self.files.pop(t).unlink()
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
+        self.data.pop(t).unlink()
 
 
 def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleConfig,
-                     progress: Callable[[Iterator], Iterable] = iter,
+                     progress: Callable[[Iterable], Iterable] = iter,
                      cache_dir: Path | None = None) -> InvertedReference:
     """Invert a reference for sampling with the same settings.
 
@@ -155,7 +148,7 @@ def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleC
         latents: Scaled latents (1, c, f, h, w) of the reference.
         prompt: What the reference shows.
         config: Settings of the sampling.
-        progress: Function that wraps the iterator of the steps, for a progress bar.
+        progress: Function that wraps the list of the timesteps, for a progress bar.
         cache_dir: Folder for the latents, in place of memory. An interrupted inversion continues
             from it, and a finished one is used again.
     """
@@ -170,7 +163,7 @@ def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleC
     t_before = max(stored, default=-1)
     remaining = [t for t in timesteps if t > t_before]
     steps = ddim_invert(model, stored.get(t_before, latents), prompt, remaining, t_before, windows)
-    for t, z in progress(steps):
+    for t, (_, z) in zip(progress(remaining), steps, strict=False):
         stored[t] = z           # of the others, only the last is needed, to continue from it
         if t_before not in (-1, *guided):
             del stored[t_before]

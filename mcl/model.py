@@ -2,7 +2,6 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +66,15 @@ class Model(nn.Module):
             return self.text_encoder(tokens).to(self.device, self.dtype)
 
     @torch.no_grad()
-    def controlnet_residuals(self, condition: Tensor | None, t: int, text: Tensor
-                             ) -> ControlNetResiduals | None:
+    def controlnet_residuals(self, condition: Tensor | None, t: int, text: Tensor,
+                             frames: Tensor | slice = slice(None)) -> ControlNetResiduals | None:
         """Return what SparseCtrl adds to the UNet for a condition, or None without a condition.
+
+        Args:
+            condition: Condition of the whole clip (b, c, f, h, w).
+            t: Timestep.
+            text: Text embeddings (b, 77, d).
+            frames: Frame indices of a context window; all frames by default.
 
         Raises:
             InputError: If the model has no SparseCtrl.
@@ -78,11 +83,9 @@ class Model(nn.Module):
             return None
         if self.sparsectrl is None:
             raise InputError("this model has no SparseCtrl: convert one with --sparsectrl")
-        return cast(ControlNetResiduals,
-                    self.sparsectrl(condition.to(self.device, self.dtype), t, text))
+        return self.sparsectrl(condition[:, :, frames].to(self.device, self.dtype), t, text)
 
     def out_of_vocabulary(self, prompt: str) -> list[str]:
-        """Return the prompt's words that the model was not trained on, if its vocabulary is known."""
-        vocabulary = set(self.config.training_vocabulary)
-        words = [word for word, _ in self.tokenizer.split(prompt) if word.isalnum()]
-        return [word for word in words if word not in vocabulary] if vocabulary else []
+        """Return the prompt's words that the model was not trained on, if it knows its words."""
+        vocabulary, pieces = set(self.config.training_vocabulary), self.tokenizer.split(prompt)
+        return [w for w, _ in pieces if vocabulary and w.isalnum() and w not in vocabulary]

@@ -4,8 +4,8 @@ The motion of a clip is the largest temporal attention weights and the frames th
 H = {L, M} in eq. 6 of the paper.
 """
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,8 @@ class Motion:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Motion":
         """Return the motion with a function applied to each of its tensors."""
-        return Motion({name: function(values) for name, values in self.values.items()},
-                      {name: function(indices) for name, indices in self.indices.items()},
-                      self.metadata)
+        return replace(self, values={name: function(v) for name, v in self.values.items()},
+                       indices={name: function(i) for name, i in self.indices.items()})
 
     def to(self, device: torch.device | str) -> "Motion":
         """Return the motion with its tensors on a device."""
@@ -67,12 +66,6 @@ class Motion:
         if len(offsets) == 1:           # also guides every window of a longer clip
             return self
         return self.map(lambda tensor: tensor.chunk(len(offsets))[offsets.index(offset)])
-
-    def check_model(self, model: Model, config: SampleConfig) -> None:
-        """Raise InputError if the motion does not fit the model or the settings."""
-        if self.metadata and self.metadata.get("model") != model.sha256:
-            raise InputError("the motion was extracted with another model: extract it again")
-        self.check_config(config, model.config)
 
     def check_config(self, config: SampleConfig, model: ModelConfig) -> None:
         """Raise InputError if the motion was extracted at another size or with other settings."""
@@ -95,27 +88,22 @@ class Motion:
         if header.get("format") != FORMAT:
             raise InputError(f"{path}: not a motion file. Give one that --save-motion wrote")
         try:
-            metadata = json.loads(header["metadata"])
-            values, indices = ({layer: tensors[f"{kind}.{layer}"] for layer in metadata["grids"]}
+            origin = json.loads(header["metadata"])
+            values, indices = ({layer: tensors[f"{kind}.{layer}"] for layer in origin["grids"]}
                                for kind in ("values", "indices"))
             if not 2 * len(values) == len(tensors) > 0:
                 raise ValueError("its metadata are of other layers")
-            for layer in values:
-                check_layer(layer, values[layer], indices[layer], metadata)
+            f, k, n = origin["context_length"], origin["top_k"], len(origin["context_offsets"])
+            for layer, v in values.items():
+                i, (h, w) = indices[layer], origin["grids"][layer]
+                has_shape = v.shape == i.shape == (n * h * w, *v.shape[1:2], f, k)
+                has_dtype = (v.dtype, i.dtype) == (torch.float32, torch.uint8)
+                in_range = ((0 <= v) & (v <= 1 + 1e-3)).all() and (i < f).all()     # rounded
+                if not (has_shape and has_dtype and in_range):
+                    raise ValueError(f"{layer}: no attention map of {f} frames, {h}x{w}, top_k {k}")
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: a damaged motion file ({error}). Save it again") from error
-        return cls(values, {layer: i.long() for layer, i in indices.items()}, metadata)
-
-
-def check_layer(layer: str, values: Tensor, indices: Tensor, metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError for a layer of a file that `Motion.save` cannot have written."""
-    (h, w), n = metadata["grids"][layer], len(metadata["context_offsets"])
-    f, k = metadata["context_length"], metadata["top_k"]
-    has_shape = values.shape == indices.shape == (n * h * w, *values.shape[1:2], f, k)
-    has_dtype = (values.dtype, indices.dtype) == (torch.float32, torch.uint8)
-    in_range = ((0 <= values) & (values <= 1 + 1e-3)).all() and (indices < f).all()     # rounded
-    if not (has_shape and has_dtype and in_range):
-        raise ValueError(f"{layer} holds no attention map of {f} frames, {h}x{w} and top_k = {k}")
+        return cls(values, {layer: i.long() for layer, i in indices.items()}, origin)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -159,45 +147,40 @@ def extract_motion(model: Model, latents: Tensor, config: SampleConfig | None = 
         raise InputError(f"latents have shape {tuple(latents.shape)}: expected (1, {c}, f, h, w)")
     windows = make_context_windows(config, model.config, latents.shape[2])
     k, t = config.top_k or windows.length, config.extraction_timestep
-    if k > windows.length:
-        raise InputError(f"top_k = {k} is out of range: 1 to {windows.length}, the window's frames")
+    config.check("top_k", k <= windows.length, f"1 to {windows.length}, the window's frames")
     x0, noise = (x.to(model.device, torch.float32)
                  for x in (latents, reference_noise(latents) if noise is None else noise))
-    z, null_text = model.schedule.add_noise(x0, noise, t), model.encode_text([""])
+    z, null_text = model.schedule.add_noise(x0, noise, t).to(model.dtype), model.encode_text([""])
     request = AttentionRequest(temporal=config.guidance_blocks)
 
     def attention(offset: int) -> AttentionMaps:
-        indices = windows.frame_indices(offset)
-        condition = None if control is None else control[:, :, indices]
-        residuals = model.controlnet_residuals(condition, t, null_text)
-        return model.unet.forward_to_attention(z[:, :, indices].to(model.dtype), t, null_text,
-                                               request, residuals)
+        frames = windows.frame_indices(offset)
+        residuals = model.controlnet_residuals(control, t, null_text, frames)
+        return model.unet.forward_to_attention(z[:, :, frames], t, null_text, request, residuals)
 
     metadata = motion_metadata(config, windows, *latents.shape[3:]) | {"model": model.sha256}
-    return top_k_motion(map(attention, windows.offsets), k, metadata)
+    return top_k_motion([attention(offset) for offset in windows.offsets], k, metadata)
 
 
-def motion_metadata(config: SampleConfig, windows: ContextWindows, height: int, width: int
-                    ) -> dict[str, Any]:
-    """Return the settings and sizes that a motion depends on; height and width of the latents."""
+def motion_metadata(config: SampleConfig, windows: ContextWindows, *grid: int) -> dict[str, Any]:
+    """Return the settings and sizes that a motion depends on; `grid` is h, w of the latents."""
     return dict(
         extraction_timestep=config.extraction_timestep, top_k=config.top_k or windows.length,
-        guidance_blocks=list(config.guidance_blocks), num_frames=windows.num_frames, height=height,
-        width=width, context_length=windows.length, context_offsets=list(windows.offsets))
+        guidance_blocks=list(config.guidance_blocks), num_frames=windows.num_frames, height=grid[0],
+        width=grid[1], context_length=windows.length, context_offsets=list(windows.offsets))
 
 
-def top_k_motion(attention: Iterable[AttentionMaps], k: int, metadata: dict[str, Any]) -> Motion:
+def top_k_motion(maps: Sequence[AttentionMaps], k: int, metadata: dict[str, Any]) -> Motion:
     """Return the k largest values of each row of the temporal maps (MotionClone, eqs. 4 and 5).
 
     Args:
-        attention: Temporal maps of each context window.
+        maps: Temporal maps of each context window.
         k: Values kept of each row.
         metadata: Origin of the motion.
 
     Raises:
         NumericalError: If the attention is not finite.
     """
-    maps = list(attention)
     top = {name: torch.cat([m.temporal[name] for m in maps]).topk(k) for name in maps[0].temporal}
     if not all(torch.isfinite(values).all() for values, _ in top.values()):
         raise NumericalError("the reference's attention is not finite: dtype float32 may help")

@@ -14,7 +14,8 @@ PUBLISHED_SEMANTIC_RATIO = 42 / 1667        # weight of the semantic loss to tha
 # Fields that describe the clip to be made. A preset leaves them as they are.
 CLIP_FIELDS = ("negative_prompt", "ref_prompt", "subject", "num_frames", "height", "width",
                "context_length", "context_overlap", "closed_loop", "memory")
-# The paper's first form (arXiv 2406.05338v1 to v3). Per map: 1667 in up_blocks.1, 833 in up_blocks.2.
+# The paper's first form (arXiv 2406.05338v1 to v3). The loss weighs 1667 in up_blocks.1, and 833 in
+# up_blocks.2.
 _INVERSION: dict[str, Any] = {
     "method": "inversion", "inversion_steps": 1000, "timestep_spacing": "linspace",
     "guidance_warmup_steps": 10, "guidance_cooldown_steps": 0, "motion_weight": 1667.0,
@@ -53,11 +54,9 @@ def build_config(own: SampleConfig, preset: str | None = None, **settings: Any) 
     Raises:
         InputError: If the preset or a setting is not known, or a value is not legal.
     """
-    names = [field.name for field in dataclasses.fields(SampleConfig)]
-    for name in set(settings) - set(names):
-        close = difflib.get_close_matches(name, names, n=1)
-        raise InputError(f"unknown setting {name!r}: " + (
-            f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"))
+    for name in set(settings) - set(vars(own)):
+        close = difflib.get_close_matches(name, vars(own), n=1) or vars(own)
+        raise InputError(f"unknown setting {name!r}: did you mean {', '.join(map(repr, close))}?")
     if preset is not None and preset not in PRESETS:
         raise InputError(f"preset = {preset!r} is not known: use one of {', '.join(PRESETS)}")
     clip = {name: getattr(own, name) for name in CLIP_FIELDS}

@@ -38,9 +38,8 @@ class SamplerStep(NamedTuple):
 
 def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
            config: SampleConfig | None = None, *, guidance: Sequence[Guidance] = (),
-           latents: Tensor | None = None, generator: Generator | None = None,
-           control: Tensor | None = None, gradient_checkpointing: bool = False
-           ) -> Iterator[SamplerStep]:
+           generator: Generator | None = None, gradient_checkpointing: bool = False,
+           control: Tensor | None = None, latents: Tensor | None = None) -> Iterator[SamplerStep]:
     """Sample a clip of the prompt that moves like the reference; yields one state per step.
 
     Clips longer than the motion modules are sampled in context windows. All arguments are checked
@@ -64,28 +63,25 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
         NumericalError: In a step whose result is not finite.
     """
     config = config or model.config.sample
-    sampler = Sampler(model, prompt, config, control, generator)
     z = initial_noise(model, config, generator) if latents is None else latents
-    shape = model.config.latent_shape(config)
-    if z.shape != shape:
+    if z.shape != (shape := model.config.latent_shape(config)):
         raise InputError(f"latents have shape {tuple(z.shape)}: expected {shape}")
-    z, guidance = z.detach().float(), resolve_guidance(guidance, motion, model, config)
-    return sampling_loop(sampler, z.to(model.device), guidance, gradient_checkpointing)
+    guidance = resolve_guidance(guidance, motion, model, config)
+    sampler = Sampler(model, prompt, config, control, generator, guidance, gradient_checkpointing)
+    return sampling_loop(sampler, z.detach().to(model.device, torch.float32))
 
 
-def sampling_loop(sampler: "Sampler", z: Tensor, guidance: Sequence[Guidance],
-                  gradient_checkpointing: bool = False) -> Iterator[SamplerStep]:
+def sampling_loop(sampler: "Sampler", z: Tensor) -> Iterator[SamplerStep]:
     """Run all steps. z is z_t, eps the noise estimate, g the loss and lambda its weight."""
     config, grad_g = sampler.config, torch.zeros_like(z)
     for i, (t, _) in enumerate(sampler.timestep_pairs):
-        lambda_t = guidance_weight(i, config, sampler.window_elements) if guidance else 0.0
+        lambda_t = guidance_weight(i, config, sampler.window_elements) if sampler.guidance else 0.0
         g, takes_gradient = None, lambda_t > 0 and i % config.guidance_interval == 0
 
         for repeats_left in reversed(range(config.guidance_repeats if takes_gradient else 1)):
             # 1. Predict the noise for the prompt; in guided steps also g and its gradient (eq. 3).
             if takes_gradient:
-                eps, g, grad_g = sampler.predict_noise_and_gradient(z, t, guidance,
-                                                                    gradient_checkpointing)
+                eps, g, grad_g = sampler.predict_noise_and_gradient(z, t)
             else:
                 eps = sampler.predict_noise(z, t, sampler.text)
 
@@ -116,22 +112,35 @@ class Sampler:
         negative_embeds: Embeddings of the negative prompt (1, n, d).
         control: Condition of SparseCtrl, or None.
         generator: CPU generator for the noise that is drawn during sampling.
+        guidance: Guidance with full layer names (`resolve_guidance`).
+        gradient_checkpointing: Whether guided steps recompute activations to save memory.
         windows: The context windows of the clip.
         window_elements: f*h*w of the latents of one context window.
         timestep_pairs: Each timestep and the one that its step leads to; the last leads to -1.
     """
 
     def __init__(self, model: Model, prompt: str | Tensor, config: SampleConfig,
-                 control: Tensor | None = None, generator: Generator | None = None):
+                 control: Tensor | None = None, generator: Generator | None = None,
+                 guidance: Sequence[Guidance] = (), gradient_checkpointing: bool = False):
         """Check and prepare a run; the arguments and errors are those of `sample`."""
         self.model, self.config, self.control, self.generator = model, config, control, generator
+        self.guidance, self.gradient_checkpointing = guidance, gradient_checkpointing
         b, c, f, h, w = model.config.latent_shape(config)
         self.windows = make_context_windows(config, model.config)
         self.window_elements = self.windows.length * h * w
         timesteps = model.schedule.timesteps(config.steps, config.timestep_spacing,
                                              config.guidance_steps, config.guidance_noise_range)
         self.timestep_pairs = list(zip(timesteps, [*timesteps[1:], -1], strict=True))
-        self.text, self.negative_embeds = encode_prompts(model, prompt, config.negative_prompt)
+
+        d = model.config.unet.cross_attention_dim
+        if isinstance(prompt, str):
+            prompt = model.encode_text([prompt, config.negative_prompt])
+        elif not isinstance(prompt, Tensor) or prompt.shape[2:] != (d,) or len(prompt) > 2:
+            raise InputError(f"prompt is {short_repr(getattr(prompt, 'shape', prompt))}: give "
+                             f"text, or embeddings (1, n, {d}) or (2, n, {d})")
+        self.text, *rest = prompt.to(model.device, model.dtype).split(1)
+        self.negative_embeds, = rest or [model.encode_text([config.negative_prompt])]
+
         shapes = {"rgb": (b, c + 1, f, h, w), "scribble": (b, 4, f, config.height, config.width)}
         shape = shapes.get(model.config.sparsectrl.kind, "None, as this model has no SparseCtrl")
         if control is not None and control.shape != shape:
@@ -143,33 +152,31 @@ class Sampler:
             self.predict_window(z[:, :, self.windows.frame_indices(offset)], t, text, offset)[0]
             for offset in self.windows.offsets], self.windows)
 
-    def predict_noise_and_gradient(self, z: Tensor, t: int, guidance: Sequence[Guidance],
-                                   gradient_checkpointing: bool = False
-                                   ) -> tuple[Tensor, Tensor, Tensor]:
+    def predict_noise_and_gradient(self, z: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the noise estimate for the prompt, g, and the gradient of g.
 
         In a long clip, noise and gradient are blended over the context windows, and g is the mean.
         """
-        request, results = merge_requests([one.request for one in guidance]), []
+        request, results = merge_requests([one.request for one in self.guidance]), []
         for offset in self.windows.offsets:
             with torch.enable_grad():
                 window = z[:, :, self.windows.frame_indices(offset)].detach().requires_grad_()
-                eps, maps = self.predict_window(window, t, self.text, offset, request,
-                                                gradient_checkpointing)
-                results.append((eps.detach(), *guidance_gradient(guidance, maps, window, t)))
+                eps, maps = self.predict_window(window, t, self.text, offset, request)
+                results.append((eps.detach(), *guidance_gradient(self.guidance, maps, window, t)))
         noises, losses, grads = zip(*results, strict=True)
         return (blend_windows(noises, self.windows), torch.stack(losses).mean(),
                 blend_windows(grads, self.windows))
 
     def predict_window(self, window: Tensor, t: int, text: Tensor, offset: int,
-                       request: AttentionRequest = NO_REQUEST,
-                       gradient_checkpointing: bool = False) -> tuple[Tensor, AttentionMaps]:
+                       request: AttentionRequest = NO_REQUEST) -> tuple[Tensor, AttentionMaps]:
         """Return the noise estimate of the window at a frame offset, and requested attention."""
-        control = None if self.control is None else (
-            self.control[:, :, self.windows.frame_indices(offset)])
-        eps, maps = unet_forward(self.model, window, t, text, request, control,
-                                 gradient_checkpointing)
-        return eps, replace(maps, frame_offset=offset)
+        frames = self.windows.frame_indices(offset)
+        with torch.set_grad_enabled(window.requires_grad):
+            eps, maps = self.model.unet(
+                window.to(self.model.dtype), t, text, request=request,
+                residuals=self.model.controlnet_residuals(self.control, t, text, frames),
+                gradient_checkpointing=self.gradient_checkpointing)
+        return eps.float(), replace(maps, frame_offset=offset)
 
     def classifier_free_guidance(self, i: int, z: Tensor, eps: Tensor) -> Tensor:
         """Return uncond + s * (eps - uncond) in step i, or eps where s is 1 or switched off.
@@ -207,35 +214,6 @@ class Sampler:
         return torch.randn(z.shape, generator=self.generator).to(z.device)
 
 
-def unet_forward(model: Model, z: Tensor, t: int, text: Tensor,
-                 request: AttentionRequest = NO_REQUEST, control: Tensor | None = None,
-                 gradient_checkpointing: bool = False) -> tuple[Tensor, AttentionMaps]:
-    """Return the UNet's noise estimate as float32, and the requested attention."""
-    with torch.set_grad_enabled(z.requires_grad):
-        eps, maps = model.unet(z.to(model.dtype), t, text, request=request,
-                               residuals=model.controlnet_residuals(control, t, text),
-                               gradient_checkpointing=gradient_checkpointing)
-    return eps.float(), maps
-
-
 def initial_noise(model: Model, config: SampleConfig, generator: Generator | None = None) -> Tensor:
     """Return standard normal latents (1, c, f, h, w), drawn on the CPU."""
     return torch.randn(model.config.latent_shape(config), generator=generator)
-
-
-def encode_prompts(model: Model, prompt: str | Tensor, negative_prompt: str
-                   ) -> tuple[Tensor, Tensor]:
-    """Return the embeddings of the prompt and of the negative prompt, (1, n, d) each.
-
-    Raises:
-        InputError: If the prompt is neither text nor embeddings of one clip.
-    """
-    d = model.config.unet.cross_attention_dim
-    if isinstance(prompt, str):
-        embeds = model.encode_text([prompt, negative_prompt])
-    elif isinstance(prompt, Tensor) and prompt.shape[2:] == (d,) and len(prompt) <= 2:
-        embeds = prompt.to(model.device, model.dtype)
-    else:
-        raise InputError(f"prompt is {short_repr(getattr(prompt, 'shape', prompt))}: give text, or "
-                         f"embeddings (1, n, {d}) or (2, n, {d})")
-    return embeds[:1], embeds[1:] if len(embeds) > 1 else model.encode_text([negative_prompt])

@@ -35,8 +35,7 @@ class NoiseSchedule:
             t: One timestep for all clips, or (b,).
         """
         alpha_bar = self.alpha_bar(t)
-        if alpha_bar.ndim:
-            alpha_bar = alpha_bar.reshape(-1, *[1] * (x0.ndim - 1))
+        alpha_bar = alpha_bar.reshape(-1, *[1] * (x0.ndim - 1)) if alpha_bar.ndim else alpha_bar
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
     def timesteps(self, steps: int, spacing: str, guidance_steps: int, noise_range: float
@@ -54,23 +53,21 @@ class NoiseSchedule:
             guidance_steps: Number of guided steps.
             noise_range: Fraction of the schedule that the guided steps cover, 0 to 1.
         """
-        total = NUM_TRAIN_TIMESTEPS
         if spacing == "leading":
-            ascending = np.arange(steps) * float(total // steps) + 1
+            ascending = np.arange(steps) * float(NUM_TRAIN_TIMESTEPS // steps) + 1
         elif spacing == "trailing":
-            ascending = (np.arange(1, steps + 1) * (total / steps)).round() - 1
+            ascending = (np.arange(1, steps + 1) * (NUM_TRAIN_TIMESTEPS / steps)).round() - 1
         elif spacing == "lcm":
-            grid = np.arange(1.0, LCM_STEPS + 1) * (total // LCM_STEPS) - 1
+            grid = np.arange(1.0, LCM_STEPS + 1) * (NUM_TRAIN_TIMESTEPS // LCM_STEPS) - 1
             ascending = grid[-1 - np.arange(steps)[::-1] * LCM_STEPS // steps]
         elif spacing == "linspace" or guidance_steps == 0:
-            ascending = np.linspace(0, total - 1, steps).round()
+            ascending = np.linspace(0, NUM_TRAIN_TIMESTEPS - 1, steps).round()
         else:
-            border = int((1 - noise_range) * total)
-            ascending = np.concatenate([
-                np.linspace(0, border - 1, steps - guidance_steps).round(),
-                np.linspace(border, total - 1, guidance_steps).round()])
+            border = int((1 - noise_range) * NUM_TRAIN_TIMESTEPS)
+            noisy = np.linspace(border, NUM_TRAIN_TIMESTEPS - 1, guidance_steps)
+            ascending = np.append(np.linspace(0, border - 1, steps - guidance_steps), noisy).round()
         # Only extreme settings leave the range, such as 1000 leading steps.
-        return [int(t) for t in ascending[::-1].clip(0, total - 1)]
+        return [int(t) for t in ascending[::-1].clip(0, NUM_TRAIN_TIMESTEPS - 1)]
 
 
 def ddim_step(z: Tensor, eps: Tensor, direction: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor

@@ -44,9 +44,8 @@ def subject_tokens(model: Model, prompt: str, word: str) -> list[int]:
     end = model.config.text_encoder.max_position_embeddings - 1
     pieces, sought = model.tokenizer.split(prompt), model.tokenizer.split(word)
     starts = list(accumulate((len(ids) for _, ids in pieces), initial=1))
-    length = sum(len(ids) for _, ids in sought)
     positions = [position for i in range(len(pieces)) if pieces[i:i + len(sought)] == sought
-                 for position in range(starts[i], starts[i] + length)]
+                 for position in range(starts[i], starts[i + len(sought)])]
     if not positions:
         words = ", ".join(text for text, _ in pieces if text.isalnum()) or "it has none"
         raise InputError(f"{word!r} is not in the prompt {prompt!r}: name a word of it ({words})")
@@ -187,18 +186,16 @@ def noised_reference_attention(model: Model, latents: Tensor, prompt: str, confi
         config: Settings with extraction_timestep.
         noise: Standard normal noise, like latents.
     """
-    t, text = config.extraction_timestep, model.encode_text([prompt])
+    t, text, unet = config.extraction_timestep, model.encode_text([prompt]), model.unet
     z = model.schedule.add_noise(latents.float(), noise.to(latents.device), t)
-    z = z.to(model.device, model.dtype)
-    maps = model.unet.forward_to_attention(z, t, text, SUBJECT_REQUEST)
+    maps = unet.forward_to_attention(z.to(model.device, model.dtype), t, text, SUBJECT_REQUEST)
     return lambda t, request: maps
 
 
 def require_single_window(windows: ContextWindows) -> None:
     """Raise InputError for several context windows: semantic guidance compares whole clips."""
     if len(windows.offsets) > 1:
-        raise InputError(f"semantic guidance needs one context window: use {windows.length} frames "
-                         "or fewer, without closed_loop")
+        raise InputError(f"semantic guidance needs one context window of {windows.length} frames")
 
 
 def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: SampleConfig,
@@ -229,11 +226,10 @@ def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: Sample
     z, unguided = latents.detach().to(model.device, torch.float32), {}
     for i, (t, _) in progress(list(enumerate(sampler.timestep_pairs[:config.guidance_steps]))):
         eps, maps = sampler.predict_window(z, t, sampler.text, 0, request)
-        masks = binary_masks(subject_mask(maps, subject.tokens, config.mask_threshold)) if (
-            subject) else None
+        masks = subject and binary_masks(subject_mask(maps, subject.tokens, config.mask_threshold))
         unguided[t] = masked_key_means(maps, masks)
         z = sampler.step(i, z, sampler.classifier_free_guidance(i, z, eps))
 
     return Guidance(
-        lambda maps, t: semantic_loss(maps, subject.masks(t) if subject else None, unguided[t]),
+        lambda maps, t: semantic_loss(maps, subject and subject.masks(t), unguided[t]),
         config.semantic_blocks, "temporal_keys", config.semantic_scale / config.motion_weight)

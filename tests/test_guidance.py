@@ -83,10 +83,10 @@ def test_guidance_that_the_model_cannot_use_is_rejected(small, guidance, message
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"loss": "up"}, "Guidance.loss = 'up' is not valid: it must be a function"),
-    ({"kind": "temporal_map"}, "Guidance.kind = 'temporal_map' .* temporal, temporal_keys, cross"),
-    ({"weight": float("nan")}, "Guidance.weight = nan"),
-    ({"weight": "2"}, "Guidance.weight = '2'")])
+    ({"loss": "up"}, "loss = 'up' is out of range: it must be a function"),
+    ({"kind": "temporal_map"}, "kind = 'temporal_map' .* temporal, temporal_keys, cross"),
+    ({"weight": float("nan")}, "weight = nan"),
+    ({"weight": "2"}, "weight = '2'")])
 def test_impossible_guidance_is_rejected_when_it_is_created(arguments, message):
     with pytest.raises(InputError, match=message):
         Guidance(**{"loss": total} | arguments)

@@ -78,15 +78,15 @@ def test_cached_inversion_equals_the_one_in_memory_and_continues(small, config, 
                                                                  tmp_path):
     timesteps = []
 
-    def record(steps):
-        for step in steps:
-            timesteps.append(step[0])
-            yield step
+    def record(remaining):
+        for t in remaining:
+            timesteps.append(t)
+            yield t
 
     def invert(prompt="a ball", seed=0, progress=record):
         return invert_reference(small, latents(seed), prompt, config, progress, tmp_path / "a")
 
-    invert(progress=lambda steps: itertools.islice(record(steps), 4))
+    invert(progress=lambda remaining: itertools.islice(record(remaining), 4))
     assert timesteps == [0, 250, 500, 700]
     cached = invert()
     assert timesteps == [0, 250, 500, 700, 749, 850, 999]
@@ -99,7 +99,7 @@ def test_cached_inversion_equals_the_one_in_memory_and_continues(small, config, 
     invert()
     assert len(timesteps) == 7              # a finished inversion is used again
     for changes in (dict(prompt="a star"), dict(seed=1)):
-        with pytest.raises(InputError, match="belongs to another reference"):
+        with pytest.raises(InputError, match="was made with other inputs"):
             invert(**changes)
     (tmp_path / "a" / "0850.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match="0850.safetensors: .*Delete it"):

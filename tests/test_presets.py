@@ -96,7 +96,7 @@ def test_subject_sets_the_published_ratio_of_semantic_to_motion_weight():
 @pytest.mark.parametrize("preset, settings, message", [
     ("camra", {}, "preset = 'camra' is not known: .*camera, object"),
     (None, {"guidence_steps": 3}, "'guidence_steps': did you mean 'guidance_steps'"),
-    (None, {"zzz": 3}, "unknown setting 'zzz': there are steps, guidance_steps, .*memory"),
+    (None, {"zzz": 3}, "unknown setting 'zzz': did you mean 'steps', 'guidance_steps', .*memory"),
     ("camera", {"steps": 40}, "preset camera guides 50 steps: use steps = 50 or more"),
     (None, {"steps": 5}, "this model guides 6 steps"),
     ("camera", {"steps": 0}, "preset camera guides"),

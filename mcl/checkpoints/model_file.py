@@ -1,10 +1,9 @@
 """The project's own model file: one self-describing safetensors file, loaded strictly."""
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,17 +17,15 @@ from ..model import Model
 from ..networks.ops import channels_last_weight
 
 # The built-in demo model lies inside an installed package, and beside the package in a checkout.
-DEFAULT_WEIGHTS = next(file for folder in Path(__file__).parents[1:3]
-                       if (file := folder / "weights" / "tiny.safetensors").exists()
-                       or folder.name != "mcl")
+PACKAGED, CHECKOUT = (folder / "weights/tiny.safetensors" for folder in Path(__file__).parents[1:3])
+DEFAULT_WEIGHTS = PACKAGED if PACKAGED.exists() else CHECKOUT
 FORMAT = "mcl-model-2"
 TENSORS_PER_OPEN = 64           # tensors that are read before a file is closed and opened again
 SCALE_SUFFIX = ".scale"         # tensor of the row scales of an int8 matrix
 N = TypeVar("N", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class WeightTransform:
+class WeightTransform(NamedTuple):
     """A change of the weights while they are loaded, such as merging LoRAs (`checkpoints.lora`).
 
     Attributes:
@@ -60,19 +57,13 @@ def load_model(path: str | Path | None = None, device: str | torch.device = "aut
     path = DEFAULT_WEIGHTS if path is None else Path(path)
     place = resolve_device(device)
     resolved_dtype = resolve_dtype(dtype, place)
-    model = build_on_meta(read_model_config(path))
-    model.file_sha256 = sha256_of(path)
+    model, file_sha256 = build_on_meta(read_model_config(path)), sha256_of(path)
     if transform is not None:
-        both = f"{model.file_sha256}\n{transform.sha256}"
-        model.file_sha256 = hashlib.sha256(both.encode()).hexdigest()
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    with safe_open(path, framework="pt") as file:
-        check_names(path, {name for name in file.keys() if name in shapes or (
-            name.removesuffix(SCALE_SUFFIX) not in shapes)}, shapes)
+        file_sha256 = hashlib.sha256(f"{file_sha256}\n{transform.sha256}".encode()).hexdigest()
+    model.file_sha256 = file_sha256
 
     def weights() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in read_tensors(path, list(shapes), place):
-            check_shape(path, name, tensor, shapes[name])
+        for name, tensor in read_tensors(path, model.state_dict(), place):
             weight = tensor if transform is None else transform.function(name, tensor)
             weight = weight.to(resolved_dtype, copy=True)
             check_finite(path, name, weight)
@@ -93,28 +84,32 @@ def load_weights(module: N, weights: Iterable[tuple[str, Tensor]]) -> N:
     return module.requires_grad_(False).eval()
 
 
-def read_tensors(path: Path, names: list[str], device: torch.device
+def read_tensors(path: Path, like: Mapping[str, Tensor], place: torch.device
                  ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of a file, in order; int8 matrices are converted to float32.
+
+    `like` has the names and the shapes of the tensors.
 
     What was read of an open file stays in memory, so the file is opened again for every few
     tensors.
 
     Raises:
-        InputError: If an int8 tensor has no scale, or another tensor has one.
+        InputError: If a tensor is missing, extra or misshapen, or an int8 tensor has no scale, or
+            another tensor has one.
     """
+    names, scales = list(like), {name + SCALE_SUFFIX for name in like}
     for i in range(0, len(names), TENSORS_PER_OPEN):
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device=str(place)) as file:
             keys = set(file.keys())
+            check_names(path, keys - scales, like)
             for name in names[i:i + TENSORS_PER_OPEN]:
-                tensor, has_scale = file.get_tensor(name), name + SCALE_SUFFIX in keys
-                scale = file.get_tensor(name + SCALE_SUFFIX) if has_scale else None
-                shape = None if scale is None else (*scale.shape[:1], *[1] * (tensor.ndim - 1))
-                if has_scale != (tensor.dtype == torch.int8) or (
-                        scale is not None and (scale.shape != shape or len(scale) != len(tensor))):
-                    raise InputError(f"{path}: the scale of the tensor {name} is missing or wrong. "
-                                     "Download the file again")
-                yield name, tensor if scale is None else dequantize_int8(tensor, scale)
+                tensor, key = file.get_tensor(name), name + SCALE_SUFFIX
+                check_shape(path, name, tensor, like[name].shape)
+                scale = file.get_tensor(key) if key in keys else None
+                rows = (*tensor.shape[:1], *[1] * (tensor.ndim - 1))    # one scale for each row
+                if getattr(scale, "shape", None) != (rows if tensor.dtype == torch.int8 else None):
+                    raise InputError(f"{path}: {name} has no valid scale. Download the file again")
+                yield name, tensor if scale is None else tensor.float() * scale.float()
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,15 +117,10 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     The error is at most a 254th of the largest value of a row.
     """
-    largest = weight.float().flatten(1).abs().amax(dim=1)
-    scale = (largest / 127).half().reshape(-1, *[1] * (weight.ndim - 1))
+    largest = weight.float().abs().amax(dim=list(range(1, weight.ndim)), keepdim=True)
+    scale = (largest / 127).half()
     levels = weight / scale.float().clamp(min=torch.finfo(torch.float16).tiny)
     return levels.round().clamp(-127, 127).to(torch.int8), scale
-
-
-def dequantize_int8(levels: Tensor, scale: Tensor) -> Tensor:
-    """Return the float32 weight of an int8 tensor and its row scales."""
-    return levels.float() * scale.float()
 
 
 def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapping[str, str],
@@ -146,11 +136,10 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapp
     """
     tensors = {}
     for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu()
         if quantize_min_numel and tensor.ndim > 1 and tensor.numel() >= quantize_min_numel:
-            tensors[name], tensors[name + SCALE_SUFFIX] = quantize_int8(tensor)
+            tensors[name], tensors[name + SCALE_SUFFIX] = quantize_int8(tensor.cpu())
         else:
-            tensors[name] = tensor.to(dtype)
+            tensors[name] = tensor.to("cpu", dtype)
     save_safetensors(path, tensors, file_metadata(model.config, sources, dtype))
 
 
@@ -169,20 +158,16 @@ def read_model_config(path: str | Path) -> ModelConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file. Make one with convert_weights.py, or leave out "
-                         "--weights to use the demo model")
+        raise InputError(f"{path}: no such file. Run convert_weights.py, or leave out --weights")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        return from_dict(ModelConfig, json.loads(metadata["config"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a converted model ({error}). Run convert_weights.py first, "
                          "or download a damaged file again") from error
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{path}: not a converted model. Run convert_weights.py first")
-    try:
-        return from_dict(ModelConfig, json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: unreadable config ({error}). Convert it again") from error
 
 
 def read_shapes(path: str | Path) -> dict[str, torch.Size]:
@@ -191,19 +176,17 @@ def read_shapes(path: str | Path) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def check_names(path: Path, names: set[str], shapes: Mapping[str, torch.Size]) -> None:
+def check_names(path: Path, names: set[str], expected: Collection[str]) -> None:
     """Raise InputError for a missing or an extra tensor."""
-    for name in sorted(set(shapes) - names):
-        raise InputError(f"{path}: the tensor {name} is missing. Download the file again")
-    for name in sorted(names - set(shapes)):
-        raise InputError(f"{path}: the tensor {name} belongs to no part of the model. Remove it")
+    for name in sorted(names ^ set(expected)):
+        problem = "is missing" if name in expected else "belongs to no part of the model"
+        raise InputError(f"{path}: the tensor {name} {problem}. Use another file")
 
 
 def check_shape(path: Path, name: str, tensor: Tensor, shape: torch.Size) -> None:
     """Raise InputError for a tensor of a wrong shape."""
     if tensor.shape != shape:
-        raise InputError(f"{path}: the tensor {name} is {tuple(tensor.shape)}, not {tuple(shape)}. "
-                         "Download the file again")
+        raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
 
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:

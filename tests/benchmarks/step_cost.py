@@ -82,15 +82,15 @@ def benchmark_steps(model: Model, config: SampleConfig, use_low_memory: bool) ->
     """Return functions that take one step each, by the kind of the step."""
     z = torch.randn(model.config.latent_shape(config), device=model.device)
     embeds = torch.randn(2, MAX_LENGTH, model.config.unet.cross_attention_dim)
-    sampler = Sampler(model, embeds, config)
+    sampler = Sampler(model, embeds, config, gradient_checkpointing=use_low_memory)
     text, null_text = sampler.text, sampler.negative_embeds
     maps = model.unet.forward_to_attention(z.to(model.dtype), TIMESTEP, null_text,
                                            AttentionRequest(temporal=config.guidance_blocks))
     top = {name: probs.topk(1) for name, probs in maps.temporal.items()}
     values, indices = ({name: pair[i] for name, pair in top.items()} for i in (0, 1))
-    guidance = [motion_guidance(Motion(values, indices))]
+    sampler.guidance = [motion_guidance(Motion(values, indices))]
     forward = partial(sampler.predict_noise, z, TIMESTEP)
-    guided = partial(sampler.predict_noise_and_gradient, z, TIMESTEP, guidance, use_low_memory)
+    guided = partial(sampler.predict_noise_and_gradient, z, TIMESTEP)
     return {"forward pass": lambda: forward(text),
             "unguided step": lambda: (forward(text), forward(null_text)),
             "guided step": lambda: (guided(), forward(null_text))}

@@ -134,7 +134,7 @@ def test_negative_seed_is_refused(server, browser):
     upload(browser, address, REF)
     fill(find(browser, "input[type=number]")[0], "-1")
     press(browser, "Clone the motion")
-    refusal = "seed = -1 is out of range: it must be between 0"
+    refusal = "seed = -1 is out of range: 0 to"
     wait(lambda: any(text.startswith(refusal) for text in messages(browser)))
 
 

@@ -1,7 +1,6 @@
 """MotionClone in plain PyTorch: the motion of a reference video, in a new video of a prompt."""
-from typing import TYPE_CHECKING, Any
-
 from . import presets
+from .checkpoints.from_state_dicts import model_from_state_dicts
 from .checkpoints.model_file import load_model, save_model
 from .clone import Clip, Reference, clone, read_reference
 from .config import ModelConfig, SampleConfig
@@ -17,9 +16,6 @@ from .semantic import make_subject_masks, semantic_guidance
 from .video.read import read_image, read_video
 from .video.write import write_video
 
-if TYPE_CHECKING:
-    from .checkpoints.from_state_dicts import model_from_state_dicts
-
 __version__ = "0.1.0"
 __all__ = ["AttentionMaps", "AttentionRequest", "Clip", "Guidance", "InputError",
            "InvertedReference", "Model", "ModelConfig", "Motion", "NumericalError", "Reference",
@@ -28,11 +24,3 @@ __all__ = ["AttentionMaps", "AttentionRequest", "Clip", "Guidance", "InputError"
            "motion_guidance", "motion_loss", "presets", "read_image", "read_reference",
            "read_video", "sample", "save_model", "semantic_guidance", "sparsectrl_condition",
            "write_video"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import the converter when it is first used."""
-    if name == "model_from_state_dicts":
-        from .checkpoints.from_state_dicts import model_from_state_dicts
-        return model_from_state_dicts
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ command line are generated from `SampleConfig`.
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args
 
 from .errors import InputError
@@ -158,26 +158,20 @@ class VAEConfig(ValidatedConfig):
 
 
 @dataclass(frozen=True)
-class CLIPTransformerConfig(ValidatedConfig):
-    """Sizes shared by CLIP's text and image transformers."""
+class CLIPTextConfig(ValidatedConfig):
+    """Sizes of CLIP's text encoder. The defaults are those of Stable Diffusion 1.5."""
 
     hidden_size: int = bounded(768, 1, MAX_CHANNELS)
     intermediate_size: int = bounded(3072, 1, 4 * MAX_CHANNELS)
     num_hidden_layers: int = bounded(12, 1, 8 * MAX_LAYERS)
     num_attention_heads: int = bounded(12, 1, MAX_CHANNELS)
+    vocab_size: int = bounded(VOCABULARY_SIZE, VOCABULARY_SIZE, 1 << 20)
+    max_position_embeddings: int = bounded(77, 3, MAX_FRAMES)
 
     def constraints(self) -> list[Check]:
         """Return the conditions between fields."""
         return [("hidden_size", self.hidden_size % self.num_attention_heads == 0,
                  f"a multiple of {self.num_attention_heads}, up to {MAX_CHANNELS}")]
-
-
-@dataclass(frozen=True)
-class CLIPTextConfig(CLIPTransformerConfig):
-    """Sizes of CLIP's text encoder. The defaults are those of Stable Diffusion 1.5."""
-
-    vocab_size: int = bounded(VOCABULARY_SIZE, VOCABULARY_SIZE, 1 << 20)
-    max_position_embeddings: int = bounded(77, 3, MAX_FRAMES)
 
 
 @dataclass(frozen=True)
@@ -280,9 +274,6 @@ class ModelConfig(ValidatedConfig):
         if config.height % s or config.width % s:
             raise InputError(f"size {config.width}x{config.height}: use multiples of {s} pixels")
         return 1, self.unet.in_channels, config.num_frames, config.height // s, config.width // s
-
-
-to_dict = asdict        # returns a config as plain dicts and tuples, for JSON
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -7,9 +7,8 @@ import re
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +23,7 @@ MAX_NAME_BYTES = 255 - len(f".{2 ** 22}.new.")      # leaves room for the prefix
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-@dataclass(frozen=True)
-class OutputFile:
+class OutputFile(NamedTuple):
     """A file or folder that a run will write.
 
     Attributes:
@@ -54,9 +52,8 @@ def check_io_conflicts(reads: Iterable[tuple[str, Path]], writes: Iterable[Outpu
             output under any name, or exists and is not replaceable.
     """
     uses = {file_id(path): f"is read by {option}" for option, path in reads}
-    for output in writes:
-        path, option, is_replaceable = output.path, output.option, output.is_replaceable
-        check_writable(path, output.is_folder)
+    for option, path, is_folder, is_replaceable in writes:
+        check_writable(path, is_folder)
         if file_id(path) in uses:
             raise InputError(f"{path}: {uses[file_id(path)]}. Give {option} another name")
         if is_replaceable is not None and os.path.lexists(path) and not is_replaceable():
@@ -162,12 +159,8 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def nonfinite_to_none(value: Any) -> Any:
-    """Return a nested value with None for every number that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: nonfinite_to_none(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [nonfinite_to_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return a value as JSON stores it, with None for every number that JSON does not have."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def is_mcl_record(path: Path) -> bool:
@@ -194,8 +187,7 @@ def save_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor],
     """Write tensors and metadata to a safetensors file."""
     with atomic_write(path) as temporary:
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
-        mask = os.umask(0)          # the mask can only be read by setting it
-        os.umask(mask)
+        os.umask(mask := os.umask(0))       # the mask can only be read by setting it
         temporary.chmod(0o666 & ~mask)      # safetensors gives permission to the owner only
 
 

@@ -75,7 +75,8 @@ def resolve_guidance(guidance: Sequence[Guidance], motion: Motion | None, model:
         if motion.metadata and motion.metadata.get("model") != model.sha256:
             raise InputError("the motion was extracted with another model: extract it again")
         motion.check_config(config, model.config)
-        guidance = [motion_guidance(motion.to(model.device), config.block_weight_map), *guidance]
+        motion = motion.map(lambda tensor: tensor.to(model.device))
+        guidance = [motion_guidance(motion, config.block_weight_map), *guidance]
     return [replace(one, layers=getattr(model.unet.resolve_layers(one.request), one.kind))
             for one in guidance]
 

@@ -72,10 +72,8 @@ class InvertedReference(NamedTuple):
         """Return the reference's attention at timestep t, in all frames or in those of a window.
 
         Raises:
-            InputError: If the reference was not inverted to t.
+            KeyError: If the reference was not inverted to t.
         """
-        if t not in self.latents:
-            raise InputError(f"the reference was not inverted to timestep {t}: invert it again")
         z = self.latents[t][:, :, frames].to(self.model.device, self.model.dtype)
         return self.model.unet.forward_to_attention(z, t, self.text, request)
 

@@ -2,11 +2,12 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig, to_dict
+from .config import ModelConfig
 from .errors import InputError
 from .networks.sparsectrl import SparseCtrl
 from .networks.text_encoder import TextEncoder
@@ -54,7 +55,7 @@ class Model(nn.Module):
         """Hash of the file that the model was loaded from, or else of its config and weights."""
         if self.file_sha256:
             return self.file_sha256
-        digest = hashlib.sha256(json.dumps(to_dict(self.config)).encode())
+        digest = hashlib.sha256(json.dumps(asdict(self.config)).encode())
         for tensor in self.state_dict().values():
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -49,10 +49,6 @@ class Motion:
         return replace(self, values={name: function(v) for name, v in self.values.items()},
                        indices={name: function(i) for name, i in self.indices.items()})
 
-    def to(self, device: torch.device | str) -> "Motion":
-        """Return the motion with its tensors on a device."""
-        return self.map(lambda tensor: tensor.to(device))
-
     @property
     def windows(self) -> ContextWindows:
         """The context windows that the motion was extracted from."""

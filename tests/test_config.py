@@ -11,7 +11,6 @@ from mcl.config import (
     UNetConfig,
     VAEConfig,
     from_dict,
-    to_dict,
 )
 from tests.conftest import SMALL
 
@@ -75,7 +74,7 @@ def test_impossible_network_is_rejected(kind, changes, message):
 
 @pytest.mark.parametrize("config", [SMALL, ModelConfig()])
 def test_config_is_unchanged_by_its_dict_form(config):
-    assert from_dict(ModelConfig, to_dict(config)) == config
+    assert from_dict(ModelConfig, dataclasses.asdict(config)) == config
 
 
 def test_block_weights_are_by_name():

@@ -134,7 +134,7 @@ def test_motion_from_another_model_is_rejected(small):
 
 
 def test_impossible_extractions_are_rejected(small):
-    with pytest.raises(InputError, match="top_k = 4 is out of range: it must be 1 to 3, the window's"):
+    with pytest.raises(InputError, match="top_k = 4 is out of range: it must be 1 to 3, the"):
         extract(small, latents()[:, :, :3], top_k=4)
     for z in (latents()[0], latents().expand(2, -1, -1, -1, -1), latents()[:, :3]):
         with pytest.raises(InputError, match=r"latents have shape .* \(1, 4, f, h, w\)"):

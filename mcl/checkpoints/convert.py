@@ -2,8 +2,8 @@
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +19,7 @@ from .lora_math import WeightDelta, squeeze_trailing
 from .model_file import build_on_meta, check_finite, check_names
 
 
-@dataclass(frozen=True)
-class ConversionPlan:
+class ConversionPlan(NamedTuple):
     """A model that can be written: the source of each weight, and the use of each tensor.
 
     Attributes:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..config import SampleConfig
 from ..device import resolve_device, resolve_dtype
-from ..errors import InputError
 from ..model import Model
 from .convert import plan_conversion
 from .detect import DetectedCheckpoint, detect, detect_networks
@@ -47,8 +46,6 @@ def model_from_state_dicts(
         InputError: If a part or a tensor is missing, extra, misshapen or not finite, or belongs to
             another family of models.
     """
-    if motion_version not in (None, "v1", "v2", "v3"):
-        raise InputError(f"motion_version = {motion_version!r} is unknown: it must be v1, v2 or v3")
     states = {"base": base, "unet": unet, "vae": vae, "text_encoder": text_encoder,
               "motion": motion, "sparsectrl": sparsectrl}
     parts: dict[str, DetectedCheckpoint] = {}

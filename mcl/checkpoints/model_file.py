@@ -2,6 +2,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import ModelConfig, from_dict, to_dict
+from ..config import ModelConfig, from_dict
 from ..device import resolve_device, resolve_dtype
 from ..errors import InputError
 from ..files import save_safetensors, sha256_of
@@ -104,7 +105,9 @@ def read_tensors(path: Path, like: Mapping[str, Tensor], place: torch.device
             check_names(path, keys - scales, like)
             for name in names[i:i + TENSORS_PER_OPEN]:
                 tensor, key = file.get_tensor(name), name + SCALE_SUFFIX
-                check_shape(path, name, tensor, like[name].shape)
+                if tensor.shape != (shape := like[name].shape):
+                    raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}; expected "
+                                     f"{tuple(shape)}")
                 scale = file.get_tensor(key) if key in keys else None
                 rows = (*tensor.shape[:1], *[1] * (tensor.ndim - 1))    # one scale for each row
                 if getattr(scale, "shape", None) != (rows if tensor.dtype == torch.int8 else None):
@@ -146,7 +149,7 @@ def save_model(model: Model, path: str | Path, dtype: torch.dtype, sources: Mapp
 def file_metadata(config: ModelConfig, sources: Mapping[str, str], dtype: torch.dtype
                   ) -> dict[str, str]:
     """Return the metadata of a model file."""
-    return {"format": FORMAT, "config": json.dumps(to_dict(config)),
+    return {"format": FORMAT, "config": json.dumps(asdict(config)),
             "sources": json.dumps(dict(sources)), "dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -181,12 +184,6 @@ def check_names(path: Path, names: set[str], expected: Collection[str]) -> None:
     for name in sorted(names ^ set(expected)):
         problem = "is missing" if name in expected else "belongs to no part of the model"
         raise InputError(f"{path}: the tensor {name} {problem}. Use another file")
-
-
-def check_shape(path: Path, name: str, tensor: Tensor, shape: torch.Size) -> None:
-    """Raise InputError for a tensor of a wrong shape."""
-    if tensor.shape != shape:
-        raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
 
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:

@@ -132,8 +132,7 @@ def join_workers() -> tuple[int, int]:
 
 def all_gather(items: list[str], num_workers: int) -> list[str]:
     """Return the items of all processes, when the last one has called this function."""
-    if num_workers == 1:
-        return items
-    parts: list[list[str]] = [[]] * num_workers
-    distributed.all_gather_object(parts, items)
+    parts = [items] * num_workers
+    if num_workers > 1:
+        distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]

@@ -1,16 +1,15 @@
 """Files that a job reads and writes."""
 import argparse
-import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from ..checkpoints.detect import LORAS
 from ..config import SampleConfig
 from ..files import OutputFile, check_io_conflicts, is_mcl_record
 
 
-@dataclasses.dataclass(frozen=True)
-class OutputClip:
+class OutputClip(NamedTuple):
     """One clip of a job.
 
     Attributes:
@@ -84,5 +83,5 @@ def check_jobs_io(clips: list[OutputClip]) -> None:
     for clip in clips:
         suffix = f" of {clip.args.source}" if clip.args.source else ""
         reads += [(option + suffix, path) for option, path in input_files(clip.args)]
-        writes += [dataclasses.replace(f, option=f.option + suffix) for f in clip.outputs()]
+        writes += [f._replace(option=f.option + suffix) for f in clip.outputs()]
     check_io_conflicts(dict.fromkeys(reads), dict.fromkeys(writes))     # clips share --save-motion

@@ -104,8 +104,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         """Create a parser without abbreviated options; each option takes its value once."""
-        super().__init__(*args, **kwargs)
-        self.allow_abbrev = False
+        super().__init__(*args, **kwargs | {"allow_abbrev": False})
         self.register("action", None, StoreOnce)
         self.register("action", "store", StoreOnce)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import UNetConfig
 from .attention import Attention, AttentionMaps, AttentionRequest, LayerOutput
-from .ops import Conv2d, Linear, geglu, linear
+from .ops import Conv2d, GEGLUFunction, Linear, linear
 
 
 class GEGLU(nn.Module):
@@ -27,7 +27,7 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return value * gelu(gate)."""
         (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-        return geglu(linear(x, w_value, b_value), linear(x, w_gate, b_gate))
+        return GEGLUFunction.apply(linear(x, w_value, b_value), linear(x, w_gate, b_gate))
 
 
 class FeedForward(nn.Sequential):

@@ -85,22 +85,14 @@ class Embeddings(nn.Module):
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
 
 
-class Encoder(nn.Sequential):
-    """Stack of transformer layers, (b, n, c) -> (b, n, c)."""
-
-    def __init__(self, config: CLIPTextConfig):
-        """Create layers with random weights."""
-        layers = (EncoderLayer(config) for _ in range(config.num_hidden_layers))
-        super().__init__(OrderedDict(layers=nn.Sequential(*layers)))
-
-
 class TextTransformer(nn.Sequential):
     """CLIP's text transformer with a final norm, from ids (b, n) to embeddings (b, n, c)."""
 
     def __init__(self, config: CLIPTextConfig):
         """Create a transformer with random weights."""
+        layers = nn.Sequential(*(EncoderLayer(config) for _ in range(config.num_hidden_layers)))
         super().__init__(OrderedDict(
-            embeddings=Embeddings(config), encoder=Encoder(config),
+            embeddings=Embeddings(config), encoder=nn.Sequential(OrderedDict(layers=layers)),
             final_layer_norm=nn.LayerNorm(config.hidden_size)))
 
 

@@ -4,7 +4,6 @@
 and the requested attention. Module names are those of AnimateDiff's checkpoints.
 """
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +52,7 @@ class TimestepEmbedding(nn.Module):
         return repeat(self.linear_2(F.silu(self.linear_1(wave))), "b c -> (b f) c", f=clip.shape[2])
 
 
-@dataclass(frozen=True)
-class BlockInputs:
+class BlockInputs(NamedTuple):
     """Inputs that every block receives besides its features.
 
     Attributes:

@@ -131,14 +131,13 @@ def _open_container(path: Path) -> Iterator[av.container.InputContainer]:
         yield container
 
 
-def _decode_stream(path: Path, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+def _decode_stream(path: Path, stream: Any) -> Iterator[av.VideoFrame]:
     """Yield the frames of a stream, then check that it ends where its file declares.
 
     Raises InputError if the file ends inside a frame, and warns if frames are missing.
     """
     is_cut, count, num_hidden, end = False, 0, 0, 0.0
-    decoder: Any = stream.codec_context
-    container: Any = stream.container
+    container, decoder = stream.container, stream.codec_context
     alpha_decoder = ALPHA_DECODERS.get(decoder.name)
     if stream.metadata.get("alpha_mode") == "1" and alpha_decoder in av.codecs_available:
         decoder = av.CodecContext.create(alpha_decoder, "r")

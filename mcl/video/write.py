@@ -53,14 +53,13 @@ def to_uint8(frames: torch.Tensor) -> np.ndarray:
     return rearrange(levels.round().to(torch.uint8), "f c H W -> f H W c").numpy()
 
 
-def check_output_path(path: str | os.PathLike) -> None:
+def check_output_path(path: Path) -> None:
     """Raise InputError if `write_video` could not write to `path`. Changes nothing."""
-    target = Path(path)
-    suffix = target.suffix.lower()
-    if suffix not in WRITERS or target.name.lower() in WRITERS:     # ".mp4" has no extension
-        raise InputError(f"{target}: the extension is not known. Use .mp4, .gif or .webp, or no "
+    suffix = path.suffix.lower()
+    if suffix not in WRITERS or path.name.lower() in WRITERS:       # ".mp4" has no extension
+        raise InputError(f"{path}: the extension is not known. Use .mp4, .gif or .webp, or no "
                          "extension for a folder of PNG images")
-    check_writable(target, is_folder=not suffix)
+    check_writable(path, is_folder=not suffix)
 
 
 def _write_mp4(path: Path, images: np.ndarray, fps: float) -> None:

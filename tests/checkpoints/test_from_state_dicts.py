@@ -44,7 +44,7 @@ def test_motion_version_decides_for_an_adapter_with_the_usual_32_positions():
 
 @pytest.mark.parametrize("motion, version, message", [
     (without_encodings("v3"), None, 'tell v1 from v3. Pass motion_version="v1" or "v3"'),
-    (without_encodings("v3"), "v4", "motion_version = 'v4' is unknown: it must be v1, v2 or v3"),
+    (without_encodings("v3"), "v4", "motion_version = 'v4' does not fit its tensors. Pass v1"),
     (without_encodings("v3"), "v2", "motion_version = 'v2' does not fit its tensors. Pass v1 or"),
     (without_encodings("v2"), "v3", "motion_version = 'v3' does not fit its tensors. Pass v2"),
     (foreign.motion("v1"), "v3", "motion_version = 'v3' does not fit its tensors. Pass v1")])

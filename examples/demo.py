@@ -103,7 +103,7 @@ def make_html(model: mcl.Model, config: mcl.SampleConfig, prompt: str, seed: int
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, "clone.mp4"), Path(folder, "pair.mp4")]
         pair = [frames for frames in (reference.frames, clip.frames) if frames is not None]
-        for path, frames in zip(files, (clip.frames, torch.cat(pair, dim=-1))):
+        for path, frames in zip(files, (clip.frames, torch.cat(pair, dim=-1)), strict=True):
             mcl.write_video(path, frames, clip.fps)
         write_html_report(Path(folder, "report"), model, prompt, config, reference,
                           {"unguided": unguided, "clone": clip.latents}, clip.steps, record)

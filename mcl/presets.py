@@ -43,24 +43,25 @@ PRESETS: dict[str, SampleConfig] = {
     **DISTILLED_PRESETS}
 
 
-def build_config(own: SampleConfig, preset: str | None = None, **settings: Any) -> SampleConfig:
+def build_config(defaults: SampleConfig, preset: str | None = None, **settings: Any
+                 ) -> SampleConfig:
     """Return the settings of one run: the model's own, then the preset's, then the given ones.
 
     Args:
-        own: The model's own settings.
+        defaults: The model's own settings.
         preset: One of `PRESETS`.
         settings: Fields of `SampleConfig`.
 
     Raises:
         InputError: If the preset or a setting is not known, or a value is not legal.
     """
-    for name in set(settings) - set(vars(own)):
-        close = difflib.get_close_matches(name, vars(own), n=1) or vars(own)
+    for name in set(settings) - set(vars(defaults)):
+        close = difflib.get_close_matches(name, vars(defaults), n=1) or vars(defaults)
         raise InputError(f"unknown setting {name!r}: did you mean {', '.join(map(repr, close))}?")
     if preset is not None and preset not in PRESETS:
         raise InputError(f"preset = {preset!r} is not known: use one of {', '.join(PRESETS)}")
-    clip = {name: getattr(own, name) for name in CLIP_FIELDS}
-    config = own if preset is None else dataclasses.replace(PRESETS[preset], **clip)
+    clip = {name: getattr(defaults, name) for name in CLIP_FIELDS}
+    config = defaults if preset is None else dataclasses.replace(PRESETS[preset], **clip)
     guided = config.guidance_steps
     if "guidance_steps" not in settings and settings.get("steps", guided) < guided:
         raise InputError(f"{f'preset {preset}' if preset else 'this model'} guides {guided} steps: "

@@ -81,5 +81,5 @@ def test_import_mcl_loads_no_converter_no_evaluation_and_no_command_line():
                             capture_output=True, text=True).stdout.split()
     assert "mcl.clone" in loaded
     assert [name for name in loaded if name.startswith(("mcl.evaluation", "mcl.cli"))] == []
-    assert [name for name in loaded if name.startswith("mcl.checkpoints.")] == [
-        "mcl.checkpoints.model_file"]
+    assert {name for name in loaded if name.startswith("mcl.checkpoints.")} == {
+        "mcl.checkpoints.model_file", "mcl.checkpoints.from_state_dicts"}

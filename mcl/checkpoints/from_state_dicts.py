@@ -10,9 +10,6 @@ from torch import Tensor
 from ..config import SampleConfig
 from ..device import resolve_device, resolve_dtype
 from ..model import Model
-from .convert import plan_conversion
-from .detect import DetectedCheckpoint, detect, detect_networks
-from .lazy_tensor import Checkpoint, wrap_tensor
 from .model_file import build_on_meta, load_weights
 
 
@@ -46,6 +43,10 @@ def model_from_state_dicts(
         InputError: If a part or a tensor is missing, extra, misshapen or not finite, or belongs to
             another family of models.
     """
+    # Imported here, so that `import mcl` does not import the converter.
+    from .convert import plan_conversion
+    from .detect import DetectedCheckpoint, detect, detect_networks
+    from .lazy_tensor import Checkpoint, wrap_tensor
     states = {"base": base, "unet": unet, "vae": vae, "text_encoder": text_encoder,
               "motion": motion, "sparsectrl": sparsectrl}
     parts: dict[str, DetectedCheckpoint] = {}

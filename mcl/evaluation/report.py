@@ -1,4 +1,4 @@
-"""How well a clip follows its reference, and whether a model can follow a reference at all."""
+"""Measures how well a clip follows its reference, and whether a model can follow it at all."""
 import dataclasses
 import math
 import warnings

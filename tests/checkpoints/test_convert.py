@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from mcl import ModelConfig, clone, load_model, read_video
 from mcl.checkpoints.convert import missing_parts
 from mcl.checkpoints.detect import distillation_of
-from mcl.cli.convert import main
 from mcl.config import from_dict
 from mcl.presets import DISTILLED_PRESETS
 from mcl.sampler import guidance_weight
@@ -410,18 +409,6 @@ def test_an_interrupted_conversion_leaves_no_file(error, code, line, folder, tmp
                    "--out", tmp_path / "o.safetensors") == code
     assert capsys.readouterr().err.endswith(f"{line}\n")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_out_option_is_reported(capsys):
-    assert convert("--base", "x") == 2
-    assert "--out is missing: give the file to write" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", [
-    "--sparsectrl", "--base", "--motion-module", "--vae", "--text-encoder"])
-def test_an_option_that_is_given_twice_is_rejected(option, capsys):
-    assert main([option, "a", option, "b", "--out", "c.safetensors"]) == 2
-    assert f"error: {option} is given twice: give it once" in capsys.readouterr().err
 
 
 def test_sparsectrl_is_not_a_part_that_a_model_needs():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mcl.cli import convert
 from mcl.cli.process import exit_code_of
 from tests.cli.conftest import REFERENCE, ROOT
 
@@ -85,3 +86,15 @@ def test_lack_of_memory_is_one_line(error, line, capsys):
 def test_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_code_of(lambda: 1 // 0)
+
+
+def test_a_missing_out_option_is_reported(capsys):
+    assert convert.main(["--base", "x"]) == 2
+    assert "--out is missing: give the file to write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [
+    "--sparsectrl", "--base", "--motion-module", "--vae", "--text-encoder"])
+def test_an_option_that_is_given_twice_is_rejected(option, capsys):
+    assert convert.main([option, "a", option, "b", "--out", "c.safetensors"]) == 2
+    assert f"error: {option} is given twice: give it once" in capsys.readouterr().err

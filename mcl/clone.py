@@ -1,7 +1,6 @@
 """The whole method as one function: reference video and prompt in, clip out."""
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +18,9 @@ from .model import Model
 from .motion import Motion, extract_motion, reference_noise
 from .networks.sparsectrl import sparsectrl_condition
 from .presets import build_config
-from .sampler import SamplerStep, initial_noise, sample
+from .sampler import Progress, SamplerStep, initial_noise, no_progress, sample
 from .video.read import read_image, read_video, resize_frames
 from .video.write import write_video
-
-Progress = Callable[..., Iterable]          # like tqdm: progress(iterable, desc=..., total=...)
 
 
 class Reference(NamedTuple):
@@ -69,7 +66,7 @@ def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = 
           seed: int = 0, preset: str | None = None, guidance: Sequence[Guidance] = (),
           control: Mapping[int, Any] | None = None, start: float = 0.0,
           duration: float | None = None, callback: Callable[[SamplerStep], Any] | None = None,
-          progress: Progress | None = None, **settings: Any) -> Clip:
+          progress: Progress = no_progress, **settings: Any) -> Clip:
     """Generate a clip of a prompt that moves like a reference (MotionClone, arXiv 2406.05338).
 
     Args:
@@ -91,7 +88,6 @@ def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = 
         InputError: If an argument is wrong; the message says what is possible.
         NumericalError: If the result is not finite.
     """
-    progress = progress or no_progress
     model = model if isinstance(model, Model) else load_model(model)
     config = build_config(model.config.sample, preset, **settings)
     guidance = resolve_guidance(guidance, None, model, config)
@@ -106,7 +102,7 @@ def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = 
     if config.motion_weight and config.semantic_scale:
         guidance = [semantic.semantic_guidance(
             model, prompt, noise, config, subject_masks(model, prompt, reference, config),
-            progress=partial(progress, desc="unguided clip")), *guidance]
+            progress=progress), *guidance]
     if config.motion_weight and isinstance(reference.motion, InvertedReference):
         guidance = [inversion.inversion_guidance(reference.motion, config), *guidance]
 
@@ -128,7 +124,7 @@ def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = 
 
 def read_reference(model: Model, source: Source, config: SampleConfig, *, start: float = 0.0,
                    duration: float | None = None, control: Mapping[int, Any] | None = None,
-                   cache_dir: Path | None = None, progress: Progress | None = None) -> Reference:
+                   cache_dir: Path | None = None, progress: Progress = no_progress) -> Reference:
     """Read a reference and its motion by config.method.
 
     Args:
@@ -156,8 +152,8 @@ def read_reference(model: Model, source: Source, config: SampleConfig, *, start:
         read_video(source, config.num_frames, size, start, duration, model_fps=model.config.fps))
     latents = model.vae.encode(frames)
     if config.method == "inversion":
-        bar, prompt = partial(progress or no_progress, desc="inversion"), config.ref_prompt
-        motion = inversion.invert_reference(model, latents, prompt, config, bar, cache_dir)
+        motion = inversion.invert_reference(model, latents, config.ref_prompt, config, progress,
+                                            cache_dir)
         return Reference(motion, frames, latents)
     condition = control_condition(model, {i: frames[i, None] for i in control or {}}, config)
     return Reference(extract_motion(model, latents, config, control=condition), frames, latents)
@@ -235,8 +231,3 @@ def check_memory(model: ModelConfig, config: SampleConfig, place: torch.device,
         if free is not None and needed > free:
             raise MemoryError(f"{config.num_frames} frames of {config.width}x{config.height} need "
                               f"more than {needed / 1e9:.0f} GB of the {free / 1e9:.0f} GB free")
-
-
-def no_progress(iterable: Iterable, desc: str = "", total: int | None = None) -> Iterable:
-    """Return the iterable unchanged: no progress bar."""
-    return iterable

@@ -5,7 +5,7 @@ guided step, the motion is read from the inverted latents of that timestep.
 """
 import hashlib
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from .guidance import Guidance
 from .model import Model
 from .motion import Motion, motion_loss, motion_metadata, read_safetensors, top_k_motion
 from .networks.attention import AttentionMaps, AttentionRequest
+from .sampler import Progress, no_progress
 from .schedule import NUM_TRAIN_TIMESTEPS, NoiseSchedule, ddim_step
 
 
@@ -137,7 +138,7 @@ class LatentCache(UserDict[int, Any]):
 
 
 def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleConfig,
-                     progress: Callable[[Iterable], Iterable] = iter,
+                     progress: Progress = no_progress,
                      cache_dir: Path | None = None) -> InvertedReference:
     """Invert a reference for sampling with the same settings.
 
@@ -146,7 +147,7 @@ def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleC
         latents: Scaled latents (1, c, f, h, w) of the reference.
         prompt: What the reference shows.
         config: Settings of the sampling.
-        progress: Function that wraps the list of the timesteps, for a progress bar.
+        progress: Function that wraps an iterable in a progress bar, such as `tqdm`.
         cache_dir: Folder for the latents, in place of memory. An interrupted inversion continues
             from it, and a finished one is used again.
     """
@@ -161,7 +162,8 @@ def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleC
     t_before = max(stored, default=-1)
     remaining = [t for t in timesteps if t > t_before]
     steps = ddim_invert(model, stored.get(t_before, latents), prompt, remaining, t_before, windows)
-    for t, (_, z) in zip(progress(remaining), steps, strict=False):
+    bar = progress(remaining, desc="inversion", total=len(remaining))
+    for t, (_, z) in zip(bar, steps, strict=False):
         stored[t] = z           # of the others, only the last is needed, to continue from it
         if t_before not in (-1, *guided):
             del stored[t_before]

@@ -1,5 +1,5 @@
 """The guided sampling loop: DDIM, guided by the gradient of losses on attention."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from .model import Model
 from .motion import Motion
 from .networks.attention import NO_REQUEST, AttentionMaps, AttentionRequest, merge_requests
 from .schedule import ddim_step
+
+Progress = Callable[..., Iterable]          # like tqdm: progress(iterable, desc=..., total=...)
 
 
 class SamplerStep(NamedTuple):
@@ -217,3 +219,8 @@ class Sampler:
 def initial_noise(model: Model, config: SampleConfig, generator: Generator | None = None) -> Tensor:
     """Return standard normal latents (1, c, f, h, w), drawn on the CPU."""
     return torch.randn(model.config.latent_shape(config), generator=generator)
+
+
+def no_progress(iterable: Iterable, desc: str = "", total: int | None = None) -> Iterable:
+    """Return the iterable unchanged: no progress bar."""
+    return iterable

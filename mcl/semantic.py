@@ -4,7 +4,7 @@ Cross-attention to the subject's word locates the subject. The features of the g
 the reference's foreground are guided towards those of an unguided clip, of the same noise and
 prompt, inside its own foreground; likewise for the background.
 """
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from .errors import InputError
 from .guidance import Guidance
 from .model import Model
 from .networks.attention import AttentionMaps, AttentionRequest
-from .sampler import Sampler
+from .sampler import Progress, Sampler, no_progress
 
 SUBJECT_REQUEST = AttentionRequest(cross=("up_blocks.1",))  # attention that locates the subject
 GAUSSIAN_SIGMA = 5 / 16                     # of the softened masks, in sides of the grid
@@ -200,7 +200,7 @@ def require_single_window(windows: ContextWindows) -> None:
 
 def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: SampleConfig,
                       subject: SubjectMasks | None = None, control: Tensor | None = None,
-                      progress: Callable[[Iterable], Iterable] = iter) -> Guidance:
+                      progress: Progress = no_progress) -> Guidance:
     """Return guidance towards the appearance of the unguided clip.
 
     The unguided clip is sampled here for the guided steps, and its mean keys are stored.
@@ -212,7 +212,7 @@ def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: Sample
         config: Settings with semantic_scale and semantic_blocks.
         subject: Masks of the subject; None compares whole frames.
         control: Condition of SparseCtrl, as for `sample`.
-        progress: Function that wraps the iterable of the steps, for a progress bar.
+        progress: Function that wraps an iterable in a progress bar, such as `tqdm`.
 
     Raises:
         InputError: If its weight is 0, or the clip has several context windows.
@@ -224,7 +224,8 @@ def semantic_guidance(model: Model, prompt: str, latents: Tensor, config: Sample
     request = AttentionRequest(temporal_keys=config.semantic_blocks,
                                cross=SUBJECT_REQUEST.cross if subject else ())
     z, unguided = latents.detach().to(model.device, torch.float32), {}
-    for i, (t, _) in progress(list(enumerate(sampler.timestep_pairs[:config.guidance_steps]))):
+    pairs = sampler.timestep_pairs[:config.guidance_steps]
+    for i, (t, _) in progress(enumerate(pairs), desc="unguided clip", total=len(pairs)):
         eps, maps = sampler.predict_window(z, t, sampler.text, 0, request)
         masks = subject and binary_masks(subject_mask(maps, subject.tokens, config.mask_threshold))
         unguided[t] = masked_key_means(maps, masks)

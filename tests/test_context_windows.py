@@ -207,5 +207,5 @@ def test_control_is_cut_into_the_windows_of_its_frames(small_rgb, config):
 
 def test_semantic_guidance_rejects_several_windows(small, config):
     config = dataclasses.replace(config, semantic_scale=1.0)
-    with pytest.raises(InputError, match="use 4 frames or fewer"):
+    with pytest.raises(InputError, match="needs one context window of 4 frames"):
         semantic_guidance(small, "a star", clip(), config)

@@ -73,7 +73,7 @@ def test_resolved_guidance_has_full_layer_names(small, layers):
 
 @pytest.mark.parametrize("guidance, message", [
     (Guidance(total), "guidance = .* must be a list"), (total, "must be a list"),
-    ([total], r"guidance = \[<function total.* must be a list, \[Guidance\(loss\), ...\]"),
+    ([total], r"guidance = \[<function to.* must be a list, \[Guidance\(loss\), ...\]"),
     ([Guidance(total), (total, "up_blocks.1")], "guidance = .* must be a list"),
     ([Guidance(total, "up_block.1")], "'up_block.1' has no temporal attention"),
     ([Guidance(total, "up_blocks.0", "cross")], "'up_blocks.0' has no cross-attention")])

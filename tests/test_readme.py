@@ -196,7 +196,8 @@ def test_options_and_settings_in_the_benchmarks_exist():
             is_file = path.endswith(".py")
             source = (ROOT / (path if is_file else path.replace(".", "/") + ".py")).read_text()
         options = re.findall(r"--[a-z-]+", span)
-        assert [option for option in options if f'"{option}"' not in source] == [], span
+        assert [option for option in options if f'"{option}"' not in source
+                and f"    {option[2:].replace('-', '_')}:" not in source] == [], span
         assert set(re.findall(r"(\w+)=", span)) <= settings, span
 
 

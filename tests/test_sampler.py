@@ -210,7 +210,7 @@ def test_wrong_argument_is_rejected_when_sample_is_called(small, arguments, mess
 
 def test_guidance_with_a_weight_of_zero_is_rejected(small):
     config = dataclasses.replace(small.config.sample, motion_weight=0.0)
-    with pytest.raises(InputError, match="motion_weight = 0 .* above 0 with guidance"):
+    with pytest.raises(InputError, match="motion_weight = 0.0 .* above 0 with guidance"):
         sample(small, "", None, config, guidance=[Guidance(len)])
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..clone import Progress, make_generator, no_progress
+from ..clone import make_generator
 from ..config import SampleConfig
 from ..model import Model
 from ..motion import Motion, extract_motion
-from ..sampler import Sampler, sample
+from ..sampler import Progress, Sampler, no_progress, sample
 from . import metrics
 from .tracking import tracklets
 
@@ -89,7 +89,7 @@ def warn_if_unsuitable(model: Model, name: str, latents: Tensor) -> dict[str, fl
 
 def sample_unguided(model: Model, prompt: str, config: SampleConfig, seed: int,
                     control: Tensor | None = None, num_steps: int | None = None,
-                    progress: Progress | None = None) -> Tensor:
+                    progress: Progress = no_progress) -> Tensor:
     """Return the latents (1, c, f, h, w) of a clip without guidance, from the noise of a seed.
 
     Args:
@@ -104,7 +104,7 @@ def sample_unguided(model: Model, prompt: str, config: SampleConfig, seed: int,
     if num_steps is not None:
         config = dataclasses.replace(config, steps=min(num_steps, config.steps), guidance_steps=0)
     states = sample(model, prompt, None, config, control=control, generator=make_generator(seed))
-    for state in (progress or no_progress)(states, desc="unguided clip", total=config.steps):
+    for state in progress(states, desc="unguided clip", total=config.steps):
         latents: Tensor = state.latents
     return latents
 

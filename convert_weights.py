@@ -1,7 +1,6 @@
 """Convert community checkpoints to one model file: python convert_weights.py --help."""
-if __name__ == "__main__":
-    try:
-        from mcl.cli.convert import command
-    except KeyboardInterrupt:           # while PyTorch is imported
-        raise SystemExit(130) from None
-    command()
+try:
+    from mcl.cli.convert import command
+except KeyboardInterrupt:           # while PyTorch is imported
+    raise SystemExit(130) from None
+command()

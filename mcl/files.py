@@ -49,13 +49,15 @@ def check_io_conflicts(reads: Iterable[tuple[str, Path]], writes: Iterable[Outpu
 
     Raises:
         InputError: If an output cannot be written (`check_writable`), is an input or another
-            output under any name, or exists and is not replaceable.
+            output under any name, is inside a folder that is one, or exists and is not
+            replaceable.
     """
     uses = {file_id(path): f"is read by {option}" for option, path in reads}
     for option, path, is_folder, is_replaceable in writes:
         check_writable(path, is_folder)
-        if file_id(path) in uses:
-            raise InputError(f"{path}: {uses[file_id(path)]}. Give {option} another name")
+        for place in (path, folder := path.parent.resolve(), *folder.parents):
+            if use := uses.get(file_id(place)):
+                raise InputError(f"{place}: {use}. Give {option} another name")
         if is_replaceable is not None and os.path.lexists(path) and not is_replaceable():
             raise InputError(f"{path}: was not written by this program. Give {option} another name")
         uses[file_id(path)] = f"is also written by {option}"

@@ -6,6 +6,7 @@ guided step, the motion is read from the inverted latents of that timestep.
 import hashlib
 from collections import UserDict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def ddim_invert(model: Model, latents: Tensor, prompt: str, timesteps: Sequence[
     windows = windows or ContextWindows(latents.shape[2], latents.shape[2], (0,))
     text = model.encode_text([prompt])
     z = latents.detach().to(model.device, torch.float32)
-    for t_prev, t in zip([t_before, *timesteps], timesteps, strict=False):
+    for t_prev, t in pairwise([t_before, *timesteps]):
         parts = (z[:, :, windows.frame_indices(o)].to(model.dtype) for o in windows.offsets)
         eps = blend_windows([model.unet(part, t, text)[0].float() for part in parts], windows)
         z = ddim_step(z, eps, eps, model.schedule.alpha_bar(t_prev), model.schedule.alpha_bar(t))

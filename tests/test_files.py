@@ -102,6 +102,12 @@ def test_outputs_that_collide_are_rejected_with_their_options(tmp_path):
     for name in ("clip", "hard", "soft", f"../{tmp_path.name}/clip"):
         with pytest.raises(InputError, match="is read by --ref. Give --out another name"):
             check_io_conflicts(inputs, [OutputFile("--out", tmp_path / name)])
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("images/deep")
+    for name in ("images/a.webp", "images/deep/a.mp4", "link/a.mp4"):
+        with pytest.raises(InputError, match="images: is read by --ref. Give --out another name"):
+            check_io_conflicts([("--ref", tmp_path / "images")],
+                               [OutputFile("--out", tmp_path / name)])
     for first, second in (("n", "n"), ("n", f"../{tmp_path.name}/n"), ("none", "dangling")):
         outputs = [OutputFile("--out", tmp_path / first), OutputFile("--maps", tmp_path / second)]
         with pytest.raises(InputError, match="also written by --out. Give --maps another name"):

@@ -49,8 +49,8 @@ def check_io_conflicts(reads: Iterable[tuple[str, Path]], writes: Iterable[Outpu
 
     Raises:
         InputError: If an output cannot be written (`check_writable`), is an input or another
-            output under any name, is inside a folder that is one, or exists and is not
-            replaceable.
+            output under any name, is inside a folder that is read or written, or exists and
+            is not replaceable.
     """
     uses = {file_id(path): f"is read by {option}" for option, path in reads}
     for option, path, is_folder, is_replaceable in writes:

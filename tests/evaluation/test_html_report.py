@@ -256,12 +256,18 @@ def browser(report, tmp_path_factory):
 
 
 def wait_for(condition, seconds=30):
-    """Return the value of a condition as soon as it is true."""
+    """Return the value of a condition as soon as it is true.
+
+    A page may replace an element while the condition reads it. Then the condition is tried again.
+    """
+    from selenium.common.exceptions import StaleElementReferenceException
     end = time.monotonic() + seconds
-    while not (value := condition()):
+    while True:
+        with contextlib.suppress(StaleElementReferenceException):
+            if value := condition():
+                return value
         assert time.monotonic() < end
         time.sleep(0.05)
-    return value
 
 
 def find(browser, css):

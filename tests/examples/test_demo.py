@@ -69,8 +69,8 @@ def fill(field, text):
 
 
 def press(browser, text):
-    wait(lambda: [b for b in find(browser, "button") if b.text == text and b.is_displayed()]
-         )[0].click()
+    wait(lambda: [b.click() or b for b in find(browser, "button")
+                  if b.text == text and b.is_displayed()])
 
 
 def messages(browser):
@@ -121,8 +121,9 @@ def test_wrong_input_is_refused_in_one_line_without_server_paths(server, browser
             ("text.mp4", "text.mp4: cannot be decoded"),
             ("long.mp4", "long.mp4: longer than 20 s. Cut a part out of it.")):
         upload(browser, address, tmp_path / name)
-        wait(lambda start=start_of_message: any(m.startswith(start) for m in messages(browser)))
-        text = "".join(messages(browser))
+        shown = wait(lambda start=start_of_message: [m for m in messages(browser)
+                                                     if m.startswith(start)])
+        text = "".join(shown)
         assert "/" not in text and "--" not in text and "\n" not in text, text
     browser.get(address)
     press(browser, "Clone the motion")

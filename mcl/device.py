@@ -68,7 +68,7 @@ def free_memory(device: torch.device) -> int | None:
 def disable_malloc_trimming() -> None:
     """Make the C library keep freed memory for the next tensors. For processes of our own.
 
-    By default glibc returns every block of 32 MB or more to the system, which clears it page by
+    glibc normally returns every block of 32 MB or more to the system, which clears it page by
     page when it is allocated again: a tenth of a step at Stable Diffusion's width on the CPU. A
     fifth of the memory that is kept lies between blocks and cannot be used. Other C libraries stay
     as they are.

@@ -60,6 +60,11 @@ class Model(nn.Module):
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @property
+    def description(self) -> str:
+        """The model's name in messages, such as "demo model"."""
+        return "demo model" if self.config.name == "tiny" else f"model {self.config.name}"
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Return text embeddings (b, 77, d). Warns if a prompt is longer than 75 tokens."""
         with torch.no_grad():

@@ -37,7 +37,10 @@ def listing(name):
 
 @functools.cache
 def mini_weights():
-    """Of the small model, with the middle block's motion module: {"unet.conv_in.weight": ...}."""
+    """Return the small model's weights by name, such as "unet.conv_in.weight".
+
+    They include a motion module in the middle block.
+    """
     model, g = build_on_meta(MINI), torch.Generator().manual_seed(0)
     return {f"{part}.{name}": 0.1 * torch.randn(t.shape, generator=g)
             for part in PARTS for name, t in getattr(model, part).state_dict().items()}
@@ -45,7 +48,7 @@ def mini_weights():
 
 @functools.cache
 def part(name):
-    """The weights of one part, without its name before theirs; the UNet without motion."""
+    """Return the weights of one part by their names in it; the UNet's without motion modules."""
     return {key[len(name) + 1:]: t for key, t in mini_weights().items()
             if key.startswith(name + ".") and ".motion_modules." not in key}
 
@@ -55,12 +58,12 @@ def ldm(parts=PARTS):
     unet, vae = listing("map_unet_ldm_to_diffusers"), listing("map_vae_ldm_to_diffusers")
     result = {}
     if "unet" in parts:
-        result |= {theirs: part("unet")[ours] for theirs, ours in unet.items()}
+        result |= {target: part("unet")[source] for target, source in unet.items()}
     if "vae" in parts:
-        for theirs, ours in vae.items():
-            t = part("vae")[ours]
-            conv = ".attn_1." in theirs and theirs.endswith("weight") and ".norm." not in theirs
-            result[theirs] = t[:, :, None, None] if conv else t
+        for target, source in vae.items():
+            t = part("vae")[source]
+            conv = ".attn_1." in target and target.endswith("weight") and ".norm." not in target
+            result[target] = t[:, :, None, None] if conv else t
     if "text_encoder" in parts:
         result |= {f"cond_stage_model.transformer.{k}": t for k, t in part("text_encoder").items()}
     return result
@@ -87,9 +90,9 @@ def sinusoid(length, channels):
 
 def motion_adapter(version="v2"):
     names = listing("map_mm_v2_to_motion_adapter")
-    found = motion(version)
-    result = {names[name]: t for name, t in found.items() if name in names}
-    for name, t in found.items():
+    weights = motion(version)
+    result = {names[name]: t for name, t in weights.items() if name in names}
+    for name, t in weights.items():
         if "attention_blocks.0.pos_encoder" in name:
             new = name.replace("temporal_transformer.", "").replace(
                 "attention_blocks.0.pos_encoder", "pos_embed")

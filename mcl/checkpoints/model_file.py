@@ -91,8 +91,8 @@ def read_tensors(path: Path, like: Mapping[str, Tensor], place: torch.device
 
     `like` has the names and the shapes of the tensors.
 
-    What was read of an open file stays in memory, so the file is opened again for every few
-    tensors.
+    An open file keeps everything that was read from it in memory. Therefore the file is opened
+    again for every few tensors.
 
     Raises:
         InputError: If a tensor is missing, extra or misshapen, or an int8 tensor has no scale, or

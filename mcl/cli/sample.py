@@ -109,7 +109,7 @@ def run_job(clips: Sequence[OutputClip], cache: dict[tuple, Model]) -> None:
     times.append(perf_counter())
     model = load_job_model(args, cache)
     if unknown := dict.fromkeys(model.out_of_vocabulary(args.prompt)):
-        warnings.warn(f"The {model.config.name} model does not know: {', '.join(unknown)}. "
+        warnings.warn(f"The {model.description} does not know: {', '.join(unknown)}. "
                       "Known words: python sample.py --list-words", stacklevel=2)
     is_checkpointing = needs_checkpointing(model, config)
     settings = dataclasses.asdict(config) | {"memory": "low" if is_checkpointing else "high"}

@@ -80,10 +80,10 @@ def warn_if_unsuitable(model: Model, name: str, latents: Tensor) -> dict[str, fl
         warnings.warn(f"{name} hardly moves (motion {motion:.2f}, at least {min_motion:.2f} "
                       "needed): there is little motion to clone.", stacklevel=2)
     elif error > max_error:
-        who = "demo model" if model.config.name == "tiny" else f"model {model.config.name}"
-        warnings.warn(f"The {who} was not trained on videos like {name} (error {error:.3f}, limit "
-                      f"{max_error:.3f}): the clone will probably not follow it. Try a shorter "
-                      "part with --duration, or Stable Diffusion weights.", stacklevel=2)
+        warnings.warn(f"The {model.description} was not trained on videos like {name} (error "
+                      f"{error:.3f}, limit {max_error:.3f}): the clone will probably not follow "
+                      "it. Try a shorter part with --duration, or Stable Diffusion weights.",
+                      stacklevel=2)
     return {"motion_magnitude": motion, "denoising_error": error}
 
 

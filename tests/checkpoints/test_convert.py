@@ -115,7 +115,7 @@ def test_mixed_precision_is_converted_to_one(folder, tmp_path):
 
 
 def test_legacy_pickles_with_foreign_objects(folder, tmp_path, monkeypatch):
-    """In Stable Diffusion's first files a callback's class is the key of a dict."""
+    """Stable Diffusion's first files have a dict whose key is the class of a callback."""
     lightning = types.ModuleType("pytorch_lightning")
     lightning.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning"})
     monkeypatch.setitem(sys.modules, "pytorch_lightning", lightning)

@@ -192,9 +192,9 @@ def test_complex_tensors_are_rejected(tmp_path):
 
 def test_fp8_in_pickles_is_read(tmp_path):
     w = torch.randn(3, 4).to(torch.float8_e4m3fn)
-    found = open_checkpoint(save(tmp_path / "x.ckpt", {"w": w, "part": w[1:, :2]})).tensors
-    assert found["w"].dtype == w.dtype and torch.equal(found["w"].read().float(), w.float())
-    assert torch.equal(found["part"].read().float(), w[1:, :2].float())
+    tensors = open_checkpoint(save(tmp_path / "x.ckpt", {"w": w, "part": w[1:, :2]})).tensors
+    assert tensors["w"].dtype == w.dtype and torch.equal(tensors["w"].read().float(), w.float())
+    assert torch.equal(tensors["part"].read().float(), w[1:, :2].float())
 
 
 def test_control_characters_of_file_names_and_keys_are_escaped(tmp_path, capsys):
@@ -220,10 +220,10 @@ def test_huge_numbers_in_keys_are_no_block_numbers(tmp_path):
 
 def test_a_yaml_file_beside_a_checkpoint_can_declare_v_prediction(tmp_path, capsys):
     base = save(tmp_path / "x.safetensors", ldm(("unet",)))
-    beside = tmp_path / "x.yaml"
-    beside.write_text('model:\n  params:\n    parameterization: "eps"\n')
+    yaml = tmp_path / "x.yaml"
+    yaml.write_text('model:\n  params:\n    parameterization: "eps"\n')
     assert convert("--check", base) == 0
-    beside.write_text('model:\n  params:\n    parameterization: "v"\n')
+    yaml.write_text('model:\n  params:\n    parameterization: "v"\n')
     assert convert("--check", base) == 2
     assert "a v-prediction model (yaml: v-prediction, by x.yaml)" in capsys.readouterr().out
 

@@ -174,10 +174,10 @@ def test_words_that_the_model_does_not_know_and_long_prompts_are_reported(tmp_pa
     assert run("--ref", REFERENCE, "--prompt", "a red zebra " * 40, "--out", tmp_path / "a.gif",
                "--steps", 1, "--guidance-steps", 0, "--size", "32x32", "--num-frames", 2) == 0
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    found = [line for line in lines if line.startswith("warning: ")]
+    printed = [line for line in lines if line.startswith("warning: ")]
     assert any("does not know: zebra. Known words: python sample.py --list-words" in line
-               for line in found)
-    assert any("the prompt has 120 tokens and 75 are read; dropped: " in line for line in found)
+               for line in printed)
+    assert any("the prompt has 120 tokens and 75 are read; dropped: " in line for line in printed)
     assert lines[0].startswith("Using the built-in demo model")
     assert run("--list-words") == 0
     assert {"star", "navy"} <= set(capsys.readouterr().out.split())

@@ -121,9 +121,8 @@ def test_wrong_input_is_refused_in_one_line_without_server_paths(server, browser
             ("text.mp4", "text.mp4: cannot be decoded"),
             ("long.mp4", "long.mp4: longer than 20 s. Cut a part out of it.")):
         upload(browser, address, tmp_path / name)
-        shown = wait(lambda start=start_of_message: [m for m in messages(browser)
-                                                     if m.startswith(start)])
-        text = "".join(shown)
+        text = "".join(wait(lambda start=start_of_message: [m for m in messages(browser)
+                                                            if m.startswith(start)]))
         assert "/" not in text and "--" not in text and "\n" not in text, text
     browser.get(address)
     press(browser, "Clone the motion")

@@ -74,7 +74,7 @@ def encode_clips(folder: Path, photos: Sequence[Path], vae: AutoencoderKL, num_c
 
 
 class LatentClips:
-    """All encoded clips of a folder.
+    """The encoded clips of a folder.
 
     Attributes:
         latents: Unscaled latents (clips, f, c, h, w), float16.

@@ -134,9 +134,6 @@ class LatentCache(UserDict[int, Any]):
         self.data[t] = self.folder / f"{t:04d}.safetensors"
         save_safetensors(self.data[t], {"latents": latents.cpu()}, {"key": self.key})
 
-    def __delitem__(self, t: int) -> None:
-        self.data.pop(t).unlink()
-
 
 def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleConfig,
                      progress: Progress = no_progress,
@@ -165,10 +162,12 @@ def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleC
     steps = ddim_invert(model, stored.get(t_before, latents), prompt, remaining, t_before, windows)
     bar = progress(remaining, desc="inversion", total=len(remaining))
     for t, (_, z) in zip(bar, steps, strict=False):
-        stored[t] = z           # of the others, only the last is needed, to continue from it
-        if t_before not in (-1, *guided):
-            del stored[t_before]
-        t_before = t
+        # An interrupted inversion continues from any timestep. Nothing is deleted from the folder,
+        # because another run may use it.
+        if t in guided or cache_dir is not None:
+            stored[t] = z
+    for t in stored.keys() - guided:
+        del stored[t]           # the file stays
     return InvertedReference(model, model.encode_text([prompt]), stored)
 
 

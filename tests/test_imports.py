@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "mcl"
 # (without circles) and of lower layers.
 METHOD = ("schedule", "context_windows", "motion", "guidance", "sampler", "inversion", "semantic",
           "presets")
-LAYERS = (("errors",), ("config", "files", "device", "video"), ("networks",), ("schedule",),
-          ("model",), METHOD[1:], ("checkpoints",), ("clone",), ("",), ("evaluation",),
-          ("cli", "__main__"))
+LAYERS = (("errors",), ("config", "ownership", "files", "device", "video"), ("networks",),
+          ("schedule",), ("model",), METHOD[1:], ("checkpoints",), ("clone",), ("",),
+          ("evaluation",), ("cli", "__main__"))
 # These know nothing of the rest.
-INDEPENDENT = ("video", "files", "device", "errors")
+INDEPENDENT = ("video", "ownership", "files", "device", "errors")
 
 
 # Path of each module by its name inside the package; "" is the package itself.

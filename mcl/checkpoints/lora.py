@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import has_type, short_repr
 from ..errors import InputError
-from ..files import sha256_of
+from ..ownership import sha256_of
 from .containers import parse_json
 from .detect import DetectedCheckpoint, detect_file, wrong_option_error
 from .key_mapping import LORA_KEY, count_blocks, map_motion_key, map_unet_key, replace_patterns

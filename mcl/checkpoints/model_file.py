@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..config import ModelConfig, from_dict
 from ..device import resolve_device, resolve_dtype
 from ..errors import InputError
-from ..files import save_safetensors, sha256_of
+from ..files import save_safetensors
 from ..model import Model
 from ..networks.ops import channels_last_weight
+from ..ownership import sha256_of
 
 # The built-in demo model lies inside an installed package, and beside the package in a checkout.
 PACKAGED, CHECKOUT = (folder / "weights/tiny.safetensors" for folder in Path(__file__).parents[1:3])

@@ -17,7 +17,7 @@ from ..checkpoints.model_file import DEFAULT_WEIGHTS, build_on_meta, read_model_
 from ..clone import check_memory
 from ..context_windows import make_context_windows
 from ..device import DTYPES, resolve_device, resolve_dtype
-from ..files import check_readable, check_writable
+from ..ownership import check_readable
 from ..presets import PRESETS, build_config
 from ..video.read import FITS
 from ..video.write import check_output_path
@@ -165,8 +165,6 @@ def validate_args(args: argparse.Namespace) -> SampleConfig:
     check_usage(args, config, model.config)
     check_model(args, config, model)
     check_output_path(args.out)
-    if (folder := args.inversion_dir) is not None:
-        check_writable(folder / "latents" if folder.is_dir() else folder, not folder.is_dir())
     syntax = [match[0] for prompt in (args.prompt, config.negative_prompt, config.ref_prompt)
               for match in PROMPT_SYNTAX.finditer(prompt)]
     if syntax:

@@ -3,10 +3,11 @@ import argparse
 import functools
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from tqdm import tqdm
 
 from ..checkpoints import convert, detect
@@ -15,7 +16,8 @@ from ..checkpoints.lora import IGNORE_ALPHA_HELP, open_lora, parse_scaled
 from ..checkpoints.model_file import file_metadata
 from ..device import DTYPE_ALIASES, DTYPES
 from ..errors import InputError, escape_control_characters
-from ..files import OutputFile, check_io_conflicts, check_writable, sha256_of, stream_safetensors
+from ..files import stream_safetensors
+from ..ownership import OutputFile, check_io_conflicts, check_writable, file_state, sha256_of
 from .process import OneLineErrorParser, exit_code_of, run_main
 
 NETWORK_HELP = {
@@ -82,7 +84,11 @@ def convert_files(args: argparse.Namespace) -> int:
         return check_files(args.check)
     if args.out is None:
         raise InputError("--out is missing: give the file to write, a .safetensors")
+    if args.out.suffix.lower() != ".safetensors":
+        raise InputError(f"{args.out}: the file is a safetensors file. Let its name end so")
     check_writable(args.out)
+    reads = given_files(args)
+    states = {path: file_state(path) for _, path in reads}
     networks = open_networks(args)
     loras = [open_lora(option, path, scale, args.ignore_alpha)
              for option in LORAS for path, scale in vars(args)[option]]
@@ -93,21 +99,34 @@ def convert_files(args: argparse.Namespace) -> int:
         (lora.checkpoint.option, lora.checkpoint,
          f":{lora.scale:g}{' without alpha' * lora.ignore_alpha}") for lora in loras]
     paths = [path for _, checkpoint, _ in inputs for path in checkpoint.files]
-    check_io_conflicts([("this command", path) for path in paths], [OutputFile("--out", args.out)])
+    reads += [("this command", path) for path in paths]
+    check_io_conflicts(reads, [OutputFile("--out", args.out)])
     for checkpoint in {checkpoint.path: checkpoint for _, checkpoint, _ in inputs}.values():
         print(usage_report(checkpoint, plan.ignored[checkpoint.path]), file=sys.stderr)
     sha256 = sha256_of_files(paths)
     sources = {f"{option} {path.relative_to(checkpoint.path.parent)}{scale}": sha256[path]
                for option, checkpoint, scale in inputs for path in checkpoint.files}
     dtype = DTYPES[DTYPE_ALIASES[args.dtype]]
-    tensors = tqdm(plan.tensors(dtype), total=len(plan.shapes), desc=args.out.name, unit="tensor",
-                   file=sys.stderr)
-    stream_safetensors(args.out, plan.shapes, dtype, tensors,
-                       file_metadata(plan.config, sources, dtype))
+    like = {name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, shape in plan.shapes.items()}
+
+    def tensors() -> Iterator[torch.Tensor]:
+        yield from tqdm(plan.tensors(dtype), total=len(like), desc=args.out.name, unit="tensor",
+                        file=sys.stderr)
+        for path, state in states.items():
+            if file_state(path) != state:
+                raise InputError(f"{path}: was changed while it was read. Run the command again")
+    stream_safetensors(args.out, like, tensors(), file_metadata(plan.config, sources, dtype))
     print(f"{len(plan.shapes)} tensors written, {len(plan.deltas)} of them changed by LoRAs",
           file=sys.stderr)
     print(args.out)
     return 0
+
+
+def given_files(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """Return the option and the path of each file or folder of a command line."""
+    networks = [(option, path) for option in OPTIONS.values() if (path := vars(args)[option])]
+    return networks + [(option, path) for option in LORAS for path, _ in vars(args)[option]]
 
 
 def usage_report(checkpoint: DetectedCheckpoint, ignored: Counter[str]) -> str:

@@ -7,8 +7,6 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +14,11 @@ from torch import distributed
 
 from .. import InputError, read_image, read_video
 from ..config import short_repr
-from ..files import check_readable, sha256_of
+from ..ownership import check_readable, file_state, read_record, sha256_of
 from .arguments import parse_args, validate_args
 from .outputs import OutputClip, check_jobs_io, input_files, output_clips, scaled_loras
 
-cached_sha256 = functools.cache(sha256_of)
+cached_sha256 = functools.cache(lambda path, state: sha256_of(path))
 
 
 def read_jobs(common: argparse.Namespace) -> list[OutputClip]:
@@ -88,8 +86,24 @@ def probe_inputs(args: argparse.Namespace, num_frames: int) -> None:
             read_image(path, (8, 8))
 
 
-def job_fingerprint(clip: OutputClip) -> dict[str, Any]:
-    """Return everything that a clip depends on, except the device and the packages' versions."""
+def hash_inputs(args: argparse.Namespace) -> dict[str, str]:
+    """Return the sha256 of each file that a job reads, by path."""
+    return {str(path): cached_sha256(path, file_state(path)) for _, path in input_files(args)
+            if path != args.jobs}
+
+
+def check_unchanged(args: argparse.Namespace, inputs: dict[str, str]) -> None:
+    """Raise InputError if a file that a job reads has another sha256 than before."""
+    for path, sha256 in hash_inputs(args).items():
+        if sha256 != inputs[path]:
+            raise InputError(f"{path}: was changed while it was read. Run the command again")
+
+
+def job_fingerprint(clip: OutputClip, inputs: dict[str, str]) -> dict[str, Any]:
+    """Return everything that a clip depends on, except the device and the packages' versions.
+
+    `inputs` is what `hash_inputs` returned before the files were read.
+    """
     args = clip.args
     names = ("prompt", "start", "duration", "stride", "fit", "fps", "ignore_alpha")
     return {name: getattr(args, name) for name in names} | {
@@ -98,23 +112,17 @@ def job_fingerprint(clip: OutputClip) -> dict[str, Any]:
         "images": [(str(path), frame) for path, frame in args.image],
         "loras": [(str(path), scale) for _, path, scale in scaled_loras(args)],
         "has_report": args.report, "requested_device_dtype": (args.device, args.dtype),
-        "inputs": {str(path): cached_sha256(path) for _, path in input_files(args)
-                   if path != args.jobs}}
+        "inputs": inputs}
 
 
 def is_up_to_date(clip: OutputClip) -> bool:
     """Return True if a clip's record has its fingerprint and all its files are unchanged."""
-    try:
-        record = json.loads(clip.record.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    record, paths = read_record(clip.record), clip.output_paths()
+    if not record or not all(path.exists() for path in paths):
         return False
-    expected = job_fingerprint(clip) | {"written": sha256_by_path(clip.output_paths())}
-    return isinstance(record, dict) and json.loads(json.dumps(expected)).items() <= record.items()
-
-
-def sha256_by_path(paths: Sequence[Path]) -> dict[str, str]:
-    """Return the sha256 of files and folders by path."""
-    return {str(path): sha256_of(path) for path in paths}
+    written = {str(path): sha256_of(path) for path in paths}
+    expected = json.loads(json.dumps(job_fingerprint(clip, hash_inputs(clip.args))))
+    return expected.items() <= record.items() and written.items() <= record["written"].items()
 
 
 def join_workers() -> tuple[int, int]:

@@ -1,12 +1,16 @@
 """Files that a job reads and writes."""
 import argparse
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from ..checkpoints.detect import LORAS
 from ..config import SampleConfig
-from ..files import OutputFile, check_io_conflicts, is_mcl_record
+from ..files import atomic_write, write_record
+from ..ownership import OutputFile, check_io_conflicts, read_record, recorded_files, sha256_of
+from ..video.write import write_video
 
 
 class OutputClip(NamedTuple):
@@ -31,18 +35,40 @@ class OutputClip(NamedTuple):
     maps: Path | None
 
     def outputs(self) -> list[OutputFile]:
-        """Return all files that are written; those not named by the user must be our own."""
-        is_folder, is_own = not self.out.suffix, partial(is_mcl_record, self.record)
-        files = (("--out", self.out, is_folder, None if self.out == self.args.out else is_own),
-                 ("--out", self.record, False, is_own),
-                 ("--compare", self.comparison, is_folder, is_own),
-                 ("--maps", self.maps, True, None),
-                 ("--save-motion", self.args.save_motion, False, None))
-        return [OutputFile(option, path, *kind) for option, path, *kind in files if path]
+        """Return all files that are written; the record lists those not named by the user."""
+        kind = "file" if self.out.suffix else "folder"
+        files = (("--out", self.out, kind, None if self.out == self.args.out else self.record),
+                 ("--out", self.record, "file", self.record),
+                 ("--compare", self.comparison, kind, self.record),
+                 ("--maps", self.maps, "folder", None),
+                 ("--save-motion", self.args.save_motion, "file", None),
+                 ("--inversion-dir", self.args.inversion_dir, "cache", None))
+        return [OutputFile(option, path, *rest) for option, path, *rest in files if path]
 
     def output_paths(self) -> list[Path]:
         """Return the files that are complete when the record exists, which is written last."""
-        return [file.path for file in self.outputs() if file.path != self.record]
+        return [file.path for file in self.outputs()
+                if file.path != self.record and file.kind != "cache"]
+
+    def write_video(self, path: Path, frames: Tensor, fps: float) -> None:
+        """Write a video of this clip.
+
+        The record lists the new file before it replaces an earlier one, and still lists the earlier
+        one, so that an interrupted run leaves no file that the next run does not know.
+        """
+        if not path.suffix:             # a folder has a record of its own
+            write_video(path, frames, fps)
+            return
+        with atomic_write(path) as temporary:
+            write_video(temporary, frames, fps)
+            earlier = sorted(recorded_files(self.record))
+            self.write_record({"replacing": earlier}, {path: sha256_of(temporary)})
+
+    def write_record(self, content: Mapping[str, Any], written: Mapping[Path, str]) -> None:
+        """Write the record of this clip, which lists the files of earlier runs as well."""
+        new = {str(path): sha256 for path, sha256 in written.items()}
+        earlier = read_record(self.record).get("written", {})
+        write_record(self.record, {**content, "written": earlier | new})
 
 
 def output_clips(args: argparse.Namespace, config: SampleConfig) -> list[OutputClip]:
@@ -83,5 +109,6 @@ def check_jobs_io(clips: list[OutputClip]) -> None:
     for clip in clips:
         suffix = f" of {clip.args.source}" if clip.args.source else ""
         reads += [(option + suffix, path) for option, path in input_files(clip.args)]
-        writes += [f._replace(option=f.option + suffix) for f in clip.outputs()]
+        writes += [f if f.kind == "cache" else f._replace(option=f.option + suffix)
+                   for f in clip.outputs()]
     check_io_conflicts(dict.fromkeys(reads), dict.fromkeys(writes))     # clips share --save-motion

@@ -16,10 +16,9 @@ from ..checkpoints import lora, model_file
 from ..clone import control_condition, needs_checkpointing
 from ..device import disable_malloc_trimming
 from ..evaluation import html_report, report
-from ..files import write_json
+from ..ownership import sha256_of
 from ..video.decode import has_audio
 from ..video.read import read_image, read_video
-from ..video.write import write_video
 from . import arguments, jobs
 from .outputs import OutputClip, scaled_loras
 from .process import exit_code_of, format_error, run_main
@@ -73,10 +72,12 @@ def run_pending(clips: Sequence[OutputClip]) -> list[str]:
     return failures
 
 
-def load_job_model(args: argparse.Namespace, cache: dict[tuple, Model]) -> Model:
+def load_job_model(args: argparse.Namespace, inputs: dict[str, str], cache: dict[tuple, Model]
+                   ) -> Model:
     """Return the model of a job with its LoRAs merged; the cache keeps it for the next job."""
     loras = scaled_loras(args)
-    key = (args.weights, args.device, args.dtype, args.ignore_alpha, *loras)
+    files = [args.weights, *(path for _, path, _ in loras)]
+    key = (args.device, args.dtype, args.ignore_alpha, *loras, *(inputs[str(f)] for f in files))
     if key not in cache:
         cache.clear()                   # frees the memory before the next model is loaded
         files = [lora.open_lora(*scaled, args.ignore_alpha) for scaled in loras]
@@ -103,15 +104,17 @@ class ProgressBars:
 def run_job(clips: Sequence[OutputClip], cache: dict[tuple, Model]) -> None:
     """Make the clips of one job, which differ in their seeds."""
     args, config, bars, times = clips[0].args, clips[0].config, ProgressBars(), [perf_counter()]
+    inputs = jobs.hash_inputs(args)
     source = read_source(clips[0])
     images = {frame: read_image(path, (config.height, config.width), args.fit)
               for path, frame in args.image}
     times.append(perf_counter())
-    model = load_job_model(args, cache)
+    model = load_job_model(args, inputs, cache)
     if unknown := dict.fromkeys(model.out_of_vocabulary(args.prompt)):
         warnings.warn(f"The {model.description} does not know: {', '.join(unknown)}. "
                       "Known words: python sample.py --list-words", stacklevel=2)
     is_checkpointing = needs_checkpointing(model, config)
+    jobs.check_unchanged(args, inputs)
     settings = dataclasses.asdict(config) | {"memory": "low" if is_checkpointing else "high"}
     if not is_checkpointing:
         disable_malloc_trimming()
@@ -131,7 +134,7 @@ def run_job(clips: Sequence[OutputClip], cache: dict[tuple, Model]) -> None:
         ends = [*times[1:], perf_counter()]
         notes["seconds"] = {name: round(end - start, 3) for name, start, end in zip(
             ("read", "load", "extract", "clone"), times, ends, strict=True)}
-        write_outputs(clip, result, reference, model, images, notes)
+        write_outputs(clip, result, reference, model, images, notes, inputs)
 
 
 def read_source(clip: OutputClip) -> torch.Tensor | Motion:
@@ -148,13 +151,14 @@ def read_source(clip: OutputClip) -> torch.Tensor | Motion:
 
 
 def write_outputs(clip: OutputClip, result: Clip, reference: Reference, model: Model,
-                  images: dict[int, torch.Tensor], notes: dict[str, Any]) -> None:
+                  images: dict[int, torch.Tensor], notes: dict[str, Any], inputs: dict[str, str]
+                  ) -> None:
     """Write the video of a clip, the other outputs, and last the record."""
     args, config, fps = clip.args, clip.config, clip.args.fps or result.fps
-    record = jobs.job_fingerprint(clip)
-    write_video(clip.out, result.frames, fps)
+    record = jobs.job_fingerprint(clip, inputs)
+    clip.write_video(clip.out, result.frames, fps)
     if reference.frames is not None and clip.comparison is not None:
-        write_video(clip.comparison, torch.cat([reference.frames, result.frames], dim=-1), fps)
+        clip.write_video(clip.comparison, torch.cat([reference.frames, result.frames], dim=-1), fps)
         print(clip.comparison)
     metrics: dict[str, dict[str, float]] = {}
     if args.report or clip.maps is not None:
@@ -171,8 +175,8 @@ def write_outputs(clip: OutputClip, result: Clip, reference: Reference, model: M
                 clip.maps, model, args.prompt, config, reference, latents, result.steps,
                 {**record, "fps": fps, "report": metrics}, control)
     losses = [step.loss for step in result.steps if step.loss is not None]
-    write_json(clip.record, {
+    clip.write_record({
         **record, **notes, "weights_sha256": model.sha256, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__,
-        "loss": losses, "report": metrics, "written": jobs.sha256_by_path(clip.output_paths())})
+        "loss": losses, "report": metrics}, {path: sha256_of(path) for path in clip.output_paths()})
     print(clip.out)

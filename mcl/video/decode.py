@@ -21,7 +21,7 @@ from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
 from PIL import ExifTags, Image, ImageOps, ImageSequence
 
 from ..errors import InputError
-from ..files import check_readable
+from ..ownership import check_readable
 from .hdr import TRANSFERS, tonemap_hdr_to_sdr
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

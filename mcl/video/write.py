@@ -11,7 +11,8 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from einops import rearrange
 
 from ..errors import InputError, NumericalError
-from ..files import atomic_write, check_writable
+from ..files import atomic_write
+from ..ownership import check_writable
 
 
 def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> None:
@@ -59,7 +60,7 @@ def check_output_path(path: Path) -> None:
     if suffix not in WRITERS or path.name.lower() in WRITERS:       # ".mp4" has no extension
         raise InputError(f"{path}: the extension is not known. Use .mp4, .gif or .webp, or no "
                          "extension for a folder of PNG images")
-    check_writable(path, is_folder=not suffix)
+    check_writable(path, "file" if suffix else "folder")
 
 
 def _write_mp4(path: Path, images: np.ndarray, fps: float) -> None:

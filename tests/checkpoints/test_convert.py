@@ -390,11 +390,13 @@ def test_wrong_usage_is_one_line(argv, message, folder, tmp_path, capsys):
 
 
 def test_an_input_is_not_overwritten(folder, capsys):
-    before = (folder / "mm.ckpt").read_bytes()
-    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
-                   "--out", folder / "mm.ckpt") == 2
-    assert "mm.ckpt: is read by this command. Give --out another name" in capsys.readouterr().err
-    assert (folder / "mm.ckpt").read_bytes() == before
+    base = folder / "base.safetensors"
+    before, argv = base.read_bytes(), ("--base", base, "--motion-module", folder / "mm.ckpt")
+    assert convert(*argv, "--out", base) == 2
+    assert "base.safetensors: is read by --base. Give --out another" in capsys.readouterr().err
+    assert base.read_bytes() == before
+    assert convert(*argv, "--out", folder / "o.ckpt") == 2
+    assert "o.ckpt: the file is a safetensors file. Let its name end" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error, code, line", [

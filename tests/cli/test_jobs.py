@@ -134,8 +134,7 @@ def test_failed_job_stops_no_other_and_only_it_is_run_again(run_jobs, capsys, lo
     lambda: shutil.copy(ROOT / "examples" / "zigzag.mp4", "ref.mp4")],
     ids=["seed", "compare", "report", "maps", "save_motion", "dtype", "changed clip", "no clip",
          "reference"])
-def test_changed_job_or_file_is_run_again(change, run_jobs, loads, monkeypatch):
-    monkeypatch.setattr(jobs, "cached_sha256", jobs.sha256_of)      # as in a new process
+def test_changed_job_or_file_is_run_again(change, run_jobs, loads):
     write_jobs({"out": "b.gif"})
     assert run_jobs() == 0
     change()
@@ -158,7 +157,7 @@ def test_fingerprint_does_not_depend_on_the_process_that_asks(monkeypatch):
     for rank in "01":
         monkeypatch.setenv("LOCAL_RANK", rank)
         clip, = read_jobs(parse_args(["--ref", "ref.mp4", "--prompt", "a star"]))
-        fingerprints.append(jobs.job_fingerprint(clip))
+        fingerprints.append(jobs.job_fingerprint(clip, {}))
     assert fingerprints[0] == fingerprints[1]
 
 

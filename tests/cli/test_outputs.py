@@ -10,7 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from mcl.files import FOLDER_MARKER, is_mcl_record
+from mcl.ownership import FOLDER_MARKER, read_record
 from tests.cli import conftest
 from tests.cli.conftest import REFERENCE
 
@@ -86,6 +86,6 @@ def test_files_that_this_program_wrote_are_replaced(user_files, run):
     for _ in range(2):
         assert run("--ref", "clip.mp4", "--out", "new", "--compare", "--maps", "report") == 0
         assert run("--ref", "clip.mp4", "--out", "package.mp4", "--num-samples", 2) == 0
-    assert Path("package.json").read_text() == "{}" and is_mcl_record(Path("package-1.mp4.json"))
+    assert Path("package.json").read_text() == "{}" and read_record(Path("package-1.mp4.json"))
     assert {FOLDER_MARKER, "00003.png"} < {path.name for path in Path("new").iterdir()}
     assert not list(user_files.rglob(".*.new.*"))

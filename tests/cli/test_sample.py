@@ -108,7 +108,7 @@ def test_finished_inversion_is_used_again(first, clone, tmp_path):
             "--subject", "circle", "star", "--inversion-dir", tmp_path / "cache", "--seed", 3]
     out, again = clone(tmp_path / "a.mp4", *argv), clone(tmp_path / "b.mp4", *argv)
     assert out.read_bytes() == again.read_bytes() != first.clip.read_bytes()
-    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 4
     settings = record_of(out)["settings"]
     assert settings["subject"] == ["circle", "star"]
     assert settings["semantic_scale"] == pytest.approx(settings["motion_weight"] * 42 / 1667)

@@ -11,7 +11,7 @@ import torch
 from einops import repeat
 
 from mcl.errors import InputError, NumericalError
-from mcl.files import FOLDER_MARKER
+from mcl.ownership import FOLDER_MARKER
 from mcl.video import write
 from mcl.video.read import read_video
 from mcl.video.write import check_output_path, write_video
@@ -126,7 +126,7 @@ def test_an_output_path_that_cannot_be_written_is_rejected(tmp_path):
     image_folder(tmp_path / "photos", {"00000.png": black, "holiday.png": black})
     for name, message in [("a.mov", ".mp4, .gif or .webp"), ("missing/a.mp4", "missing"),
                           ("file/a.mp4", "there is no folder"), ("file", "is not a folder"),
-                          ("folder.mp4", "is not a file"), ("photos", "did not write")]:
+                          ("folder.mp4", "is not a file"), ("photos", "was not written by this program")]:
         for check in (check_output_path, lambda path: write_video(path, smooth_frames(), 8)):
             with pytest.raises(InputError, match=re.escape(message)) as error:
                 check(tmp_path / name)

@@ -24,7 +24,8 @@ from mcl import InputError, Model, ModelConfig, clone, load_model
 from mcl.cli.process import run_main
 from mcl.device import DTYPES
 from mcl.evaluation.report import FOLLOW_THRESHOLD, denoising_error, motion_magnitude
-from mcl.files import atomic_write, check_writable, nonfinite_to_none
+from mcl.files import atomic_write, nonfinite_to_none
+from mcl.ownership import check_writable
 from mcl.presets import build_config
 
 from .clip_metrics import measure, psnr

@@ -26,10 +26,10 @@ from mcl.checkpoints.model_file import DEFAULT_WEIGHTS, load_model, save_model
 from mcl.cli.process import run_main
 from mcl.config import CLIPTextConfig, ModelConfig, SampleConfig, UNetConfig, VAEConfig
 from mcl.device import resolve_device
-from mcl.files import check_writable
 from mcl.model import Model
 from mcl.networks.ops import to_channels_last
 from mcl.networks.vae import AutoencoderKL
+from mcl.ownership import check_writable
 from mcl.schedule import NUM_TRAIN_TIMESTEPS
 
 from .clips import VOCABULARY, Rng
@@ -233,8 +233,7 @@ def train_decoder(model: Model, photos: Sequence[Path], options: Options) -> Non
 def run(options: Options) -> None:
     """Run all stages, and write the model: float16, and large matrices as int8."""
     device, out = str(resolve_device(options.device)), options.out
-    if not out.is_dir():
-        check_writable(out, is_folder=True)
+    check_writable(out, "cache")
     photos = find_photos(options.photos, held_out=False)
     emoji_sprite(min(EMOJI))                # fails without the font, before anything is trained
     out.mkdir(exist_ok=True)

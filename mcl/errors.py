@@ -3,13 +3,17 @@ import unicodedata
 
 # Unicode categories: controls, direction marks, surrogates, line and paragraph separators.
 CONTROL_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
+MAX_MESSAGE = 2000                  # characters of one message; a longer one loses its middle
 
 
 def escape_control_characters(text: str) -> str:
-    """Return text from a file in a form that is safe to print.
+    """Return text of any origin as one line that is safe to print.
 
-    Characters that would move the cursor, start a line or change the direction are escaped.
+    Characters that would move the cursor, start a line or change the direction are escaped. Text
+    of more than MAX_MESSAGE characters is cut.
     """
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[:MAX_MESSAGE - 500]} ... {text[-500:]}"
     return "".join(c.encode("unicode_escape").decode()
                    if unicodedata.category(c) in CONTROL_CATEGORIES else c for c in text)
 

@@ -89,7 +89,8 @@ def test_file_that_the_user_did_not_name_is_replaced_only_if_a_record_lists_it(t
         with pytest.raises(InputError, match="a-0.gif: was not written by this program"):
             check_io_conflicts([], outputs)
     check_io_conflicts([], [OutputFile("--out", path)])        # the user named it
-    for key, listed in (("written", {f"x/{path.name}": sha256_of(path)}), ("replacing", [[path.name, sha256_of(path)]])):
+    for key, listed in (("written", {f"x/{path.name}": sha256_of(path)}),
+                        ("replacing", [[path.name, sha256_of(path)]])):
         write_record(record, {"written": {"y": "0"}} | {key: listed})
         check_io_conflicts([], outputs)
     path.write_text("edited")

@@ -21,7 +21,7 @@ from ..ownership import check_readable
 from ..presets import PRESETS, build_config
 from ..video.read import FITS
 from ..video.write import check_output_path
-from .outputs import input_files
+from .outputs import input_files, scaled_loras
 from .process import OneLineErrorParser
 
 USAGE = "sample.py --ref VIDEO --prompt TEXT [options]"
@@ -74,7 +74,7 @@ COMMON_OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--seed", "seed of the initial noise [0]", NUMBER | {"default": 0}),
     ("--num-samples", "number of clips, with seeds counted up [1]", NUMBER | {"default": 1}),
     ("--size", "size of the clip [{width}x{height}]", {"type": parse_size, "metavar": "WxH"}),
-    ("--start", "start of the reference's part [0]", SECONDS | {"default": 0.0}),
+    ("--start", "start of the reference's part [0]", SECONDS),
     ("--duration", "length of the reference's part [the rest]", SECONDS),
     ("--compare", "also write reference and clip side by side", FLAG),
     ("--report", "also measure how well the clip follows", FLAG),
@@ -85,7 +85,7 @@ COMMON_OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--dtype", "precision of the model [auto]", {"default": "auto", "choices": ("auto", *DTYPES)}))
 RARE_OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--stride", "take every n-th frame of the reference, without --duration", NUMBER),
-    ("--fit", "how the reference is brought to size [crop]", {"default": "crop", "choices": FITS}),
+    ("--fit", "how the reference is brought to size [crop]", {"choices": FITS}),
     ("--fps", "frame rate of the written video [the model's]", {"type": float, "metavar": "X"}),
     ("--image", "SparseCtrl images", FILES | {"type": parse_image, "metavar": "FILE[@FRAME]"}),
     ("--save-motion", "write the reference's motion", FILE),
@@ -177,31 +177,37 @@ def check_usage(args: argparse.Namespace, config: SampleConfig, model: ModelConf
     """Raise InputError for an option that is out of range or lacks what it needs."""
     max_seed, is_inversion = MAX_SEED + 1 - args.num_samples, config.method == "inversion"
     has_ref, fps, n = args.ref is not None, 1 if args.fps is None else args.fps, config.num_frames
-    for option, is_used, is_met, need in (
-            ("--num-samples", True, 0 < args.num_samples <= MAX_CLIPS, f"to be 1 to {MAX_CLIPS}"),
-            (f"--seed {args.seed}", True, 0 <= args.seed <= max_seed, f"to be 0 to {max_seed}"),
-            (f"--fps {fps}", True, 0.1 <= fps <= 100, "to be 0.1 to 100"),
-            ("sample.py", True, args.prompt is not None, "--prompt, what the new video shows"),
-            ("sample.py", True, has_ref or args.motion, "--ref, a video with the motion"),
-            ("--motion", args.motion, not has_ref, "to stand without --ref"),
-            ("--compare", args.compare, has_ref, "--ref"),
-            ("--report", args.report, has_ref, "--ref"),
-            ("--subject", config.subject, has_ref, "--ref"),
-            ("--subject", config.subject, config.ref_prompt, "--ref-prompt with its first word"),
-            ("--method inversion", is_inversion, has_ref, "--ref"),
-            ("--save-motion", args.save_motion, not is_inversion, "--method single-step"),
-            ("--inversion-steps", args.inversion_steps, is_inversion, "--method inversion"),
-            ("--inversion-dir", args.inversion_dir, is_inversion, "--method inversion"),
-            ("--ref-prompt", args.ref_prompt, is_inversion or config.subject,
-             "--method inversion or --subject"),
-            ("--maps", args.maps and is_inversion, config.guidance_steps, "--guidance-steps 1"),
-            ("--image", args.image, not is_inversion and not config.semantic_scale,
-             "--method single-step and --semantic-scale 0"),
-            ("--image", args.image, model.sparsectrl.kind, "a model with SparseCtrl"),
-            ("--image", args.image, all(-n <= frame < n for _, frame in args.image),
-             f"a frame number from 0 to {n - 1}")):
-        if is_used and not is_met:
+    for option, is_met, need in (
+            ("sample.py", args.prompt is not None, "--prompt, what the new video shows"),
+            ("sample.py", has_ref or args.motion, "--ref, a video with the motion"),
+            ("--method inversion", has_ref or not is_inversion, "--ref"),
+            ("--subject", config.ref_prompt or not config.subject,
+             "--ref-prompt: the first word is looked up there"),
+            ("--maps", config.guidance_steps or not (args.maps and is_inversion),
+             "--guidance-steps 1")):
+        if not is_met:
             raise InputError(f"{option} needs {need}")
+    for names, is_met, need in (
+            ("num_samples", 0 < args.num_samples <= MAX_CLIPS, f"to be 1 to {MAX_CLIPS}"),
+            ("seed", 0 <= args.seed <= max_seed, f"to be 0 to {max_seed}, not {args.seed}"),
+            ("fps", 0.1 <= fps <= 100, f"to be 0.1 to 100, not {fps}"),
+            ("motion", not has_ref, "to stand without --ref"),
+            ("start duration stride compare report save_motion subject", has_ref, "--ref"),
+            ("save_motion image", not is_inversion, "--method single-step"),
+            ("inversion_steps inversion_dir", is_inversion, "--method inversion"),
+            ("ref_prompt", is_inversion or config.subject, "--method inversion or --subject"),
+            ("image", not config.semantic_scale, "--semantic-scale 0"),
+            ("image", model.sparsectrl.kind, "a model with SparseCtrl"),
+            ("image", all(-n <= frame < n for _, frame in args.image),
+             f"a frame number from 0 to {n - 1}")):
+        for option in () if is_met else given_options(args, names):
+            raise InputError(f"{option} needs {need}")
+
+
+def given_options(args: argparse.Namespace, names: str) -> list[str]:
+    """Return the options among names, separated by blanks, that a command line gives."""
+    return [f"--{name.replace('_', '-')}" for name in names.split()
+            if repr(getattr(args, name)) not in ("None", "False", "[]")]    # 0 is a value
 
 
 def check_model(args: argparse.Namespace, config: SampleConfig, model: Model) -> None:
@@ -211,6 +217,7 @@ def check_model(args: argparse.Namespace, config: SampleConfig, model: Model) ->
     if config.semantic_scale:
         semantic.require_single_window(windows)
     usual_weight = model.config.sample.motion_weight
+    warn_without_effect(args, config, len(windows.offsets))
     if 0 < config.motion_weight < usual_weight / MIN_WEIGHT_RATIO:
         warnings.warn(f"motion_weight = {config.motion_weight:g} has hardly any effect: this "
                       f"model's own is {usual_weight:g}", stacklevel=2)
@@ -221,3 +228,26 @@ def check_model(args: argparse.Namespace, config: SampleConfig, model: Model) ->
         semantic.subject_tokens(model, prompt, word)
     if args.motion is not None:
         Motion.load(args.motion).check_config(config, model.config)
+
+
+def warn_without_effect(args: argparse.Namespace, config: SampleConfig, num_windows: int) -> None:
+    """Warn of each option that was given and changes nothing beside the other settings."""
+    is_guided, spacing = config.motion_weight > 0 < config.guidance_steps, config.timestep_spacing
+    for names, has_effect, reason in (
+            ("motion_weight guidance_noise_range", config.guidance_steps, "without guided steps"),
+            ("guidance_warmup_steps guidance_cooldown_steps guidance_interval guidance_repeats "
+             "guidance_block_weights semantic_scale", is_guided, "without guidance"),
+            ("top_k guidance_blocks extraction_timestep",
+             is_guided or args.save_motion or args.maps, "without guidance"),
+            ("extraction_timestep", config.method == "single-step", "with --method inversion"),
+            ("guidance_noise_range", spacing == "motionclone", f"with {spacing} timesteps"),
+            ("negative_prompt cfg_end_fraction", config.cfg_scale != 1, "with --cfg-scale 1"),
+            ("negative_prompt cfg_scale", config.cfg_end_fraction, "with --cfg-end-fraction 0"),
+            ("context_overlap", num_windows > 1, "with one context window"),
+            ("semantic_blocks mask_threshold", config.semantic_scale, "without --semantic-scale"),
+            ("mask_threshold", config.subject, "without --subject"),
+            ("ignore_alpha", scaled_loras(args), "without a LoRA"),
+            ("fps", args.out.suffix, "for a folder of images"),
+            ("fit", args.ref or args.image, "without --ref")):
+        for option in () if has_effect else given_options(args, names):
+            warnings.warn(f"{option} has no effect {reason}", stacklevel=2)

@@ -15,10 +15,10 @@ from ..checkpoints.detect import LORAS, OPTIONS, DetectedCheckpoint
 from ..checkpoints.lora import IGNORE_ALPHA_HELP, open_lora, parse_scaled
 from ..checkpoints.model_file import file_metadata
 from ..device import DTYPE_ALIASES, DTYPES
-from ..errors import InputError, escape_control_characters
+from ..errors import InputError
 from ..files import stream_safetensors
 from ..ownership import OutputFile, check_io_conflicts, check_writable, file_state, sha256_of
-from .process import OneLineErrorParser, exit_code_of, run_main
+from .process import OneLineErrorParser, exit_code_of, print_line, run_main
 
 NETWORK_HELP = {
     "--base": "Stable Diffusion 1.5: .safetensors, .ckpt, or a diffusers folder",
@@ -81,6 +81,8 @@ def open_networks(args: argparse.Namespace) -> dict[str, DetectedCheckpoint]:
 def convert_files(args: argparse.Namespace) -> int:
     """Convert the files of the command line and print what was used of each, or check them."""
     if args.check:
+        if args.out or given_files(args):
+            raise InputError("--check converts nothing: leave out the other options")
         return check_files(args.check)
     if args.out is None:
         raise InputError("--out is missing: give the file to write, a .safetensors")
@@ -102,7 +104,7 @@ def convert_files(args: argparse.Namespace) -> int:
     reads += [("this command", path) for path in paths]
     check_io_conflicts(reads, [OutputFile("--out", args.out)])
     for checkpoint in {checkpoint.path: checkpoint for _, checkpoint, _ in inputs}.values():
-        print(usage_report(checkpoint, plan.ignored[checkpoint.path]), file=sys.stderr)
+        print_line(usage_report(checkpoint, plan.ignored[checkpoint.path]), sys.stderr)
     sha256 = sha256_of_files(paths)
     sources = {f"{option} {path.relative_to(checkpoint.path.parent)}{scale}": sha256[path]
                for option, checkpoint, scale in inputs for path in checkpoint.files}
@@ -119,7 +121,7 @@ def convert_files(args: argparse.Namespace) -> int:
     stream_safetensors(args.out, like, tensors(), file_metadata(plan.config, sources, dtype))
     print(f"{len(plan.shapes)} tensors written, {len(plan.deltas)} of them changed by LoRAs",
           file=sys.stderr)
-    print(args.out)
+    print_line(args.out)
     return 0
 
 
@@ -133,10 +135,9 @@ def usage_report(checkpoint: DetectedCheckpoint, ignored: Counter[str]) -> str:
     """Return one line: how many tensors of a file are used, and why the others are not."""
     reasons = "; ".join(f"{n} {reason}" for reason, n in ignored.items())
     num_used, num_others = len(checkpoint.tensors) - ignored.total(), len(checkpoint.non_tensors)
-    return escape_control_characters(
-        f"{checkpoint.path}: {checkpoint.description}: {num_used} tensors used, "
-        f"{ignored.total()} ignored{reasons and f' ({reasons})'}"
-        + f"; {num_others} entries that are not tensors" * bool(num_others))
+    return (f"{checkpoint.path}: {checkpoint.description}: {num_used} tensors used, "
+            f"{ignored.total()} ignored{reasons and f' ({reasons})'}"
+            + f"; {num_others} entries that are not tensors" * bool(num_others))
 
 
 def sha256_of_files(paths: Sequence[Path]) -> dict[Path, str]:
@@ -150,23 +151,24 @@ def check_files(paths: Sequence[Path]) -> int:
     code = 0
     for path in paths:
         try:
-            print(describe_checkpoint(detect.detect_file(path)))
+            for line in describe_checkpoint(detect.detect_file(path)):
+                print_line(line)
         except InputError as error:
-            print(error)
+            print_line(error)
             code = 2
     return code
 
 
-def describe_checkpoint(checkpoint: DetectedCheckpoint) -> str:
+def describe_checkpoint(checkpoint: DetectedCheckpoint) -> list[str]:
     """Return lines that say what a checkpoint is and what it still needs."""
     counts = Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values())
     dtypes = ", ".join(f"{n} {dtype}" for dtype, n in counts.items())
     size = sum(file.stat().st_size for file in checkpoint.files) / 1e9
     missing = ", ".join(convert.missing_parts(checkpoint.key_maps))
-    return "\n".join(map(escape_control_characters, [
+    return [
         f"{checkpoint.path}: {checkpoint.description}",
         f"  {len(checkpoint.tensors)} tensors, {dtypes}, {size:.3f} GB",
         "  complete: python sample.py --weights" if checkpoint.option == "--weights" else
         f"  for {checkpoint.option}; a complete model also needs {missing}",
         *(f"  sha256 {sha256}  {file.name}"
-          for file, sha256 in sha256_of_files(checkpoint.files).items())]))
+          for file, sha256 in sha256_of_files(checkpoint.files).items())]

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,27 +36,40 @@ def read_jobs(common: argparse.Namespace) -> list[OutputClip]:
         return clips
     check_readable(common.jobs)
     clips, lines = [], common.jobs.read_bytes().split(b"\n") if common.jobs.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            source = f"{common.jobs}, line {number}"
-            try:
-                args = parse_args(to_argv(json.loads(line)), vars(common))
+    probe = functools.cache(probe_inputs)       # many jobs may share a reference
+    try:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                source = f"{common.jobs}, line {number}"
+                options = json.loads(line, object_pairs_hook=unique_options)
+                args = parse_args(to_argv(options), vars(common))
                 args.source = source
-                config = validate_args(args)
-                probe_inputs(args, config.num_frames)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{source}: {error}") from error
-            clips += output_clips(args, config)
-    if not clips:
-        raise InputError(f"{common.jobs}: has no jobs. Write one JSON object of options per line")
-    check_jobs_io(clips)
+                clips += output_clips(args, validate_args(args))
+        source = str(common.jobs)
+        if not clips:
+            raise InputError("has no jobs. Write one JSON object of options per line")
+        check_jobs_io(clips)
+        for clip in clips:                      # after all checks that open no video
+            args, source = clip.args, clip.args.source
+            probe(args.ref, clip.config.num_frames, args.start or 0.0, args.duration, args.stride,
+                  tuple(path for path, _ in args.image))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: {error}") from error
     return clips
+
+
+def unique_options(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError for a name that is given twice, in any spelling."""
+    options = {name.replace("_", "-"): value for name, value in pairs}
+    if len(options) < len(pairs):
+        raise ValueError("an option is given twice. Give each once")
+    return options
 
 
 def to_argv(options: Any) -> list[str]:
     """Return a job's options as command-line arguments.
 
-    {"top_k": 3, "compare": true, "subject": ["a", "b"]} becomes --top-k=3 --compare --subject=a
+    {"top-k": 3, "compare": true, "subject": ["a", "b"]} becomes --top-k=3 --compare --subject=a
     --subject=b.
 
     Raises:
@@ -65,7 +79,7 @@ def to_argv(options: Any) -> list[str]:
         raise ValueError(f"{short_repr(options)} is not a job: write an object of options")
     argv = []
     for name, value in options.items():
-        option = "--" + name.replace("_", "-")
+        option = f"--{name}"
         if option in ("--help", "--help-all", "--jobs", "--list-words"):
             raise ValueError(f"{option} is not an option of a job. Remove it")
         for element in value if isinstance(value, list) else [value]:
@@ -76,13 +90,14 @@ def to_argv(options: Any) -> list[str]:
     return argv
 
 
-def probe_inputs(args: argparse.Namespace, num_frames: int) -> None:
+def probe_inputs(reference: Path | None, num_frames: int, start: float, duration: float | None,
+                 stride: int | None, images: tuple[Path, ...]) -> None:
     """Raise InputError if a job's reference or an image cannot be read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # they are shown when the file is really read
-        if args.ref is not None:
-            read_video(args.ref, num_frames, (8, 8), args.start, args.duration, stride=args.stride)
-        for path, _ in args.image:
+        if reference is not None:
+            read_video(reference, num_frames, (8, 8), start, duration, stride=stride)
+        for path in images:
             read_image(path, (8, 8))
 
 

@@ -2,17 +2,20 @@
 import argparse
 import difflib
 import io
+import os
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 from tqdm import tqdm
 
 from ..errors import InputError, NumericalError, escape_control_characters
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 
 
 class Terminated(KeyboardInterrupt):
@@ -36,7 +39,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     Signals raise KeyboardInterrupt, so that unfinished files are deleted. The command goes on if
     its messages cannot be printed.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:          # nohup ignores SIGHUP
             signal.signal(number, interrupt)
     for name in ("stdout", "stderr"):
@@ -48,18 +51,21 @@ def run_main(main: Callable[[], int]) -> NoReturn:
 
 
 def interrupt(number: int, _: Any) -> NoReturn:
-    """Raise KeyboardInterrupt for a signal."""
+    """Raise KeyboardInterrupt for a signal, once: a second signal would disturb the clean-up."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 def exit_code_of(action: Callable[[], int | None]) -> int:
     """Run an action and return its exit code; expected errors become one line on stderr."""
-    warnings.showwarning = one_line_warning
+    warnings.showwarning = lambda message, *_, **__: print_line(f"warning: {message}", sys.stderr)
     try:
+        os.getcwd()                     # libraries that need it end the process without an error
         return action() or 0
     except BaseException as error:
         code, line = format_error(error)
-    tqdm.write(line, file=sys.stderr)
+    print_line(line, sys.stderr)
     return code
 
 
@@ -71,6 +77,8 @@ def format_error(error: BaseException) -> tuple[int, str]:
     """
     if isinstance(error, InputError):
         return 2, f"error: {error}"
+    if isinstance(error, FileNotFoundError) and error.filename is None:     # os.getcwd
+        return 2, "error: the current folder was deleted. Change to another folder"
     if isinstance(error, KeyboardInterrupt):
         code, word = (143, "terminated") if isinstance(error, Terminated) else (130, "interrupted")
         return code, f"{word}; no unfinished file is left"
@@ -78,12 +86,12 @@ def format_error(error: BaseException) -> tuple[int, str]:
     if not is_expected and "DefaultCPUAllocator: can't allocate memory" not in str(error):
         raise error                                 # PyTorch has no class for that message
     reason = str(error).rpartition("] err == 0. ")[2] or "out of memory"    # PyTorch's own prefix
-    return 1, f"failed: {escape_control_characters(reason.splitlines()[0])}"
+    return 1, f"failed: {reason.splitlines()[0]}"
 
 
-def one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning as one line, above any progress bar."""
-    tqdm.write(f"warning: {escape_control_characters(str(message))}", file=sys.stderr)
+def print_line(text: object, file: TextIO | None = None) -> None:
+    """Print text as one line, with its control characters escaped, above any progress bar."""
+    tqdm.write(escape_control_characters(str(text)), file=file or sys.stdout)
 
 
 class StoreOnce(argparse.Action):

@@ -21,7 +21,7 @@ from ..video.decode import has_audio
 from ..video.read import read_image, read_video
 from . import arguments, jobs
 from .outputs import OutputClip, scaled_loras
-from .process import exit_code_of, format_error, run_main
+from .process import exit_code_of, format_error, print_line, run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,8 @@ def command() -> NoReturn:
 def run_jobs(args: argparse.Namespace) -> int:
     """Check all jobs, then run those that are not up to date; return 1 if any failed."""
     if args.list_words:
-        print(" ".join(model_file.read_model_config(args.weights).training_vocabulary))
+        for word in model_file.read_model_config(args.weights).training_vocabulary:
+            print_line(word)
         return 0
     rank, num_workers = jobs.join_workers()
     try:
@@ -47,14 +48,16 @@ def run_jobs(args: argparse.Namespace) -> int:
             raise
         return 2
     if rank == 0 and any(clip.args.weights == model_file.DEFAULT_WEIGHTS for clip in clips):
-        print("Using the built-in demo model (shapes and emoji on plain or textured backgrounds). "
-              "Pass --weights to use Stable Diffusion.", file=sys.stderr)
+        print_line("Using the built-in demo model (shapes and emoji on plain or textured "
+                   "backgrounds). Pass --weights to use Stable Diffusion.", sys.stderr)
     pending = [clip for clip in clips if args.jobs is None or not jobs.is_up_to_date(clip)]
     jobs.all_gather([], num_workers)        # all processes have seen what is pending
     failures = jobs.all_gather(run_pending(pending[rank::num_workers]), num_workers)
     if rank == 0 and args.jobs is not None:
-        print(f"{args.jobs}: {len(clips)} clips; {len(clips) - len(pending)} were up to date, "
-              f"{len(failures)} failed", *failures, sep="\n", file=sys.stderr)
+        summary = (f"{args.jobs}: {len(clips)} clips; {len(clips) - len(pending)} were up to "
+                   f"date, {len(failures)} failed")
+        for line in (summary, *failures):
+            print_line(line, sys.stderr)
     return 1 if failures else 0
 
 
@@ -68,7 +71,7 @@ def run_pending(clips: Sequence[OutputClip]) -> list[str]:
             if not source:
                 raise
             failures.append(f"{source}: {format_error(error)[1]}")
-            tqdm.write(failures[-1], file=sys.stderr)
+            print_line(failures[-1], sys.stderr)
     return failures
 
 
@@ -106,7 +109,7 @@ def run_job(clips: Sequence[OutputClip], cache: dict[tuple, Model]) -> None:
     args, config, bars, times = clips[0].args, clips[0].config, ProgressBars(), [perf_counter()]
     inputs = jobs.hash_inputs(args)
     source = read_source(clips[0])
-    images = {frame: read_image(path, (config.height, config.width), args.fit)
+    images = {frame: read_image(path, (config.height, config.width), args.fit or "crop")
               for path, frame in args.image}
     times.append(perf_counter())
     model = load_job_model(args, inputs, cache)
@@ -143,10 +146,10 @@ def read_source(clip: OutputClip) -> torch.Tensor | Motion:
     if args.ref is None:
         return Motion.load(args.motion)
     fps = model_file.read_model_config(args.weights).fps
-    frames = read_video(args.ref, clip.config.num_frames, size, args.start, args.duration, args.fit,
-                        stride=args.stride, model_fps=fps)
+    frames = read_video(args.ref, clip.config.num_frames, size, args.start or 0.0, args.duration,
+                        args.fit or "crop", stride=args.stride, model_fps=fps)
     if has_audio(args.ref):
-        print(f"note: the sound of {args.ref} is left out", file=sys.stderr)
+        print_line(f"note: the sound of {args.ref} is left out", sys.stderr)
     return frames
 
 
@@ -159,7 +162,7 @@ def write_outputs(clip: OutputClip, result: Clip, reference: Reference, model: M
     clip.write_video(clip.out, result.frames, fps)
     if reference.frames is not None and clip.comparison is not None:
         clip.write_video(clip.comparison, torch.cat([reference.frames, result.frames], dim=-1), fps)
-        print(clip.comparison)
+        print_line(clip.comparison)
     metrics: dict[str, dict[str, float]] = {}
     if args.report or clip.maps is not None:
         control = control_condition(model, images, config)
@@ -179,4 +182,4 @@ def write_outputs(clip: OutputClip, result: Clip, reference: Reference, model: M
         **record, **notes, "weights_sha256": model.sha256, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__,
         "loss": losses, "report": metrics}, {path: sha256_of(path) for path in clip.output_paths()})
-    print(clip.out)
+    print_line(clip.out)

@@ -15,6 +15,7 @@ import mcl.cli.sample as command
 from mcl.cli import jobs
 from mcl.cli.arguments import parse_args
 from mcl.cli.jobs import all_gather, join_workers, read_jobs
+from mcl.errors import InputError
 from tests.cli.conftest import PROMPT, REFERENCE, ROOT, run
 
 COMMON = ["--jobs", "jobs.jsonl", "--ref", "ref.mp4", "--prompt", PROMPT, "--steps", 2,
@@ -102,6 +103,27 @@ def test_values_of_a_job_replace_the_common_ones_and_may_begin_with_a_dash(weigh
     assert (second.prompt, second.top_k, second.source) == ("a\u2028b", 3, "jobs.jsonl, line 2")
 
 
+@pytest.mark.parametrize("line", [
+    '{"prompt": "a", "prompt": "b"}', '{"top_k": 1, "top-k": 2}', '{"prompt": ["a", "b"]}',
+    '{"guidance_blocks": ["up_blocks.1"], "guidance-blocks": ["up_blocks.2"]}'])
+def test_value_that_is_given_twice_is_rejected(line):
+    Path("jobs.jsonl").write_text(line)
+    with pytest.raises(InputError, match="jobs.jsonl, line 1: .*given twice"):
+        read_jobs(parse_args(["--jobs", "jobs.jsonl", "--ref", "ref.mp4"]))
+
+
+def test_last_line_is_checked_before_any_video_is_opened_and_each_video_once(monkeypatch):
+    read = []
+    monkeypatch.setattr(jobs, "read_video", lambda *args, **_: read.append(args))
+    write_jobs(*({"out": f"{i}.gif", "prompt": str(i)} for i in range(20)), {"top_k": 99})
+    argv = parse_args(["--jobs", "jobs.jsonl", "--ref", "ref.mp4"])
+    with pytest.raises(InputError, match="jobs.jsonl, line 21: top_k = 99"):
+        read_jobs(argv)
+    assert not read
+    write_jobs(*({"out": f"{i}.gif", "prompt": str(i)} for i in range(20)))
+    assert len(read_jobs(argv)) == 20 and len(read) == 1
+
+
 def test_failed_job_stops_no_other_and_only_it_is_run_again(run_jobs, capsys, loads):
     write_jobs({"out": "a.mp4", "motion_weight": 1e38}, {"out": "b.mp4"},
                {"out": "c.gif", "num_samples": 2})
@@ -170,7 +192,7 @@ def test_torchrun_shares_the_jobs_and_continues_after_it_was_stopped(weights):
     argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python",
             sys.executable, ROOT / "sample.py", "--weights", weights, *map(str, COMMON)]
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-    while not list(Path().glob("*.mp4.json")):
+    while not any("settings" in record.read_text() for record in Path().glob("[0-3].mp4.json")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

@@ -1,4 +1,5 @@
 """The command destroys no file: inputs, files that it did not write, devices."""
+import contextlib
 import itertools
 import json
 import os
@@ -9,10 +10,15 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
-from mcl.ownership import FOLDER_MARKER, read_record
+from mcl.cli import sample
+from mcl.cli.arguments import parse_args
+from mcl.cli.outputs import check_jobs_io, output_clips
+from mcl.config import SampleConfig
+from mcl.ownership import FOLDER_MARKER, read_record, sha256_of
 from tests.cli import conftest
-from tests.cli.conftest import REFERENCE
+from tests.cli.conftest import REFERENCE, ROOT
 
 
 @pytest.fixture
@@ -80,6 +86,67 @@ def test_jobs_that_would_write_the_same_file_are_rejected(user_files, run, capsy
                                       for out in ("n.mp4", "o.mp4")))
     assert run("--jobs", "jobs", "--ref", "clip.mp4") == 2
     assert "m: is also written by --save-motion of jobs, line 1." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".gif", ""])
+def test_interrupted_run_is_repeated_with_the_same_command(tmp_path, monkeypatch, suffix):
+    """Each rename is the last one that happens, as if the process was killed after it."""
+    argv = ["--ref", str(REFERENCE), "--prompt", "", "--out", str(tmp_path / f"a{suffix}"),
+            "--num-samples", "2", "--compare"]
+    clip = output_clips(args := parse_args(argv), SampleConfig())[0]
+
+    def write(level):
+        check_jobs_io(output_clips(args, clip.config))
+        for path in (clip.out, clip.comparison):
+            clip.write_video(path, torch.full((2, 3, 8, 8), level), 8)
+        clip.write_record({"level": level}, {path: sha256_of(path) for path in clip.output_paths()})
+
+    write(0.5)
+    expected, last = sha256_of(tmp_path), False
+    replace, count, limit = os.replace, 0, 0
+
+    def replace_until_killed(*paths):
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    while not last:
+        write(0.0)
+        monkeypatch.setattr(os, "replace", replace_until_killed)
+        monkeypatch.setattr("mcl.files.remove_temporaries", lambda target: None)
+        count, limit = 0, limit + 1
+        with contextlib.suppress(KeyboardInterrupt):
+            write(0.5)
+            last = True
+        monkeypatch.undo()
+        write(0.5)
+        assert sha256_of(tmp_path) == expected
+    assert limit == 7
+
+
+def test_file_of_an_earlier_run_with_other_options_is_still_known(user_files, run):
+    argv = ["--ref", "clip.mp4", "--num-samples", 2, "--out", "e.gif"]
+    for option in (["--compare"], [], ["--compare"]):
+        assert run(*argv, *option) == 0
+    Path("e-0-compare.gif").write_bytes(b"mine")
+    before = snapshot(user_files)
+    assert run(*argv, "--compare") == 2 and snapshot(user_files) == before
+
+
+def test_input_that_changes_while_it_is_read_is_an_error(user_files, run, monkeypatch, capsys):
+    read_source = sample.read_source
+
+    def read_and_change(clip):
+        frames = read_source(clip)
+        shutil.copy(ROOT / "examples" / "zigzag.mp4", "clip.mp4")
+        return frames
+
+    monkeypatch.setattr(sample, "read_source", read_and_change)
+    assert run("--ref", "clip.mp4", "--out", "n.gif") == 2
+    assert "error: clip.mp4: was changed while it was read" in capsys.readouterr().err
+    assert not Path("n.gif").exists()
 
 
 def test_files_that_this_program_wrote_are_replaced(user_files, run):

@@ -4,12 +4,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from mcl.cli import convert
-from mcl.cli.process import exit_code_of
+from mcl.cli.process import exit_code_of, print_line
+from mcl.errors import InputError
 from tests.cli.conftest import REFERENCE, ROOT
 
 
@@ -39,6 +41,40 @@ def test_signal_ends_in_one_line_and_leaves_no_file(argv, tmp_path, name, code, 
     *_, last = process.communicate()[1].splitlines()
     assert process.returncode == code and last == f"{word}; no unfinished file is left"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_second_signal_does_not_disturb_the_first(tmp_path):
+    code = ("import os, signal, time; from mcl.cli.process import exit_code_of, run_main\n"
+            "def action():\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n"
+            "    finally:\n        os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+            "        print('cleaned up')\nrun_main(lambda: exit_code_of(action))")
+    process = start([sys.executable, "-c", code], signal.SIGINT, ROOT, stdout=subprocess.PIPE)
+    assert process.communicate() == ("cleaned up\n", "interrupted; no unfinished file is left\n")
+    assert process.returncode == 130
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the folder of a process cannot be deleted")
+def test_deleted_current_folder_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert exit_code_of(lambda: 0) == 2
+    assert capsys.readouterr().err == (
+        "error: the current folder was deleted. Change to another folder\n")
+
+
+def test_messages_are_single_lines_without_control_characters(capsys):
+    def action():
+        warnings.warn("a\nb\x1b[2J" + "x" * 10 ** 5, stacklevel=1)
+        print_line("c\nd")
+        raise InputError("e\x1b[31m" + "y" * 10 ** 5)
+
+    assert exit_code_of(action) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "c\\nd\n" and captured.err.startswith("warning: a\\nb\\x1b[2J")
+    assert "\x1b" not in captured.err and captured.err.count("\n") == 2
+    assert len(captured.err) < 5000
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

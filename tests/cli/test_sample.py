@@ -225,6 +225,41 @@ def test_option_that_lacks_what_it_needs_is_rejected(argv, message):
         check(*argv)
 
 
+@pytest.mark.parametrize("option", [
+    ["--start", "0"], ["--duration", "0"], ["--stride", "1"], ["--compare"], ["--report"],
+    ["--save-motion", "m"]])
+def test_option_of_a_reference_is_rejected_with_a_saved_motion(option):
+    argv = ["--motion", str(REFERENCE), "--prompt", "a star", *option]
+    with pytest.raises(mcl.InputError, match=f"{option[0]} needs --ref"):
+        validate_args(parse_args(argv))
+
+
+@pytest.mark.parametrize("argv, warned", [
+    (["--motion-weight", 0, "--top-k", 2, "--guidance-interval", 2], "top-k guidance-interval"),
+    (["--motion-weight", 0, "--top-k", 2, "--save-motion", "m"], ""),
+    (["--guidance-steps", 0, "--motion-weight", 2, "--guidance-noise-range", 0.5],
+     "motion-weight guidance-noise-range"),
+    (["--timestep-spacing", "linspace", "--guidance-noise-range", 0.5], "guidance-noise-range"),
+    (["--cfg-scale", 1, "--negative-prompt", "x"], "negative-prompt"),
+    (["--cfg-end-fraction", 0, "--negative-prompt", "x"], "negative-prompt"),
+    (["--cfg-end-fraction", 0.5, "--cfg-scale", 2, "--negative-prompt", "x"], ""),
+    (["--context-overlap", 0.5], "context-overlap"),
+    (["--context-overlap", 0.5, "--num-frames", 20], ""),
+    (["--mask-threshold", 0.5, "--semantic-blocks", "up_blocks.1"],
+     "semantic-blocks mask-threshold"),
+    (["--mask-threshold", 0.5, "--semantic-scale", 1], "mask-threshold"),
+    (["--method", "inversion", "--extraction-timestep", 9], "extraction-timestep"),
+    (["--ignore-alpha"], "ignore-alpha"), (["--out", "folder", "--fps", 9], "fps"),
+    (["--out", "a.gif", "--fps", 9, "--guidance-blocks", "up_blocks.1"], "")])
+def test_option_without_effect_is_reported(argv, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check("--prompt", "a star", *argv)
+    reported = [str(warning.message).partition(" has no effect ") for warning in caught]
+    assert {option for option, found, _ in reported if found} == {
+        f"--{name}" for name in warned.split()}
+
+
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
     """Return a folder of files that are no videos and no weights."""
@@ -268,9 +303,9 @@ def bad(tmp_path_factory):
     (["--method", "inversion", "--inversion-dir", "{bad}/none/a"], "there is no folder"),
     (["--device", "abacus"], "'abacus' is not known"),
     (["--device", "cpu:5"], "device 'cpu:5' is not available"),
-    (["--fps", "0"], "--fps 0.0 needs to be 0.1 to 100"), (["--fps", "nan"], "--fps nan"),
+    (["--fps", "0"], "--fps needs to be 0.1 to 100, not 0.0"), (["--fps", "nan"], "not nan"),
     (["--num-samples", "0"], "--num-samples needs to be 1 to 10000"),
-    (["--seed", "-1"], "--seed -1 needs to be 0 to 18446744073709551615"),
+    (["--seed", "-1"], "--seed needs to be 0 to 18446744073709551615, not -1"),
     (["--seed", str(2 ** 64)], "0 to 18446744073709551615"),
     (["--seed", str(2 ** 64 - 1), "--num-samples", "2"], "0 to 18446744073709551614"),
     (["--lora", "a\0b"], "no such file"),

@@ -11,6 +11,11 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
 
 
+def count(text: str) -> int:
+    """Return a number of at least 0. Raises ValueError for other text."""
+    return int(text if text.isdecimal() else "")
+
+
 def run_with_options(prog: str, options: type[Any], run: Callable[[Any], None],
                      argv: list[str] | None) -> int:
     """Run a command and return its exit code.
@@ -25,6 +30,7 @@ def run_with_options(prog: str, options: type[Any], run: Callable[[Any], None],
     p = OneLineErrorParser(prog=prog, description=(options.__doc__ or "").partition("\n")[0])
     for f in dataclasses.fields(options):
         nargs, kind = "+" if get_origin(f.type) is tuple else None, (*get_args(f.type), f.type)[0]
+        kind = count if kind is int else kind
         kwargs = {"action": "store_true"} if kind is bool else {"type": kind, "nargs": nargs}
         p.add_argument("--" + f.name.replace("_", "-"), **kwargs | dict(f.metadata))
     return exit_code_of(lambda: run(p.parse_args(argv, options())))

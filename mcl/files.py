@@ -58,7 +58,7 @@ def remove_temporaries(target: Path) -> None:
 
     A folder that was renamed for replacement is restored if `target` does not exist.
     """
-    pattern = re.compile(rf"(?:\.([0-9]+)\.(new|old))+\.{re.escape(target.name)}")
+    pattern = re.compile(rf"(?:\.([0-9]{{1,7}})\.(new|old))+\.{re.escape(target.name)}")
     for path in target.parent.iterdir():
         match = pattern.fullmatch(path.name)
         if match is None or is_other_process(int(match[1])):

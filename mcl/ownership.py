@@ -99,7 +99,7 @@ def check_writable(path: Path, kind: str = "file") -> None:
         raise InputError(f"{str(path)!r}: cannot be the name of a {noun}. Give another name")
     place = path if kind == "cache" and os.path.isdir(path) else path.parent
     if not (os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)):
-        raise InputError(f"{path}: there is no folder {place} to write to. Make or name one")
+        raise InputError(f"{path}: there is no folder to write it to. Make it, or give another")
     is_noun = path.is_file() if kind == "file" else path.is_dir()
     if os.path.lexists(path) and (not is_noun or (kind == "folder" and os.path.ismount(path))):
         raise InputError(f"{path}: exists and is not a {noun} that can be replaced. Give another "

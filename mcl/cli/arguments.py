@@ -245,7 +245,7 @@ def warn_without_effect(args: argparse.Namespace, config: SampleConfig, num_wind
             ("negative_prompt cfg_scale", config.cfg_end_fraction, "with --cfg-end-fraction 0"),
             ("context_overlap", num_windows > 1, "with one context window"),
             ("semantic_blocks mask_threshold", config.semantic_scale, "without --semantic-scale"),
-            ("mask_threshold", config.subject, "without --subject"),
+            ("mask_threshold", config.subject or not config.semantic_scale, "without --subject"),
             ("ignore_alpha", scaled_loras(args), "without a LoRA"),
             ("fps", args.out.suffix, "for a folder of images"),
             ("fit", args.ref or args.image, "without --ref")):

@@ -50,19 +50,20 @@ class OutputClip(NamedTuple):
         return [file.path for file in self.outputs()
                 if file.path != self.record and file.kind != "cache"]
 
-    def write_video(self, path: Path, frames: Tensor, fps: float) -> None:
-        """Write a video of this clip.
+    def write_video(self, path: Path, frames: Tensor, fps: float) -> str:
+        """Write a video of this clip and return its sha256.
 
         The record lists the new file before it replaces an earlier one, and still lists the earlier
         one, so that an interrupted run leaves no file that the next run does not know.
         """
         if not path.suffix:             # a folder has a record of its own
             write_video(path, frames, fps)
-            return
+            return sha256_of(path)
         with atomic_write(path) as temporary:
             write_video(temporary, frames, fps)
-            earlier = sorted(recorded_files(self.record))
-            self.write_record({"replacing": earlier}, {path: sha256_of(temporary)})
+            sha256, earlier = sha256_of(temporary), sorted(recorded_files(self.record))
+            self.write_record({"replacing": earlier}, {path: sha256})
+        return sha256
 
     def write_record(self, content: Mapping[str, Any], written: Mapping[Path, str]) -> None:
         """Write the record of this clip, which lists the files of earlier runs as well."""

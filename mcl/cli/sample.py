@@ -159,9 +159,10 @@ def write_outputs(clip: OutputClip, result: Clip, reference: Reference, model: M
     """Write the video of a clip, the other outputs, and last the record."""
     args, config, fps = clip.args, clip.config, clip.args.fps or result.fps
     record = jobs.job_fingerprint(clip, inputs)
-    clip.write_video(clip.out, result.frames, fps)
+    written = {clip.out: clip.write_video(clip.out, result.frames, fps)}
     if reference.frames is not None and clip.comparison is not None:
-        clip.write_video(clip.comparison, torch.cat([reference.frames, result.frames], dim=-1), fps)
+        written[clip.comparison] = clip.write_video(
+            clip.comparison, torch.cat([reference.frames, result.frames], dim=-1), fps)
         print_line(clip.comparison)
     metrics: dict[str, dict[str, float]] = {}
     if args.report or clip.maps is not None:
@@ -177,9 +178,12 @@ def write_outputs(clip: OutputClip, result: Clip, reference: Reference, model: M
             html_report.write_html_report(
                 clip.maps, model, args.prompt, config, reference, latents, result.steps,
                 {**record, "fps": fps, "report": metrics}, control)
+    files = {path: sha256_of(path) for path in clip.output_paths()}
+    if changed := [path for path in written if files[path] != written[path]]:
+        raise InputError(f"{changed[0]}: another program replaced it. Run the command again")
     losses = [step.loss for step in result.steps if step.loss is not None]
     clip.write_record({
         **record, **notes, "weights_sha256": model.sha256, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__,
-        "loss": losses, "report": metrics}, {path: sha256_of(path) for path in clip.output_paths()})
+        "loss": losses, "report": metrics}, files)
     print_line(clip.out)

@@ -149,6 +149,17 @@ def test_input_that_changes_while_it_is_read_is_an_error(user_files, run, monkey
     assert not Path("n.gif").exists()
 
 
+def test_clip_that_another_run_replaces_has_no_record_of_this_run(run, user_files, monkeypatch,
+                                                                capsys):
+    monkeypatch.setattr(sample.report, "sample_unguided", lambda *args: Path("n.gif").unlink() or (
+        shutil.copy("x/clip.gif", "n.gif") and torch.zeros(1, 4, 4, 8, 8)))
+    monkeypatch.setattr(sample.report, "measure_clips", lambda *args: {})
+    monkeypatch.setattr(sample.report, "format_table", str)
+    assert run("--ref", "clip.mp4", "--out", "n.gif", "--report") == 2
+    assert "error: n.gif: another program replaced it. Run" in capsys.readouterr().err
+    assert "seed" not in read_record(Path("n.gif.json"))
+
+
 def test_files_that_this_program_wrote_are_replaced(user_files, run):
     for _ in range(2):
         assert run("--ref", "clip.mp4", "--out", "new", "--compare", "--maps", "report") == 0

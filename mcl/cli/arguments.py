@@ -20,7 +20,7 @@ from ..device import DTYPES, resolve_device, resolve_dtype
 from ..files import check_readable, check_writable
 from ..presets import PRESETS, build_config
 from ..video.read import FITS
-from ..video.write import check_output_path
+from ..video.write import check_frame_rate, check_output_path
 from .outputs import input_files
 from .process import OneLineErrorParser
 
@@ -165,6 +165,7 @@ def validate_args(args: argparse.Namespace) -> SampleConfig:
     check_usage(args, config, model.config)
     check_model(args, config, model)
     check_output_path(args.out)
+    check_frame_rate(args.out, model.config.fps if args.fps is None else args.fps)
     if (folder := args.inversion_dir) is not None:
         check_writable(folder / "latents" if folder.is_dir() else folder, not folder.is_dir())
     syntax = [match[0] for prompt in (args.prompt, config.negative_prompt, config.ref_prompt)

@@ -5,18 +5,21 @@ videos, because imageio does not return edit lists, rotation and color propertie
 images, because imageio refuses damaged EXIF data, turns gray images along the wrong axis and clips
 16-bit gray to white.
 """
+import math
 import os
 import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
 from PIL import ExifTags, Image, ImageOps, ImageSequence
 
@@ -27,11 +30,14 @@ from .hdr import TRANSFERS, tonemap_hdr_to_sdr
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # First bytes of the files that Pillow decodes. FFmpeg decodes all others, whatever their name.
 IMAGE_MAGIC = re.compile(rb"GIF8|RIFF.{4}WEBP|\x89PNG|\xff\xd8\xff|BM.{4}\0\0\0\0", re.DOTALL)
+MAX_PIXEL_ASPECT = 10               # wider or higher pixels are an error of the file
 UNTIMED_FPS = 8                     # for frames without a time: a folder, a gif without delays
 
-# Only formats that contain the video itself: FFmpeg would follow playlists to other files.
-FFMPEG_OPTIONS = {"protocol_whitelist": "file", "format_whitelist":
-                  "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf"}
+# FFmpeg would follow playlists to other files, but no protocol to open them is named "none".
+FFMPEG_OPTIONS = {"protocol_whitelist": "none"}
+# First names of the formats that are read. They contain the video itself.
+FORMATS = ("mov", "matroska", "avi", "mpeg", "mpegts", "mpegvideo", "m4v", "h264", "hevc", "flv",
+           "asf", "ogg", "mxf", "yuv4mpegpipe", "ivf", "nut", "dv", "rm", "wtv", "gxf", "obu")
 # Metadata that is not UTF-8 must not stop a file from opening. PyAV 19 has no such option: it
 # always replaces the wrong bytes.
 METADATA_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(
@@ -47,12 +53,14 @@ PILLOW_ERRORS = (OSError, IndexError, SyntaxError, ValueError, struct.error,
 class TimedFrame(NamedTuple):
     """A frame, shown from `start` to `end` (seconds from the start of the clip).
 
-    `decode()` returns its pixels as (h, w, 4) uint8 RGBA.
+    `decode()` returns its pixels as (h, w, 4) uint8 RGBA. `pixel_aspect` is the width of a pixel,
+    divided by its height.
     """
 
     start: float
     end: float
     decode: Callable[[], np.ndarray]
+    pixel_aspect: float = 1.0
 
 
 def iter_frames(path: Path) -> Iterator[TimedFrame]:
@@ -97,30 +105,51 @@ def _is_image_file(path: Path) -> bool:
 
 
 def _video_frames(path: Path) -> Iterator[TimedFrame]:
-    """Yield the frames of a video's first video stream."""
+    """Yield the frames of a video's best video stream, which players show."""
     count, origin, start, end = 0, 0.0, -1.0, 0.0
     try:
         with _open_container(path) as container:
-            stream = next(iter(container.streams.video), None)
-            if stream is None or stream.codec_context is None:
-                raise InputError(f"{path}: holds no video in a known codec. Encode it again")
+            stream = _best_stream(path, container)
             # FFmpeg's Theora decoder sometimes returns damaged frames with several threads.
             stream.thread_type = "NONE" if stream.codec_context.name == "theora" else "AUTO"
             declared_transfer = stream.codec_context.color_trc      # decoding may reset it
-            step = float(1 / (stream.average_rate or stream.guessed_rate or UNTIMED_FPS))
-            # AVI stores no presentation times, and FFmpeg's substitutes are out of order.
-            has_times = container.format.name != "avi"
-            for count, frame in enumerate(_decode_stream(path, stream), start=1):
-                time = frame.time if has_times and frame.pts is not None else origin + end
+            # The average rate may count fields, or ticks of the clock.
+            rate = min(filter(None, (stream.average_rate, stream.guessed_rate)),
+                       default=UNTIMED_FPS)
+            aspect = float(stream.sample_aspect_ratio or 1)
+            aspect = aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else 1.0
+            windows = _with_neighbors(_decode_stream(path, stream))
+            for count, (before, frame, after) in enumerate(windows, start=1):
+                time = origin + end if frame.time is None else frame.time
                 origin = time if count == 1 else origin
                 # Joined recordings restart their clock: continue at the end of the last frame.
                 start = time - origin if time - origin > start else end
-                end = start + step
-                yield TimedFrame(start, end, partial(_video_rgba, frame, declared_transfer))
+                end = start + float(1 / rate)
+                yield TimedFrame(start, end, partial(_video_rgba, before, frame, after,
+                                                     declared_transfer),
+                                 1 / aspect if round(frame.rotation / 90) % 2 else aspect)
     except av.FFmpegError as error:
         place = f"at about frame {count}, {end:.2f} s" if count else "from its start"
         raise InputError(f"{path}: cannot be decoded {place} ({error.strerror}). Use a shorter "
                          "duration, or another video") from error
+
+
+def _best_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
+    """Return the video stream that FFmpeg plays. Cover art is none."""
+    for stream in (container.streams.best("video"), *container.streams.video):
+        if (isinstance(stream, av.VideoStream) and stream.codec_context is not None
+                and not stream.disposition & Disposition.attached_pic):
+            return stream
+    raise InputError(f"{path}: holds no video in a known codec. Encode it again")
+
+
+def _with_neighbors(frames: Iterator[av.VideoFrame]) -> Iterator[tuple]:
+    """Yield each frame between the frames before and after it, if it is interlaced, or None."""
+    before, frame = None, next(frames, None)
+    while frame is not None:
+        after = next(frames, None) if frame.interlaced_frame else None
+        yield before, frame, after
+        before, frame = frame, after or next(frames, None)
 
 
 @contextmanager
@@ -128,6 +157,9 @@ def _open_container(path: Path) -> Iterator[av.container.InputContainer]:
     """Open a video by its descriptor, because FFmpeg would guess the format from its name."""
     with (open(os.open(path, os.O_RDONLY), "rb") as file,
           av.open(file, options=FFMPEG_OPTIONS, **METADATA_OPTIONS) as container):
+        if container.format.name.split(",")[0] not in FORMATS:
+            raise InputError(f"{path}: has the format {container.format.long_name}, which is not "
+                             "read. Convert it to .mp4 or .mkv")
         yield container
 
 
@@ -136,8 +168,9 @@ def _decode_stream(path: Path, stream: Any) -> Iterator[av.VideoFrame]:
 
     Raises InputError if the file ends inside a frame, and warns if frames are missing.
     """
-    is_cut, count, num_hidden, end = False, 0, 0, 0.0
+    is_cut, count, num_hidden, end, last_damaged = False, 0, 0, 0.0, -math.inf
     container, decoder = stream.container, stream.codec_context
+    is_avi = container.format.name == "avi"
     alpha_decoder = ALPHA_DECODERS.get(decoder.name)
     if stream.metadata.get("alpha_mode") == "1" and alpha_decoder in av.codecs_available:
         decoder = av.CodecContext.create(alpha_decoder, "r")
@@ -145,17 +178,28 @@ def _decode_stream(path: Path, stream: Any) -> Iterator[av.VideoFrame]:
         is_cut |= packet.is_corrupt
         num_hidden += packet.is_discard             # by an edit list
         for frame in decoder.decode(packet):
+            if is_avi:
+                # AVI stores no presentation times, and FFmpeg's guesses are out of order. The time
+                # of the packet that completes a frame is right, also after a pause.
+                frame.pts = frame.dts
             if frame.time is not None and frame.time_base is not None:
                 end = max(end, frame.time + float(frame.duration * frame.time_base))
             count += 1
+            last_damaged = count if frame.is_corrupt else last_damaged
             yield frame
     if is_cut:
         raise InputError(f"{path}: is cut short. Give the whole file, or a shorter duration")
-    duration = _declared_duration(container, stream)
+    if is_avi:              # pauses count as frames; FFmpeg reduces the duration of a cut file
+        count = max(count, stream.duration or 0)
+    duration, lack = _declared_duration(container, stream), ""
     if 0 < count < stream.frames - num_hidden:
-        warnings.warn(f"{path}: may be cut short: {count} of {stream.frames} frames", stacklevel=2)
+        lack = f"{count} of {stream.frames} frames"
     elif not stream.frames and end and duration - end > 1.5 / (stream.average_rate or UNTIMED_FPS):
-        warnings.warn(f"{path}: may be cut short: {end:.2f} of {duration:.2f} s", stacklevel=2)
+        lack = f"{end:.2f} of {duration:.2f} s"
+    elif count - last_damaged <= decoder.reorder_depth:
+        lack = "the last frame is damaged"
+    if lack:
+        warnings.warn(f"{path}: may be cut short: {lack}", stacklevel=2)
 
 
 def _declared_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
@@ -167,11 +211,15 @@ def _declared_duration(container: av.container.InputContainer, stream: av.VideoS
     return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
 
 
-def _video_rgba(frame: av.VideoFrame, declared_transfer: int) -> np.ndarray:
-    """Return a video frame as (h, w, 4) uint8 sRGB, rotated upright.
+def _video_rgba(before: av.VideoFrame | None, frame: av.VideoFrame, after: av.VideoFrame | None,
+                declared_transfer: int) -> np.ndarray:
+    """Return a video frame as (h, w, 4) uint8 sRGB, deinterlaced and rotated upright.
 
     The frame's own transfer function is used, or that of its container if the frame has none.
     """
+    rotation = frame.rotation
+    if frame.interlaced_frame:
+        frame = _deinterlace(before, frame, after)
     transfer = frame.color_trc if frame.color_trc != ColorTrc.UNSPECIFIED else declared_transfer
     if transfer in TRANSFERS:
         has_matrix = frame.colorspace in (Colorspace.BT2020, Colorspace.ITU709)
@@ -182,7 +230,23 @@ def _video_rgba(frame: av.VideoFrame, declared_transfer: int) -> np.ndarray:
         rgba[..., :3] = tonemap_hdr_to_sdr(deep[..., :3], transfer, is_bt2020)
     else:
         rgba = frame.to_ndarray(format="rgba")
-    return np.rot90(rgba, round(frame.rotation / 90))
+    return np.rot90(rgba, round(rotation / 90))
+
+
+def _deinterlace(before: av.VideoFrame | None, frame: av.VideoFrame, after: av.VideoFrame | None
+                 ) -> av.VideoFrame:
+    """Return an interlaced frame without combs: two moments on alternate lines become one."""
+    layout = frame.width, frame.height, frame.format
+    window = [near for near in (before, frame, after)
+              if near is not None and (near.width, near.height, near.format.name) == (
+                  frame.width, frame.height, frame.format.name)]
+    graph = av.filter.Graph()
+    graph.link_nodes(graph.add_buffer(None, *layout, time_base=Fraction(1)),
+                     graph.add("bwdif", "mode=send_frame:deint=interlaced"),
+                     graph.add("buffersink")).configure()
+    for near in (*window, None):
+        graph.vpush(near)
+    return [graph.vpull() for _ in window][window.index(frame)]
 
 
 def _animation_frames(path: Path) -> Iterator[TimedFrame]:
@@ -237,6 +301,7 @@ def _upright_rgba(image: Image.Image) -> np.ndarray:
 @contextmanager
 def _open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image. The errors of Pillow's decoders become InputError."""
+    check_readable(path)                            # opening a pipe would block
     try:
         with Image.open(path) as image:
             yield image

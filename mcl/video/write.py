@@ -13,6 +13,8 @@ from einops import rearrange
 from ..errors import InputError, NumericalError
 from ..files import atomic_write, check_writable
 
+MAX_GIF_FPS = 50        # browsers play frames shorter than 20 ms at 10 frames per second
+
 
 def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> None:
     """Write frames to a file, or to a folder of images.
@@ -25,7 +27,7 @@ def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> No
             folder of 00000.png, 00001.png, ... (which stores no frame rate).
         frames: Frames (f, 3, H, W) in [-1, 1], of any float type and device. Other values are
             clamped.
-        fps: Frames per second, 0.1 to 100.
+        fps: Frames per second, 0.1 to 100; up to 50 for .gif.
 
     Raises:
         InputError: If `path` cannot be written, or the size or frame rate is out of range.
@@ -33,8 +35,7 @@ def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> No
     """
     target = Path(path)
     check_output_path(target)
-    if not 0.1 <= fps <= 100:
-        raise InputError(f"fps = {fps} is out of range: it must be between 0.1 and 100")
+    check_frame_rate(target, fps)
     height, width = frames.shape[-2:]
     if target.suffix.lower() == ".mp4" and (height % 2 or width % 2):
         raise InputError(f"{target}: mp4 needs even sides, not {height}x{width}. Use .gif or .webp")
@@ -60,6 +61,15 @@ def check_output_path(path: Path) -> None:
         raise InputError(f"{path}: the extension is not known. Use .mp4, .gif or .webp, or no "
                          "extension for a folder of PNG images")
     check_writable(path, is_folder=not suffix)
+
+
+def check_frame_rate(path: Path, fps: float) -> None:
+    """Raise InputError if `write_video` could not write `fps` frames per second to `path`."""
+    if not 0.1 <= fps <= 100:
+        raise InputError(f"fps = {fps} is out of range: it must be between 0.1 and 100")
+    if path.suffix.lower() == ".gif" and fps > MAX_GIF_FPS:
+        raise InputError(f"{path}: a gif can play at most {MAX_GIF_FPS} frames per second, not "
+                         f"{fps:g}. Use a lower fps, .webp or .mp4")
 
 
 def _write_mp4(path: Path, images: np.ndarray, fps: float) -> None:

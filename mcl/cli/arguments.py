@@ -179,11 +179,10 @@ def validate_args(args: argparse.Namespace) -> SampleConfig:
 def check_usage(args: argparse.Namespace, config: SampleConfig, model: ModelConfig) -> None:
     """Raise InputError for an option that is out of range or lacks what it needs."""
     max_seed, is_inversion = MAX_SEED + 1 - args.num_samples, config.method == "inversion"
-    has_ref, fps, n = args.ref is not None, 1 if args.fps is None else args.fps, config.num_frames
+    has_ref, n = args.ref is not None, config.num_frames
     for option, is_used, is_met, need in (
             ("--num-samples", True, 0 < args.num_samples <= MAX_CLIPS, f"to be 1 to {MAX_CLIPS}"),
             (f"--seed {args.seed}", True, 0 <= args.seed <= max_seed, f"to be 0 to {max_seed}"),
-            (f"--fps {fps}", True, 0.1 <= fps <= 100, "to be 0.1 to 100"),
             ("sample.py", True, args.prompt is not None, "--prompt, what the new video shows"),
             ("sample.py", True, has_ref or args.motion, "--ref, a video with the motion"),
             ("--motion", args.motion, not has_ref, "to stand without --ref"),

@@ -59,11 +59,10 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
     if start >= end:
         raise InputError(f"{path}: start = {start:g} s is past the end, {end:.2f} s")
 
-    step = np.median(np.diff([*start_times, end]))
-    if duration is not None and start + duration - end > step:
-        warnings.warn(f"{path}: there are only {end - start:.2f} s from {start:g} s on, not the "
-                      f"{duration:g} s that are asked for", stacklevel=2)
-    tolerance = step / 4
+    tolerance = np.median(np.diff([*start_times, end])) / 4
+    if duration is not None and start + duration - end > 4 * tolerance:
+        warnings.warn(f"{path}: ends at {end:.2f} s. The part from {start:g} s on has only "
+                      f"{end - start:.2f} of the {duration:g} s", stacklevel=2)
     sample_times = start + (end - start) * np.arange(num_frames) / num_frames + tolerance
     indices = (np.searchsorted(start_times, sample_times) - 1).clip(min=0).tolist()
     if stride is not None:
@@ -136,18 +135,15 @@ def _composite_on_black(rgba: np.ndarray) -> torch.Tensor:
     return pixels[:, :3] * (pixels[:, 3:] / 255) / 127.5 - 1
 
 
-def _resize(frames: torch.Tensor, size: tuple[int, int], fit: str, pixel_aspect: float = 1.0
+def _resize(frames: torch.Tensor, size: tuple[int, int], fit: str, aspect: float = 1.0
             ) -> torch.Tensor:
-    """Return frames (f, 3, h, w), whose pixels may not be square, as (f, 3, H, W)."""
+    """Return frames (f, 3, h, w) as (f, 3, H, W). `aspect` is a pixel's width by its height."""
     (h, w), (H, W), inner = frames.shape[-2:], size, size
-    scale_y, scale_x = H / h, W / (w * pixel_aspect)
+    scale = (max if fit == "crop" else min)(H / h, W / (w * aspect))
     if fit == "crop":
-        scale = max(scale_y, scale_x)
-        frames = _crop_or_pad(frames, max(1, round(H / scale)),
-                              max(1, round(W / (scale * pixel_aspect))))
+        frames = _crop_or_pad(frames, max(1, round(H / scale)), max(1, round(W / scale / aspect)))
     if fit == "pad":
-        scale = min(scale_y, scale_x)
-        inner = max(1, round(h * scale)), max(1, round(w * pixel_aspect * scale))
+        inner = max(1, round(h * scale)), max(1, round(w * scale * aspect))
     resized = F.interpolate(frames, inner, mode="bilinear", antialias=True)
     return _crop_or_pad(resized.clamp(-1, 1), H, W)         # the filter overshoots by rounding
 

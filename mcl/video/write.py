@@ -13,8 +13,6 @@ from einops import rearrange
 from ..errors import InputError, NumericalError
 from ..files import atomic_write, check_writable
 
-MAX_GIF_FPS = 50        # browsers play frames shorter than 20 ms at 10 frames per second
-
 
 def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> None:
     """Write frames to a file, or to a folder of images.
@@ -67,9 +65,8 @@ def check_frame_rate(path: Path, fps: float) -> None:
     """Raise InputError if `write_video` could not write `fps` frames per second to `path`."""
     if not 0.1 <= fps <= 100:
         raise InputError(f"fps = {fps} is out of range: it must be between 0.1 and 100")
-    if path.suffix.lower() == ".gif" and fps > MAX_GIF_FPS:
-        raise InputError(f"{path}: a gif can play at most {MAX_GIF_FPS} frames per second, not "
-                         f"{fps:g}. Use a lower fps, .webp or .mp4")
+    if path.suffix.lower() == ".gif" and fps > 50:      # browsers play shorter frames at 10 fps
+        raise InputError(f"{path}: a gif plays at most 50 frames per second, not {fps:g}. Use .mp4")
 
 
 def _write_mp4(path: Path, images: np.ndarray, fps: float) -> None:

@@ -36,7 +36,7 @@ UNTIMED_FPS = 8                     # for frames without a time: a folder, a gif
 FFMPEG_OPTIONS = {"protocol_whitelist": "none"}
 # First names of the formats that are read. They contain the video itself.
 FORMATS = ("mov matroska avi mpeg mpegts mpegvideo m4v h264 hevc flv asf ogg mxf yuv4mpegpipe ivf "
-           "nut dv rm wtv gxf obu").split()
+           "nut dv rm wtv obu").split()
 # Metadata that is not UTF-8 must not stop a file from opening. PyAV 19 has no such option: it
 # always replaces the wrong bytes.
 METADATA_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(
@@ -117,7 +117,7 @@ def _video_frames(path: Path) -> Iterator[TimedFrame]:
             # FFmpeg's Theora decoder sometimes returns damaged frames with several threads.
             stream.thread_type = "NONE" if stream.codec_context.name == "theora" else "AUTO"
             transfer = stream.codec_context.color_trc       # decoding may reset it
-            # The average rate may count fields, or ticks of the clock.
+            # The average rate may count the ticks of the clock (DV).
             fps = min(filter(None, (stream.average_rate, stream.guessed_rate)), default=UNTIMED_FPS)
             aspect = float(stream.sample_aspect_ratio or 1)
             aspect = aspect if 0.1 <= aspect <= 10 else 1.0         # a damaged ratio is ignored
@@ -211,8 +211,8 @@ def _video_rgba(frame: av.VideoFrame, declared_transfer: int, *neighbors: Any) -
         is_bt2020 = frame.color_primaries != ColorPrimaries.BT709
         rgba[..., :3] = tonemap_hdr_to_sdr(deep[..., :3], transfer, is_bt2020)
     else:
-        # FFmpeg's fast conversion writes 16 columns at a time. At other widths, one thread may write
-        # over the columns of another, and the last columns may be left out.
+        # FFmpeg's fast conversion writes 8 or 16 columns at a time. At other widths, a thread may
+        # write over the columns of another, and the last columns may be left out.
         rgba = frame.to_ndarray(format="rgba", threads=1)
         if 0 < frame.width % 8 < 5:
             rgba[:, -4:] = frame.to_ndarray(format="rgba64le")[:, -4:] // 256

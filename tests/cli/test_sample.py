@@ -43,6 +43,15 @@ def test_command_writes_a_clip_a_comparison_a_motion_and_a_record(first, weights
     assert record["weights_sha256"] == load_model(weights, "cpu").sha256
 
 
+def test_a_gif_needs_a_frame_rate_of_at_most_50_also_without_fps(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "config", dataclasses.replace(small.config, fps=60))
+    save_model(small, tmp_path / "a.safetensors", torch.float32, {})
+    options = ("--weights", tmp_path / "a.safetensors", "--prompt", PROMPT, "--out", "a.gif")
+    with pytest.raises(mcl.InputError, match="at most 50 frames per second, not 60"):
+        check(*options)
+    check(*options, "--fps", 50)
+
+
 @pytest.mark.filterwarnings("ignore:.*s apart")
 def test_library_writes_the_same_bytes(first, weights, tmp_path):
     mcl.clone(REFERENCE, PROMPT, model=weights, seed=3).save(tmp_path / "a.mp4")

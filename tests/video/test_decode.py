@@ -304,7 +304,8 @@ def test_frames_hidden_by_an_edit_list_give_no_warning(tmp_path, recwarn):
 @pytest.mark.parametrize("text", [
     "ffconcat version 1.0\nfile 'other.mp4'\n",
     "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n"])
-def test_playlists_are_not_followed(tmp_path, text):
+def test_playlists_are_not_followed(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "other.mp4", numbered_frames([1, 2]), fps=8)
     (tmp_path / "a.mp4").write_text(text)
     assert_rejected(tmp_path / "a.mp4", "cannot be decoded")

@@ -1,4 +1,5 @@
 """Videos of other programs: choice of the stream, times, pixel shapes, interlacing, cut files."""
+import io
 import struct
 from fractions import Fraction
 
@@ -14,7 +15,7 @@ from mcl.video.read import FITS, read_video
 from tests.video.conftest import assert_rejected, encode_video, frame_numbers, gray_levels
 
 
-def encode_streams(path, streams, sound=False):
+def encode_streams(path, streams, sound=False, cover=None):
     """Write gray clips as the streams of one file: each (codec, gray levels, disposition)."""
     with av.open(str(path), "w") as container:
         encoded = []
@@ -23,6 +24,8 @@ def encode_streams(path, streams, sound=False):
             stream.width, stream.height, stream.disposition = 64, 32, disposition
             stream.pix_fmt = "rgb24" if codec == "png" else "yuv420p"
             encoded.append((stream, levels))
+        if cover:
+            container.add_attachment("cover.png", "image/png", cover)
         if sound:
             track = container.add_stream("aac", rate=44100)
             silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
@@ -59,18 +62,30 @@ def noise(count, height=64, width=64):
     return list(np.random.default_rng(0).integers(0, 255, (count, height, width, 3), np.uint8))
 
 
-COVER, DEFAULT, OTHER = Disposition.attached_pic, Disposition.default, Disposition(0)
+def test_the_default_stream_of_two_is_read(tmp_path):
+    encode_streams(tmp_path / "a.mkv", [("libx264", [200] * 3, Disposition(0)),
+                                        ("libx264", [10, 20, 30], Disposition.default)])
+    assert frame_numbers(read_video(tmp_path / "a.mkv", 3, (16, 16))) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name, first, second", [
-    ("a.mp4", ("png", [200], COVER), ("libx264", [10, 20, 30], DEFAULT)),
-    ("a.mp4", ("png", [200], COVER | DEFAULT), ("libx264", [10, 20, 30], DEFAULT)),
-    ("a.mkv", ("libx264", [200] * 3, OTHER), ("libx264", [10, 20, 30], DEFAULT))])
-def test_the_stream_that_players_show_is_read(tmp_path, name, first, second):
-    encode_streams(tmp_path / name, [first, second])
-    with av.open(str(tmp_path / name)) as container:
-        assert len(container.streams.video) == 2
-    assert frame_numbers(read_video(tmp_path / name, 3, (16, 16))) == [1, 2, 3]
+def test_cover_art_is_not_read(tmp_path):
+    """The cover is the first stream, and FFmpeg prefers it to the video of the second file."""
+    encode_streams(tmp_path / "a.mp4", [("png", [200], Disposition.attached_pic),
+                                        ("libx264", [10, 20, 30], Disposition.default)])
+    content = (tmp_path / "a.mp4").read_bytes()
+    video, cover = content.index(b"trak") - 4, content.index(b"udta") - 4
+    end = cover + int.from_bytes(content[cover:cover + 4])
+    (tmp_path / "a.mp4").write_bytes(content[:video] + content[cover:end] + content[video:cover] +
+                                     content[end:])
+    image = io.BytesIO()
+    Image.new("L", (64, 32), 200).save(image, "PNG")
+    encode_streams(tmp_path / "a.mkv", [("libx264", [10, 20, 30], Disposition.visual_impaired)],
+                   cover=image.getvalue())
+    for name, cover_index in (("a.mp4", 0), ("a.mkv", 1)):
+        with av.open(str(tmp_path / name)) as container:
+            assert [stream.disposition for stream in container.streams.video][
+                cover_index] == Disposition.attached_pic
+        assert frame_numbers(read_video(tmp_path / name, 3, (16, 16))) == [1, 2, 3]
 
 
 def test_all_frames_of_an_animated_avif_are_read(tmp_path):
@@ -80,7 +95,7 @@ def test_all_frames_of_an_animated_avif_are_read(tmp_path):
 
 
 def test_sound_with_a_cover_is_not_a_clip(tmp_path):
-    encode_streams(tmp_path / "a.mp4", [("png", [200], COVER)], sound=True)
+    encode_streams(tmp_path / "a.mp4", [("png", [200], Disposition.attached_pic)], sound=True)
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.streams.video and container.streams.audio
     assert_rejected(tmp_path / "a.mp4", "holds no video")
@@ -134,10 +149,15 @@ def test_an_avi_that_ends_with_a_pause_is_whole_unless_its_file_is_cut(tmp_path)
 
 
 def circle(height, width, aspect):
-    """Return a white disk on black, round when a pixel is `aspect` times as wide as high."""
+    """Return a white disk on gray, round when a pixel is `aspect` times as wide as high."""
     y, x = np.mgrid[:height, :width]
     inside = ((x - width / 2) * aspect) ** 2 + (y - height / 2) ** 2 < (height / 6) ** 2
-    return np.repeat(inside[..., None] * np.uint8(255), 3, axis=2)
+    return np.repeat(np.where(inside, 255, 80).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def extent(mask):
+    """Return the number of rows and of columns that a mask touches."""
+    return int(mask.any(1).sum()), int(mask.any(0).sum())
 
 
 @pytest.mark.parametrize("name, aspect, rotation", [
@@ -147,11 +167,15 @@ def test_a_circle_of_pixels_that_are_not_square_is_round(tmp_path, name, aspect,
     encode(tmp_path / name, "libx264", [circle(96, 128, float(aspect))], aspect=aspect,
            rotation=rotation)
     for *size, fit in ((96, 96, "crop"), (60, 96, "crop"), (120, 120, "pad"), (96, 160, "pad")):
-        disk = gray_levels(read_video(tmp_path / name, 1, size, fit=fit)) > 127
-        height, width = int(disk.any(1).sum()), int(disk.any(0).sum())
+        levels = gray_levels(read_video(tmp_path / name, 1, size, fit=fit))
+        height, width = extent(levels > 160)
         assert height == pytest.approx(width, abs=2)
+        height, width = extent(levels > 40)         # without bars
+        shape = float(aspect) * 128 / 96
+        assert (height, width) == tuple(size) if fit == "crop" else width / height == pytest.approx(
+            shape if rotation % 180 == 0 else 1 / shape, rel=0.05)
     stretched = gray_levels(read_video(tmp_path / name, 1, (64, 64), fit="stretch"))
-    assert int(stretched[:, 32].gt(127).sum()) == pytest.approx(
+    assert int(stretched[:, 32].gt(160).sum()) == pytest.approx(
         64 / 3 if rotation % 180 == 0 else 64 / float(aspect) / 4, abs=1)
 
 
@@ -164,8 +188,8 @@ def test_a_damaged_pixel_aspect_ratio_is_ignored(tmp_path, ratio):
     content = content.replace(stored, b"pasp" + struct.pack(">II", *ratio))
     (tmp_path / "a.mov").write_bytes(content)
     for fit in FITS:
-        disk = gray_levels(read_video(tmp_path / "a.mov", 1, (64, 64), fit=fit)) > 127
-        assert disk.any(1).equal(disk.any(0)) and 18 <= disk.any(0).sum() <= 24
+        levels = gray_levels(read_video(tmp_path / "a.mov", 1, (64, 64), fit=fit))
+        assert extent(levels > 160) == pytest.approx((21, 21), abs=1)
 
 
 def combed(count, height, width):
@@ -202,6 +226,11 @@ def test_interlaced_frames_are_deinterlaced_as_by_ffmpeg(tmp_path, name, codec):
         assert np.abs(even - odd).mean() < 20       # 75 with combs
 
 
+def test_a_small_interlaced_video_is_read(tmp_path):
+    encode(tmp_path / "a.mpg", "mpeg2video", combed(3, 4, 64), flags="+ildct+ilme", bf="0")
+    assert [frame.decode().shape for frame in iter_frames(tmp_path / "a.mpg")] == [(4, 64, 4)] * 3
+
+
 def test_joined_interlaced_recordings_may_differ_in_size(tmp_path):
     parts = b""
     for size in ((64, 96), (96, 64)):
@@ -214,9 +243,12 @@ def test_joined_interlaced_recordings_may_differ_in_size(tmp_path):
 
 @pytest.mark.parametrize("width", range(34, 50, 2))
 def test_all_columns_of_a_video_are_decoded(tmp_path, width):
-    encode(tmp_path / "a.mkv", "ffv1", [np.full((32, width, 3), 200, np.uint8)])
-    image = next(iter_frames(tmp_path / "a.mkv")).decode()
-    assert np.abs(image[..., :3].astype(int) - 200).max() <= 2 and (image[..., 3] == 255).all()
+    """FFmpeg may leave columns out, which then have the colors of a picture before."""
+    encode(tmp_path / "a.mkv", "ffv1", [np.full((32, width, 3), 9 * n, np.uint8) for n in range(9)])
+    for number, frame in enumerate(iter_frames(tmp_path / "a.mkv")):
+        image = frame.decode()
+        assert np.abs(image[..., :3].astype(int) - 9 * number).max() <= 2
+        assert (image[..., 3] == 255).all()
 
 
 @pytest.mark.parametrize("name, codec", [
@@ -230,3 +262,14 @@ def test_a_program_stream_cut_at_any_length_is_rejected_or_warned_of(tmp_path, n
         (tmp_path / name).write_bytes(content[:len(content) * percent // 100])
         with pytest.raises((InputError, UserWarning), match="cut short|cannot be decoded"):
             list(iter_frames(tmp_path / name))
+
+
+def test_damage_in_the_middle_is_not_a_cut(tmp_path):
+    encode(tmp_path / "a.m2v", "mpeg2video", noise(12), bf="0")
+    content = bytearray((tmp_path / "a.m2v").read_bytes())
+    middle = len(content) // 2
+    content[middle:middle + 50] = b"\xaa" * 50
+    (tmp_path / "a.m2v").write_bytes(content)
+    with av.open(str(tmp_path / "a.m2v")) as container:
+        assert any(frame.is_corrupt for frame in container.decode(video=0))
+    assert len(list(iter_frames(tmp_path / "a.m2v"))) == 12

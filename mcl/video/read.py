@@ -28,18 +28,19 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
     round their times. A part with exactly `num_frames` frames is taken one to one. A part with
     fewer repeats frames, with a warning. The file is decoded twice, so that only the selected
     frames of a long video are in memory. Transparent parts become black. HDR (HLG, PQ) is converted
-    to the standard range (`hdr.tonemap_hdr_to_sdr`).
+    to the standard range (`hdr.tonemap_hdr_to_sdr`). Interlaced frames are deinterlaced.
 
     Args:
-        path: A video (mp4, mov, webm, mkv, avi, ts, flv, wmv, ogv, ...), gif, webp or apng,
+        path: A video (mp4, mov, webm, mkv, avi, mpg, ts, flv, wmv, y4m, ...), gif, webp or apng,
             recognized by its content; or a folder of images (png, jpg, webp, bmp) of one size, in
             natural order (2 before 10), at 8 frames per second.
         num_frames: Number of frames to read.
         size: (H, W).
         start: Start of the part to read, in seconds.
-        duration: Length of the part in seconds; None for the rest.
+        duration: Length of the part in seconds; None for the rest. A part that is shorter, because
+            the video ends, gives a warning.
         fit: "crop" takes the largest central part of the target's aspect ratio, "pad" adds black
-            bars, "stretch" changes the aspect ratio.
+            bars, "stretch" changes the aspect ratio. Pixels that are not square are made square.
         stride: Take every n-th frame from `start` on, in place of a duration.
         model_fps: Frame rate of the model's training clips, to warn of much longer frame steps.
 

@@ -48,7 +48,7 @@ def check(path: str | None, request: gr.Request) -> None:
         if path is None:
             raise mcl.InputError("There is no clip yet. Upload or record one.")
         uploads[request.session_hash].add(path)
-        if any(end > MAX_SECONDS for _, end, _ in iter_frames(Path(path))):
+        if any(frame.end > MAX_SECONDS for frame in iter_frames(Path(path))):
             raise mcl.InputError(f"{path}: longer than {MAX_SECONDS} s. Cut a part out of it.")
     except mcl.InputError as error:
         raise refusal(error, path) from error

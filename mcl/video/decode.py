@@ -11,14 +11,17 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
-from PIL import ExifTags, Image, ImageOps, ImageSequence
+from PIL import ExifTags, Image, ImageFile, ImageOps, ImageSequence
 
 from ..errors import InputError
 from ..ownership import check_readable
@@ -29,9 +32,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGE_MAGIC = re.compile(rb"GIF8|RIFF.{4}WEBP|\x89PNG|\xff\xd8\xff|BM.{4}\0\0\0\0", re.DOTALL)
 UNTIMED_FPS = 8                     # for frames without a time: a folder, a gif without delays
 
-# Only formats that contain the video itself: FFmpeg would follow playlists to other files.
-FFMPEG_OPTIONS = {"protocol_whitelist": "file", "format_whitelist":
-                  "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,asf,ogg,mxf"}
+# FFmpeg would follow playlists to other files, but no protocol to open them is named "none".
+FFMPEG_OPTIONS = {"protocol_whitelist": "none"}
+# First names of the formats that are read. They contain the video itself.
+FORMATS = ("mov matroska avi mpeg mpegts mpegvideo m4v h264 hevc flv asf ogg mxf yuv4mpegpipe ivf "
+           "nut dv rm wtv obu").split()
 # Metadata that is not UTF-8 must not stop a file from opening. PyAV 19 has no such option: it
 # always replaces the wrong bytes.
 METADATA_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(
@@ -47,12 +52,14 @@ PILLOW_ERRORS = (OSError, IndexError, SyntaxError, ValueError, struct.error,
 class TimedFrame(NamedTuple):
     """A frame, shown from `start` to `end` (seconds from the start of the clip).
 
-    `decode()` returns its pixels as (h, w, 4) uint8 RGBA.
+    `decode()` returns its pixels as (h, w, 4) uint8 RGBA. `pixel_aspect` is the width of a pixel,
+    divided by its height.
     """
 
     start: float
     end: float
     decode: Callable[[], np.ndarray]
+    pixel_aspect: float = 1.0
 
 
 def iter_frames(path: Path) -> Iterator[TimedFrame]:
@@ -97,26 +104,33 @@ def _is_image_file(path: Path) -> bool:
 
 
 def _video_frames(path: Path) -> Iterator[TimedFrame]:
-    """Yield the frames of a video's first video stream."""
+    """Yield the frames of a video's best video stream, which players show."""
     count, origin, start, end = 0, 0.0, -1.0, 0.0
     try:
         with _open_container(path) as container:
-            stream = next(iter(container.streams.video), None)
-            if stream is None or stream.codec_context is None:
+            # The stream that players show first, or else any that is not cover art.
+            streams = (container.streams.best("video"), *container.streams.video)
+            stream: Any = next((stream for stream in streams if stream and stream.codec_context
+                                and not stream.disposition & Disposition.attached_pic), None)
+            if stream is None:
                 raise InputError(f"{path}: holds no video in a known codec. Encode it again")
             # FFmpeg's Theora decoder sometimes returns damaged frames with several threads.
             stream.thread_type = "NONE" if stream.codec_context.name == "theora" else "AUTO"
-            declared_transfer = stream.codec_context.color_trc      # decoding may reset it
-            step = float(1 / (stream.average_rate or stream.guessed_rate or UNTIMED_FPS))
-            # AVI stores no presentation times, and FFmpeg's substitutes are out of order.
-            has_times = container.format.name != "avi"
-            for count, frame in enumerate(_decode_stream(path, stream), start=1):
-                time = frame.time if has_times and frame.pts is not None else origin + end
+            transfer = stream.codec_context.color_trc       # decoding may reset it
+            # The average rate may count the ticks of the clock (DV).
+            fps = min(filter(None, (stream.average_rate, stream.guessed_rate)), default=UNTIMED_FPS)
+            aspect = float(stream.sample_aspect_ratio or 1)
+            aspect = aspect if 0.1 <= aspect <= 10 else 1.0         # a damaged ratio is ignored
+            frames: chain[Any] = chain([None], _decode_stream(path, stream), [None])
+            for count, ((before, frame), (_, after)) in enumerate(pairwise(pairwise(frames)), 1):
+                time = origin + end if frame.time is None else frame.time
                 origin = time if count == 1 else origin
                 # Joined recordings restart their clock: continue at the end of the last frame.
                 start = time - origin if time - origin > start else end
-                end = start + step
-                yield TimedFrame(start, end, partial(_video_rgba, frame, declared_transfer))
+                end = start + float(1 / fps)
+                pixel_aspect = 1 / aspect if round(frame.rotation / 90) % 2 else aspect
+                decode = partial(_video_rgba, frame, transfer, before, after)
+                yield TimedFrame(start, end, decode, pixel_aspect)
     except av.FFmpegError as error:
         place = f"at about frame {count}, {end:.2f} s" if count else "from its start"
         raise InputError(f"{path}: cannot be decoded {place} ({error.strerror}). Use a shorter "
@@ -128,6 +142,9 @@ def _open_container(path: Path) -> Iterator[av.container.InputContainer]:
     """Open a video by its descriptor, because FFmpeg would guess the format from its name."""
     with (open(os.open(path, os.O_RDONLY), "rb") as file,
           av.open(file, options=FFMPEG_OPTIONS, **METADATA_OPTIONS) as container):
+        if container.format.name.split(",")[0] not in FORMATS:
+            raise InputError(f"{path}: has the format {container.format.long_name}, which is not "
+                             "read. Convert it to .mp4 or .mkv")
         yield container
 
 
@@ -136,8 +153,9 @@ def _decode_stream(path: Path, stream: Any) -> Iterator[av.VideoFrame]:
 
     Raises InputError if the file ends inside a frame, and warns if frames are missing.
     """
-    is_cut, count, num_hidden, end = False, 0, 0, 0.0
+    is_cut, count, num_hidden, end, num_intact = False, 0, 0, 0.0, float("inf")
     container, decoder = stream.container, stream.codec_context
+    is_avi = container.format.name == "avi"
     alpha_decoder = ALPHA_DECODERS.get(decoder.name)
     if stream.metadata.get("alpha_mode") == "1" and alpha_decoder in av.codecs_available:
         decoder = av.CodecContext.create(alpha_decoder, "r")
@@ -145,33 +163,45 @@ def _decode_stream(path: Path, stream: Any) -> Iterator[av.VideoFrame]:
         is_cut |= packet.is_corrupt
         num_hidden += packet.is_discard             # by an edit list
         for frame in decoder.decode(packet):
+            # AVI stores no presentation times, and FFmpeg's guesses are out of order. The time of
+            # the packet that completes a frame is right, also after a pause.
+            frame.pts = frame.dts if is_avi else frame.pts
             if frame.time is not None and frame.time_base is not None:
                 end = max(end, frame.time + float(frame.duration * frame.time_base))
             count += 1
+            num_intact = 0 if frame.is_corrupt else num_intact + 1      # since the last damage
             yield frame
     if is_cut:
         raise InputError(f"{path}: is cut short. Give the whole file, or a shorter duration")
+    # The pauses of an AVI count as frames. FFmpeg reduces the duration of an AVI that is cut.
+    count = max(count, stream.duration or 0) if is_avi else count
     duration = _declared_duration(container, stream)
     if 0 < count < stream.frames - num_hidden:
         warnings.warn(f"{path}: may be cut short: {count} of {stream.frames} frames", stacklevel=2)
     elif not stream.frames and end and duration - end > 1.5 / (stream.average_rate or UNTIMED_FPS):
         warnings.warn(f"{path}: may be cut short: {end:.2f} of {duration:.2f} s", stacklevel=2)
+    elif num_intact <= decoder.reorder_depth:
+        warnings.warn(f"{path}: may be cut short: the last frame is damaged", stacklevel=2)
 
 
 def _declared_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Return the end of a stream in seconds as its file declares it, or 0 if it does not."""
+    """Return the end of a stream in seconds as its file declares it, or 0 if it does not.
+
+    Matroska declares it as text, 00:00:02.500000000.
+    """
     if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
-        hours, minutes, seconds = map(float, match.groups())        # Matroska
-        return 3600 * hours + 60 * minutes + seconds
+        return sum(float(n) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True))
     # The longest stream sets the duration of its file.
     return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
 
 
-def _video_rgba(frame: av.VideoFrame, declared_transfer: int) -> np.ndarray:
-    """Return a video frame as (h, w, 4) uint8 sRGB, rotated upright.
+def _video_rgba(frame: av.VideoFrame, declared_transfer: int, *neighbors: Any) -> np.ndarray:
+    """Return a video frame as (h, w, 4) uint8 sRGB, deinterlaced and rotated upright.
 
-    The frame's own transfer function is used, or that of its container if the frame has none.
+    The frame's own transfer function is used, or that of its container if the frame has none. The
+    frames before and after it are needed if it is interlaced.
     """
+    frame = _deinterlace(frame, *neighbors)
     transfer = frame.color_trc if frame.color_trc != ColorTrc.UNSPECIFIED else declared_transfer
     if transfer in TRANSFERS:
         has_matrix = frame.colorspace in (Colorspace.BT2020, Colorspace.ITU709)
@@ -181,16 +211,33 @@ def _video_rgba(frame: av.VideoFrame, declared_transfer: int) -> np.ndarray:
         is_bt2020 = frame.color_primaries != ColorPrimaries.BT709
         rgba[..., :3] = tonemap_hdr_to_sdr(deep[..., :3], transfer, is_bt2020)
     else:
-        rgba = frame.to_ndarray(format="rgba")
+        # FFmpeg's fast conversion writes 8 or 16 columns at a time. At other widths, a thread may
+        # write over the columns of another, and the last columns may be left out.
+        rgba = frame.to_ndarray(format="rgba", threads=1)
+        if 0 < frame.width % 8 < 5:
+            rgba[:, -4:] = frame.to_ndarray(format="rgba64le")[:, -4:] // 256
     return np.rot90(rgba, round(frame.rotation / 90))
+
+
+def _deinterlace(frame: av.VideoFrame, before: Any = None, after: Any = None) -> av.VideoFrame:
+    """Return a frame without the combs of interlacing; a progressive frame is not changed."""
+    if not frame.interlaced_frame or min(frame.width, frame.height) < 16:   # bwdif's limit is lower
+        return frame
+    layout, graph = (frame.width, frame.height, frame.format), av.filter.Graph()
+    graph.link_nodes(graph.add_buffer(None, *layout, time_base=Fraction(1)),
+                     graph.add("bwdif", "mode=send_frame:deint=interlaced"),
+                     graph.add("buffersink")).configure()
+    for near in filter(None, (before, frame, after)):       # joined recordings may differ in size
+        graph.vpush(near.reformat(*layout[:2], frame.format.name))
+    graph.vpush(None)
+    return [graph.vpull() for near in (before, frame) if near][-1]
 
 
 def _animation_frames(path: Path) -> Iterator[TimedFrame]:
     """Yield the frames of a gif, webp or animated png file."""
     end = 0.0
     with _open_image(path) as image:
-        if image.format not in ("GIF", "WEBP") and not (
-                image.format == "PNG" and getattr(image, "is_animated", False)):
+        if image.get_format_mimetype() not in ("image/gif", "image/webp", "image/apng"):
             raise InputError(f"{path}: is a single image. Give a folder of images, or a video")
         for frame in ImageSequence.Iterator(image):
             rgba, start = _upright_rgba(frame), end     # a webp has no duration before decoding
@@ -235,8 +282,9 @@ def _upright_rgba(image: Image.Image) -> np.ndarray:
 
 
 @contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image]:
+def _open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Open an image. The errors of Pillow's decoders become InputError."""
+    check_readable(path)                            # opening a pipe would block
     try:
         with Image.open(path) as image:
             yield image

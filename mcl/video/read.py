@@ -28,18 +28,19 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
     round their times. A part with exactly `num_frames` frames is taken one to one. A part with
     fewer repeats frames, with a warning. The file is decoded twice, so that only the selected
     frames of a long video are in memory. Transparent parts become black. HDR (HLG, PQ) is converted
-    to the standard range (`hdr.tonemap_hdr_to_sdr`).
+    to the standard range (`hdr.tonemap_hdr_to_sdr`). Interlaced frames are deinterlaced.
 
     Args:
-        path: A video (mp4, mov, webm, mkv, avi, ts, flv, wmv, ogv, ...), gif, webp or apng,
+        path: A video (mp4, mov, webm, mkv, avi, mpg, ts, flv, wmv, y4m, ...), gif, webp or apng,
             recognized by its content; or a folder of images (png, jpg, webp, bmp) of one size, in
             natural order (2 before 10), at 8 frames per second.
         num_frames: Number of frames to read.
         size: (H, W).
         start: Start of the part to read, in seconds.
-        duration: Length of the part in seconds; None for the rest.
+        duration: Length of the part in seconds; None for the rest. A part that is shorter, because
+            the video ends, gives a warning.
         fit: "crop" takes the largest central part of the target's aspect ratio, "pad" adds black
-            bars, "stretch" changes the aspect ratio.
+            bars, "stretch" changes the aspect ratio. Pixels that are not square are made square.
         stride: Take every n-th frame from `start` on, in place of a duration.
         model_fps: Frame rate of the model's training clips, to warn of much longer frame steps.
 
@@ -60,6 +61,9 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
         raise InputError(f"{path}: start = {start:g} s is past the end, {end:.2f} s")
 
     tolerance = np.median(np.diff([*start_times, end])) / 4
+    if duration is not None and start + duration - end > 4 * tolerance:
+        warnings.warn(f"{path}: ends at {end:.2f} s. The part from {start:g} s on has only "
+                      f"{end - start:.2f} of the {duration:g} s", stacklevel=2)
     sample_times = start + (end - start) * np.arange(num_frames) / num_frames + tolerance
     indices = (np.searchsorted(start_times, sample_times) - 1).clip(min=0).tolist()
     if stride is not None:
@@ -77,7 +81,7 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
         warnings.warn(f"{path}: there are only {len(set(indices))} different frames for "
                       f"{num_frames}; some are repeated", stacklevel=2)
     timed_frames = zip(range(indices[-1] + 1), iter_frames(path), strict=False)
-    frames = {index: _resize(_composite_on_black(frame.decode()), size, fit)
+    frames = {index: _resize(_composite_on_black(frame.decode()), size, fit, frame.pixel_aspect)
               for index, frame in timed_frames if index in indices}
     return torch.cat([frames[index] for index in indices])
 
@@ -132,15 +136,15 @@ def _composite_on_black(rgba: np.ndarray) -> torch.Tensor:
     return pixels[:, :3] * (pixels[:, 3:] / 255) / 127.5 - 1
 
 
-def _resize(frames: torch.Tensor, size: tuple[int, int], fit: str) -> torch.Tensor:
-    """Return frames (f, 3, h, w) as (f, 3, H, W)."""
+def _resize(frames: torch.Tensor, size: tuple[int, int], fit: str, aspect: float = 1.0
+            ) -> torch.Tensor:
+    """Return frames (f, 3, h, w) as (f, 3, H, W). `aspect` is a pixel's width by its height."""
     (h, w), (H, W), inner = frames.shape[-2:], size, size
+    scale = (max if fit == "crop" else min)(H / h, W / (w * aspect))
     if fit == "crop":
-        scale = max(H / h, W / w)
-        frames = _crop_or_pad(frames, max(1, round(H / scale)), max(1, round(W / scale)))
+        frames = _crop_or_pad(frames, max(1, round(H / scale)), max(1, round(W / scale / aspect)))
     if fit == "pad":
-        scale = min(H / h, W / w)
-        inner = max(1, round(h * scale)), max(1, round(w * scale))
+        inner = max(1, round(h * scale)), max(1, round(w * scale * aspect))
     resized = F.interpolate(frames, inner, mode="bilinear", antialias=True)
     return _crop_or_pad(resized.clamp(-1, 1), H, W)         # the filter overshoots by rounding
 

@@ -26,7 +26,7 @@ def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> No
             folder of 00000.png, 00001.png, ... (which stores no frame rate).
         frames: Frames (f, 3, H, W) in [-1, 1], of any float type and device. Other values are
             clamped.
-        fps: Frames per second, 0.1 to 100.
+        fps: Frames per second, 0.1 to 100; up to 50 for .gif.
 
     Raises:
         InputError: If `path` cannot be written, or the size or frame rate is out of range.
@@ -34,8 +34,7 @@ def write_video(path: str | os.PathLike, frames: torch.Tensor, fps: float) -> No
     """
     target = Path(path)
     check_output_path(target)
-    if not 0.1 <= fps <= 100:
-        raise InputError(f"fps = {fps} is out of range: it must be between 0.1 and 100")
+    check_frame_rate(target, fps)
     height, width = frames.shape[-2:]
     if target.suffix.lower() == ".mp4" and (height % 2 or width % 2):
         raise InputError(f"{target}: mp4 needs even sides, not {height}x{width}. Use .gif or .webp")
@@ -61,6 +60,14 @@ def check_output_path(path: Path) -> None:
         raise InputError(f"{path}: the extension is not known. Use .mp4, .gif or .webp, or no "
                          "extension for a folder of PNG images")
     check_writable(path, "file" if suffix else "folder")
+
+
+def check_frame_rate(path: Path, fps: float) -> None:
+    """Raise InputError if `write_video` could not write `fps` frames per second to `path`."""
+    if not 0.1 <= fps <= 100:
+        raise InputError(f"fps = {fps} is out of range: it must be between 0.1 and 100")
+    if path.suffix.lower() == ".gif" and fps > 50:      # browsers play shorter frames at 10 fps
+        raise InputError(f"{path}: a gif plays at most 50 frames per second, not {fps:g}. Use .mp4")
 
 
 def _write_mp4(path: Path, images: np.ndarray, fps: float) -> None:

@@ -43,6 +43,15 @@ def test_command_writes_a_clip_a_comparison_a_motion_and_a_record(first, weights
     assert record["weights_sha256"] == load_model(weights, "cpu").sha256
 
 
+def test_a_gif_needs_a_frame_rate_of_at_most_50_also_without_fps(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "config", dataclasses.replace(small.config, fps=60))
+    save_model(small, tmp_path / "a.safetensors", torch.float32, {})
+    options = ("--weights", tmp_path / "a.safetensors", "--prompt", PROMPT, "--out", "a.gif")
+    with pytest.raises(mcl.InputError, match="at most 50 frames per second, not 60"):
+        check(*options)
+    check(*options, "--fps", 50)
+
+
 @pytest.mark.filterwarnings("ignore:.*s apart")
 def test_library_writes_the_same_bytes(first, weights, tmp_path):
     mcl.clone(REFERENCE, PROMPT, model=weights, seed=3).save(tmp_path / "a.mp4")
@@ -303,7 +312,8 @@ def bad(tmp_path_factory):
     (["--method", "inversion", "--inversion-dir", "{bad}/none/a"], "there is no folder"),
     (["--device", "abacus"], "'abacus' is not known"),
     (["--device", "cpu:5"], "device 'cpu:5' is not available"),
-    (["--fps", "0"], "--fps needs to be 0.1 to 100, not 0.0"), (["--fps", "nan"], "not nan"),
+    (["--fps", "0"], "fps = 0.0 is out of range"), (["--fps", "nan"], "fps = nan is"),
+    (["--fps", "60", "--out", "a.gif"], "a.gif: a gif plays at most 50 frames per second, not 60"),
     (["--num-samples", "0"], "--num-samples needs to be 1 to 10000"),
     (["--seed", "-1"], "--seed needs to be 0 to 18446744073709551615, not -1"),
     (["--seed", str(2 ** 64)], "0 to 18446744073709551615"),

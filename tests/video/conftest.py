@@ -45,7 +45,7 @@ def encode_video(path, codec="libx264", numbers=range(12), rate=24, format=None,
     """Write numbered frames in a format that `write_video` does not have."""
     with av.open(str(path), "w", format=format) as container:
         container.metadata["title"] = title
-        b_frames = {} if codec == "wmv2" else {"bf": "3", "b_strategy": "0"}
+        b_frames = {} if codec in ("wmv2", "rv20") else {"bf": "3", "b_strategy": "0"}
         stream = container.add_stream(codec, rate=rate, options=b_frames)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
         for number in numbers:

@@ -27,7 +27,9 @@ from tests.video.conftest import (
     ("a.avi", "libx264", 24), ("A.AVI", "mpeg4", 24), ("a.mpg", "mpeg2video", 24),
     ("a.ts", "libx264", 24), ("a.mts", "libx264", 24), ("a.flv", "libx264", 24),
     ("a.wmv", "wmv2", 24), ("a.3gp", "libx264", 24), ("a.m4v", "libx264", 24),
-    ("a.ogv", "libvpx", 24), ("a.mxf", "mpeg2video", 25)])
+    ("a.ogv", "libvpx", 24), ("a.mxf", "mpeg2video", 25), ("a.y4m", "wrapped_avframe", 24),
+    ("a.ivf", "libvpx", 24), ("a.nut", "mpeg4", 24), ("a.rm", "rv20", 24),
+    ("a.wtv", "mpeg2video", 24), ("a.obu", "libsvtav1", 24)])
 def test_every_container_is_decoded_under_any_name(tmp_path, name, codec, rate):
     encode_video(tmp_path / name, codec, rate=rate)
     assert frame_numbers(read_video(tmp_path / name, 12, (16, 16))) == list(range(12))
@@ -48,8 +50,13 @@ def test_a_single_image_or_a_pipe_is_rejected_as_a_clip(tmp_path):
     for kind in ("PNG", "JPEG", "BMP"):
         Image.new("L", (16, 16)).save(tmp_path / "a.mp4", kind)
         assert_rejected(tmp_path / "a.mp4", "a.mp4: is a single image")
-    os.mkfifo(tmp_path / "pipe")
+    folder = image_folder(tmp_path / "clip", {})
+    for pipe in (tmp_path / "pipe", folder / "a.png"):
+        os.mkfifo(pipe)
+        with pytest.raises(InputError, match=f"{pipe.name}: is a device, a pipe or a socket"):
+            read_image(pipe, (16, 16))
     assert_rejected(tmp_path / "pipe", "is a device, a pipe or a socket")
+    assert_rejected(folder, "a.png: is a device, a pipe or a socket")
 
 
 @pytest.mark.parametrize("fps", [7.5, 30])
@@ -297,7 +304,8 @@ def test_frames_hidden_by_an_edit_list_give_no_warning(tmp_path, recwarn):
 @pytest.mark.parametrize("text", [
     "ffconcat version 1.0\nfile 'other.mp4'\n",
     "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n"])
-def test_playlists_are_not_followed(tmp_path, text):
+def test_playlists_are_not_followed(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "other.mp4", numbered_frames([1, 2]), fps=8)
     (tmp_path / "a.mp4").write_text(text)
     assert_rejected(tmp_path / "a.mp4", "cannot be decoded")

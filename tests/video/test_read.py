@@ -24,7 +24,6 @@ from tests.video.conftest import (
     (1, 0, None, [0]),
     (3, 0.25, None, [6, 8, 10]),
     (6, 0.25, 0.25, [6, 7, 8, 9, 10, 11]),
-    (2, 0.25, 100, [6, 9]),
     (3, 0, 0.125, [0, 1, 2]),
     (1, 0.01, 0.001, [0]),
 ])
@@ -32,6 +31,16 @@ def test_frames_are_spread_evenly_in_time(tmp_path, num_frames, start, duration,
     encode_video(tmp_path / "a.mp4")
     frames = read_video(tmp_path / "a.mp4", num_frames, (16, 16), start, duration)
     assert frame_numbers(frames) == expected
+
+
+def test_a_part_that_ends_early_gives_a_warning(tmp_path):
+    encode_video(tmp_path / "a.mp4")
+    message = r"a.mp4: ends at 0.50 s. The part from 0.25 s on has only 0.25 of the 100 s$"
+    with pytest.warns(UserWarning, match=message):
+        assert frame_numbers(read_video(tmp_path / "a.mp4", 2, (16, 16), 0.25, 100)) == [6, 9]
+    with pytest.warns(UserWarning, match="ends at 0.50 s"):
+        read_video(tmp_path / "a.mp4", 2, (16, 16), 0.25, 0.25 + 1.1 / 24)
+    read_video(tmp_path / "a.mp4", 2, (16, 16), 0.25, 0.25 + 0.9 / 24)
 
 
 @pytest.mark.parametrize("num_frames, start, stride, expected", [

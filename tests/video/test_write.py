@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from einops import repeat
+from PIL import Image, ImageSequence
 
 from mcl.errors import InputError, NumericalError
 from mcl.ownership import FOLDER_MARKER
@@ -144,6 +145,17 @@ def test_a_folder_without_write_permission_is_rejected(tmp_path, monkeypatch):
 def test_a_frame_rate_out_of_range_is_rejected(tmp_path, fps):
     with pytest.raises(InputError, match=f"fps = {fps} is out of range"):
         write_video(tmp_path / "a.mp4", smooth_frames(), fps)
+
+
+def test_a_gif_of_more_than_50_frames_per_second_is_rejected(tmp_path):
+    write_video(tmp_path / "a.gif", smooth_frames(), fps=50)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert {frame.info["duration"] for frame in ImageSequence.Iterator(image)} == {20}
+    for fps in (50.1, 60):
+        with pytest.raises(InputError, match=f"b.gif: a gif plays at most 50 .* not {fps}"):
+            write_video(tmp_path / "b.gif", smooth_frames(), fps)
+        write_video(tmp_path / "b.webp", smooth_frames(), fps)
+    assert not (tmp_path / "b.gif").exists()
 
 
 def test_frames_that_are_not_finite_are_not_written(tmp_path):

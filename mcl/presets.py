@@ -39,8 +39,7 @@ PRESETS: dict[str, SampleConfig] = {
     "image": SampleConfig(steps=100, guidance_steps=40),
     "sketch": SampleConfig(steps=200, guidance_steps=120, guidance_noise_range=0.4),
     "inversion-200": SampleConfig(steps=200, guidance_steps=120, **_INVERSION),
-    "inversion-500": SampleConfig(steps=500, guidance_steps=300, **_INVERSION),
-    **DISTILLED_PRESETS}
+    "inversion-500": SampleConfig(steps=500, guidance_steps=300, **_INVERSION), **DISTILLED_PRESETS}
 
 
 def build_config(defaults: SampleConfig, preset: str | None = None, **settings: Any

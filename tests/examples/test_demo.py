@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mcl
-from tests.evaluation.test_html_report import chromium, click, find, wait_for
+from tests.browser import chromium, click, find, wait_for
 
 pytest.importorskip("gradio")
 ROOT = Path(__file__).parents[2]

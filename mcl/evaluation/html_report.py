@@ -112,11 +112,9 @@ def write_page(folder: Path, clips: Sequence[ClipView], motion: Motion, masks: S
     data = {
         "shape": shape, "layers": list(motion.values), "heads": heads, "k": k, "grid": grid,
         "maps": maps, "result": result_line(record.get("report", {})),
-        "record": {key: file_names(value) if key in PATH_KEYS else value
-                   for key, value in record.items()},
+        "record": {key: file_names(v) if key in PATH_KEYS else v for key, v in record.items()},
         "steps": [(step.timestep, step.loss, step.guidance_weight) for step in steps],
-        "clips": [{"title": clip.title, "note": clip.note, **sprite_and_tracks(clip.frames)}
-                  for clip in clips],
+        "clips": [{"title": c.title, "note": c.note, **sprite_and_tracks(c.frames)} for c in clips],
         "masks": [(F.interpolate(mask[None].cpu(), grid)[0] * 100).round().int().flatten(1).tolist()
                   for mask in masks]}
     text = json.dumps(nonfinite_to_none(data), allow_nan=False).replace("<", r"\u003c")
@@ -132,8 +130,7 @@ def file_names(value: Any) -> Any:
     pairs, because two files may have the same name.
     """
     if isinstance(value, (Mapping, list, tuple)):
-        parts = value.items() if isinstance(value, Mapping) else value
-        return [file_names(part) for part in parts]
+        return [file_names(v) for v in (value.items() if isinstance(value, Mapping) else value)]
     return Path(value).name if isinstance(value, str) else value
 
 

@@ -134,18 +134,20 @@ def test_space_plays_unless_a_control_has_the_focus(browser):
 
 def test_dragging_over_a_clip_or_a_map_moves_through_the_frames(browser):
     from selenium.webdriver import ActionChains
-    number, clip = find(browser, "#number")[0], find(browser, "#clips canvas")[0]
+    number, play = find(browser, "#number")[0], find(browser, "#play")[0]
+    clip = find(browser, "#clips canvas")[0]
     for canvas in (clip, find(browser, "#maps canvas")[0]):
         click(browser, clip, 0.1, 0.1)
         browser.execute_script("""choose({ frame: 3 });
             arguments[0].scrollIntoView({ block: "center" })""", canvas)
-        seen = []
+        seen, quarter = [], canvas.size["width"] // 4
         mouse = ActionChains(browser, 0).move_to_element(canvas).click_and_hold()
-        for distance in (3, canvas.size["width"] // 4, -canvas.size["width"] // 2):
+        for distance in (4, quarter - 4, -2 * quarter):         # the first one is no drag yet
             mouse.move_by_offset(distance, 4).perform()
             mouse = ActionChains(browser, 0)
+            wait_for(lambda: play.text == "Play")
             seen.append(number.text)
-            browser.execute_script("play(true)")        # dragging stops it
+            browser.execute_script("play(true)")                # dragging stops it
         mouse.release().perform()
         browser.execute_script("""play(false);
             dispatchEvent(new PointerEvent("pointermove", { clientX: 300 }))""")

@@ -204,6 +204,7 @@ def test_curves_have_axes_with_numbers(browser, report):
             "return arguments[0].querySelectorAll('path')[1].getAttribute('d')", svg)
         points = [[float(x) for x in p.split(",")] for p in line[1:].split("L")][1:]
         (x1, x2), (y0, y1) = (labels[3][1], labels[5][1]), (labels[0][2] - 4, labels[2][2] - 4)
+        assert x2 > x1 and y1 < y0                      # larger values are higher
         assert points == [pytest.approx([x1 + (x2 - x1) * i / 3, y0 + (y1 - y0) * v / max(values)])
                           for i, v in enumerate(values)]
 

@@ -66,12 +66,12 @@ def measure(path: str | None) -> tuple[int, float]:
         raise refusal("There is no clip yet. Upload or record one.")
     ends, name = [0.0], Path(path).name
     with contextlib.suppress(mcl.InputError):       # its words are for the command line
-        for _, end, _ in iter_frames(Path(path)):
-            ends.append(end)
-            if end > MAX_SECONDS:
+        for frame in iter_frames(Path(path)):
+            ends.append(frame.end)
+            if frame.end > MAX_SECONDS:
                 raise refusal(f"{name}: longer than {MAX_SECONDS} s. Cut a part out of it.")
         if len(ends) > 1:
-            return len(ends) - 1, end
+            return len(ends) - 1, ends[-1]
     raise refusal(f"{name}: cannot be decoded. Upload another clip, such as an MP4 file.")
 
 

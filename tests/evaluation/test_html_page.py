@@ -231,6 +231,7 @@ def test_page_fits_a_phone_escapes_all_text_and_fetches_nothing(browser, report)
     width = "return document.documentElement.scrollWidth"
     find(browser, "summary")[0].click()
     assert browser.execute_script(width) <= 360
+    assert find(browser, "dd")[0].size["width"] > 150       # file names need space
     assert browser.title == find(browser, "h1")[0].text == PROMPT
     settings = [element.text for element in find(browser, "dd")]
     assert {PROMPT, CLIP_NAME, f"{CLIP_NAME}, 12\nm.safetensors, 34", "0.900"} <= {*settings}

@@ -27,6 +27,7 @@ from .tracking import tracklets
 TEMPLATE = Path(__file__).with_name("html_report.html")
 MAX_SIDE = 256                          # pixels: longest side of a frame on the page
 MAX_BYTES = 1_350_000                   # compressed size of all maps, before base64
+PATH_KEYS = {"reference", "weights", "images", "loras", "inputs"}       # of a record
 
 
 class ClipView(NamedTuple):
@@ -82,7 +83,8 @@ def write_html_report(folder: Path, model: Model, prompt: str, config: SampleCon
                                      control=control_condition(model, images, config))
     clips = [ClipView("reference", note, frames, full_motion)]
     num_steps = config.steps if record.get("report") else min(PREVIEW_STEPS, config.steps)
-    for name, origin in ("unguided", f"from the same noise, in {num_steps} steps; "), ("clone", ""):
+    for name, origin in ("unguided", f"from the same noise, in {num_steps} steps "
+                         f"(clone: {config.steps}); "), ("clone", ""):
         z, settings = latents_by_name[name], dataclasses.replace(full, extraction_timestep=t)
         clips.append(ClipView(
             name, f"{origin}finished, then noised once to timestep {t}, without a prompt",
@@ -109,16 +111,27 @@ def write_page(folder: Path, clips: Sequence[ClipView], motion: Motion, masks: S
                                 dense_maps(motion, ranks=True)], motion.metadata["grids"])
     data = {
         "shape": shape, "layers": list(motion.values), "heads": heads, "k": k, "grid": grid,
-        "maps": maps, "record": record, "result": result_line(record.get("report", {})),
+        "maps": maps, "result": result_line(record.get("report", {})),
+        "record": {key: file_names(v) if key in PATH_KEYS else v for key, v in record.items()},
         "steps": [(step.timestep, step.loss, step.guidance_weight) for step in steps],
-        "clips": [{"title": clip.title, "note": clip.note, **sprite_and_tracks(clip.frames)}
-                  for clip in clips],
+        "clips": [{"title": c.title, "note": c.note, **sprite_and_tracks(c.frames)} for c in clips],
         "masks": [(F.interpolate(mask[None].cpu(), grid)[0] * 100).round().int().flatten(1).tolist()
                   for mask in masks]}
     text = json.dumps(nonfinite_to_none(data), allow_nan=False).replace("<", r"\u003c")
     with atomic_write(folder, is_folder=True) as temporary:
         (temporary / "index.html").write_text(
             TEMPLATE.read_text("utf-8").replace("{{data}}", text), "utf-8")
+
+
+def file_names(value: Any) -> Any:
+    """Return a part of a record with the names of files in place of their paths.
+
+    A page may be published, but the folders of its author are private. Dictionaries become lists of
+    pairs, because two files may have the same name.
+    """
+    if isinstance(value, (Mapping, list, tuple)):
+        return [file_names(v) for v in (value.items() if isinstance(value, Mapping) else value)]
+    return Path(value).name if isinstance(value, str) else value
 
 
 def dense_maps(motion: Motion, ranks: bool = False) -> dict[str, Tensor]:

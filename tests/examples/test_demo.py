@@ -1,22 +1,25 @@
 """The demo page: what visitors see in a browser, and which files their visits leave."""
 import contextlib
+import json
 import os
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 
 import mcl
-from tests.evaluation.test_html_report import chromium, click, find, wait_for
+from tests.browser import chromium, click, find, wait_for
+from tests.conftest import randn
 
 pytest.importorskip("gradio")
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo.py"
 REF = ROOT / "examples" / "figure_eight.mp4"
-PROMPT = "a red star on a navy background"
+PROMPT = "a red star on a navy <b>zebu</b>"
 SETTINGS = {"steps": 4, "guidance_steps": 2, "height": 64, "width": 64}
 OPTIONS = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
 TIMEOUT = 300                           # seconds, for machines that are busy
@@ -26,7 +29,7 @@ def start(folder, *argv):
     """Start the server with its temporary files in a folder."""
     return subprocess.Popen(
         [sys.executable, "-u", DEMO, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)})
+        text=True, cwd=folder, env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +101,19 @@ def test_page_shows_the_clip_of_clone_and_its_report(server, browser, tmp_path):
     mcl.clone(REF, PROMPT, seed=3, **SETTINGS).save(tmp_path / "a.mp4")
     assert bytes(served) == (tmp_path / "a.mp4").read_bytes()
 
+    assert find(browser, "strong")[0].text.startswith("Verdict: ")
+    assert "nan" not in find(browser, "strong")[0].text
+    assert any("that the model was not trained on: b, zebu, b." in p.text
+               for p in find(browser, "p"))
+
     press(browser, "How it came about")
     browser.switch_to.frame(wait(lambda: find(browser, "iframe"))[0])
     wait(lambda: browser.execute_script("return 'ready' in document.body.dataset"))
     click(browser, find(browser, "#clips canvas")[0], 0.9, 0.1)
     assert find(browser, "#said")[0].text.startswith("Row 1 of 4, column 4 of 4.")
+    assert find(browser, "#result")[0].text.startswith("Verdict: ")
+    assert "in 4 steps (clone: 4);" in find(browser, "#clips")[0].text
+    assert int(find(browser, "#maps canvas")[0].get_attribute("width")) > 60
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
     browser.switch_to.default_content()
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
@@ -118,33 +129,75 @@ def test_wrong_input_is_refused_in_one_line_without_server_paths(server, browser
     (tmp_path / "text.mp4").write_text("no film")
     mcl.write_video(tmp_path / "long.mp4", torch.zeros(22, 3, 32, 32), fps=1)
     for name, start_of_message in (
-            ("text.mp4", "text.mp4: cannot be decoded"),
+            ("text.mp4", "text.mp4: cannot be decoded. Upload another clip"),
             ("long.mp4", "long.mp4: longer than 20 s. Cut a part out of it.")):
         upload(browser, address, tmp_path / name)
         text = "".join(wait(lambda start=start_of_message: [m for m in messages(browser)
                                                             if m.startswith(start)]))
         assert "/" not in text and "--" not in text and "\n" not in text, text
+    assert str(ROOT) not in browser.page_source
     browser.get(address)
     press(browser, "Clone the motion")
     wait(lambda: "There is no clip yet. Upload or record one." in messages(browser))
 
 
-def test_negative_seed_is_refused(server, browser):
+def test_seeds_that_are_negative_or_not_whole_are_refused(server, browser):
     address, _ = server
     upload(browser, address, REF)
-    fill(find(browser, "input[type=number]")[0], "-1")
-    press(browser, "Clone the motion")
-    refusal = "seed = -1 is out of range: 0 to"
-    wait(lambda: any(text.startswith(refusal) for text in messages(browser)))
+    for seed in ("-1", "1.5"):
+        fill(find(browser, "input[type=number]")[0], seed)
+        press(browser, "Clone the motion")
+        refusal = f"seed = {seed} is out of range: 0 to 9007199254740991, a whole number."
+        wait(lambda start=refusal: start in messages(browser))
+    assert not find(browser, "video[aria-label]")
+    for values, error in (([-1], "seed = -1 is"), ([2 ** 53], "seed = 9007199254740992 is"),
+                          (["x"], "seed = &#x27;x&#x27; is"), ([[1]], "seed = [1] is"),
+                          ([3], "There is no clip yet.")):       # sent by a program
+        call = f"{address}/gradio_api/call/clone"
+        body = json.dumps({"data": [None, "a star", *values]}).encode()
+        request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{call}/{event}") as answer:
+            assert error in answer.read().decode()
 
 
-def test_unknown_words_of_the_prompt_are_named(server, browser):
+def test_clips_that_the_model_will_hardly_follow_are_told_of_when_they_are_uploaded(
+        server, browser, tmp_path):
     address, _ = server
-    upload(browser, address, REF)
-    fill(find(browser, "textarea, input[type=text]")[0], "a <b>zebu</b>")
-    press(browser, "Clone the motion")
-    wait(lambda: any("that the model was not trained on: b, zebu, b." in p.text
-                     for p in find(browser, "p")))
+    still, noise = torch.full((16, 3, 64, 64), 0.2), randn(40, 3, 64, 64).clamp(-1, 1)
+    for name, frames, fps, starts in (
+            ("still", still, 8, ["The clip hardly moves, so"]),
+            ("few", still[:9], 9, ["The clip has 9 frames in 1.0 s, and the model looks at 16: 2 s",
+                                   "The clip hardly moves, so"]),
+            ("noise", noise, 8, ["The clip has 40 frames in 5.0 s, and the model looks at 16: 2 s",
+                                 "The model was not trained on clips like"])):
+        mcl.write_video(tmp_path / f"{name}.mp4", frames, fps)
+        upload(browser, address, tmp_path / f"{name}.mp4")
+        shown = wait(lambda n=len(starts): [m for m in messages(browser) if m][:n][n - 1:] and [
+            m for m in messages(browser) if m])
+        assert len(shown) == len(starts) and "--" not in "".join(shown)
+        assert all(any(m.startswith(start) for m in shown) for start in starts), shown
+
+
+def test_examples_are_chosen_by_a_click_and_the_known_words_are_listed(server, browser):
+    address, folder = server
+    browser.get("about:blank")
+    wait(lambda: uploaded_files(folder) == [])
+    browser.get(address)
+    for name, prompt in (("zigzag", "a fox on a teal background"),
+                         ("camera_zoom", "a white heart on a checkered teal background")):
+        press(browser, f"Example: {prompt}")
+        wait(lambda clip=name: [v for v in find(browser, "video")
+                                if v.get_attribute("src").endswith(f"/{clip}.mp4")])
+        assert find(browser, "textarea, input[type=text]")[0].get_attribute("value") == prompt
+    assert messages(browser) == [] and str(ROOT) not in browser.page_source
+    words, = find(browser, "details")
+    words.click()
+    known = mcl.load_model().config.training_vocabulary
+    assert words.text == f"The {len(known)} words that the model knows\n{', '.join(known)}"
+    browser.get("about:blank")
+    wait(lambda: uploaded_files(folder) == [])
 
 
 def test_visitors_wait_in_turn_and_their_files_are_deleted_when_they_leave(server, browser):

@@ -31,7 +31,8 @@ CONFIG_FILES = {"": "config.json", "peft": "adapter_config.json",
                 "scheduler": "scheduler/scheduler_config.json"}
 V_PREDICTION_YAML = re.compile(rb"^\s*parameterization:\s*[\"']?v\b", re.MULTILINE)
 MAX_YAML = 1 << 20                                  # bytes
-WRAPPERS = ("state_dict", "controlnet")             # keys of dicts around the tensors of a pickle
+# Keys of dicts around the tensors of a pickle.
+WRAPPERS = ("state_dict", "controlnet", "string_to_param")
 MAX_NESTING = 4                                     # levels of wrappers that are opened
 # Files without weights: a pattern of their first bytes, what they are, and what to do.
 UNKNOWN_FILES = (

@@ -25,11 +25,11 @@ SIGNATURE_KEYS = {"unet": "down_blocks.0.resnets.0.conv1.weight", "vae": "decode
                   "text_encoder": "embeddings.token_embedding.weight"}
 # A key that matches says that the checkpoint belongs to another method, and to which.
 UNSUPPORTED_PATTERNS = (
-    (r"^conditioner\.embedders\.|^lora_te2_|(^|\.)add_embedding\.", "Stable Diffusion XL"),
+    (r"^conditioner\.embedders\.|^lora_te2_|(^|\.)add_embedding\.|^clip_[lg]$",
+     "Stable Diffusion XL"),
     (r"^cond_stage_model\.model\.", "Stable Diffusion 2"),
     (r"\.oft_(blocks|diag)|\.oft_R\b|\.on_input$|(^|\.)ia3_", "an OFT or IA3 (LyCORIS)"),
     (r"temporal_attentions|positional_encoding$", "a Hotshot-XL motion module"),
-    (r"^(string_to_param|emb_params|clip_[lg]$|<[^ ]+>$)", "a textual inversion embedding"),
     (r"^(image_proj|ip_adapter)\b", "an IP-Adapter"),
     (r"^(v_pred|ztsnr)$", "a v-prediction model"))      # empty tensors that trainers add
 # Tensors of a base that are not used, and why.
@@ -57,6 +57,7 @@ UNET_KEY = re.compile(
 CONTROLNET_KEY = re.compile(
     r"control_model\.|(controlnet\.)?(module\.)?controlnet_cond_embedding\.")
 DOMAIN_ADAPTER_KEY = re.compile(r"(down|mid|up)_blocks?\..*\.processor\.")
+EMBEDDING_KEY = re.compile(r"\*|emb_params|<.+>")
 TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
                1280: "the refiner of Stable Diffusion XL"}
 INPUT_CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix"}
@@ -95,13 +96,20 @@ class DetectedCheckpoint(Checkpoint):
         return self.configs.get(part, self.configs.get("", {}))
 
 
-def detect_file(path: Path) -> DetectedCheckpoint:
+def detect_file(path: Path, option: str = "") -> DetectedCheckpoint:
     """Open a checkpoint and return what it is, without reading its weights.
 
+    Args:
+        path: The file or folder.
+        option: The command line option that must take it; "" for any.
+
     Raises:
-        InputError: If it cannot be part of a model; the message says what it is.
+        InputError: If it cannot be used, or not with the option; the message says what it is.
     """
-    return detect(replace(open_checkpoint(path), path=path))
+    checkpoint = detect(replace(open_checkpoint(path), path=path))
+    if option not in ("", checkpoint.option):
+        raise wrong_option_error(checkpoint, option)
+    return checkpoint
 
 
 def detect(checkpoint: Checkpoint) -> DetectedCheckpoint:
@@ -144,7 +152,12 @@ def wrong_option_error(checkpoint: DetectedCheckpoint, option: str) -> InputErro
     subject = f"{checkpoint.path}: {checkpoint.description}"
     if checkpoint.option == "--weights":
         return InputError(f"{subject}. Run python sample.py --weights {checkpoint.path}")
-    command = "" if checkpoint.option in LORAS else " of convert_weights.py"
+    if option == "--weights" and checkpoint.key_maps:
+        others = [f"{OPTIONS[part]} FILE" for part in ("unet", "motion")
+                  if part not in checkpoint.key_maps]
+        return InputError(f"{subject}, not a converted model. Run convert_weights.py " + " ".join(
+            [checkpoint.option, str(checkpoint.path), *others, "--out FILE first"]))
+    command = " of convert_weights.py" if checkpoint.key_maps else ""
     return InputError(f"{subject}, not for {option}. Pass it with {checkpoint.option}{command}")
 
 
@@ -279,7 +292,7 @@ def detect_networks(checkpoint: Checkpoint) -> DetectedCheckpoint:
         else:
             keys.setdefault(part, {})[name.removeprefix(prefix)] = name
     if not keys:
-        raise unknown_checkpoint_error(checkpoint)
+        return detect_embedding(checkpoint)
     motion = split_motion_modules(checkpoint, keys.get("unet", {}))
     parts = [part for part in OPTIONS if part in keys or part in motion.key_maps]
     names = ", ".join(PART_NAMES[part] for part in parts)
@@ -295,15 +308,20 @@ def detect_networks(checkpoint: Checkpoint) -> DetectedCheckpoint:
     return detected
 
 
-def unknown_checkpoint_error(checkpoint: Checkpoint) -> InputError:
-    """Return the error for tensors that belong to no known network."""
+def detect_embedding(checkpoint: Checkpoint) -> DetectedCheckpoint:
+    """Return the embedding of a word. Raises InputError for all tensors of an unknown kind."""
     path, tensors = checkpoint.path, checkpoint.tensors
     examples = ", ".join(sorted(tensors)[:2])
-    widths = {t.shape[-1] if len(t.shape) in (1, 2) else 0 for t in tensors.values()}
-    if widths <= {768, 1024, 1280} and (len(tensors) == 1 or "." not in "".join(tensors)):
-        return unsupported(path, f"a textual inversion embedding ({examples})")
-    return InputError(f"{path}: {len(tensors)} tensors ({examples}, ...) of an unknown kind. "
-                      "python convert_weights.py --help lists the known kinds")
+    shapes = [t.shape if t.dtype.is_floating_point else () for t in tensors.values()]
+    if all(len(shape) in (1, 2) and 0 not in shape for shape in shapes) and (
+            all(map(EMBEDDING_KEY.fullmatch, tensors)) or "." not in "".join(tensors)
+            and {shape[-1] for shape in shapes} <= {768, *TEXT_WIDTHS}):
+        if len(tensors) > 1:
+            raise unsupported(path, f"a textual inversion embedding of many words ({examples})")
+        return DetectedCheckpoint(**vars(checkpoint), option="--embedding",
+                                  description="a textual inversion embedding, for sample.py")
+    raise InputError(f"{path}: {len(tensors)} tensors ({examples}, ...) of an unknown kind. "
+                     "python convert_weights.py --help lists the known kinds")
 
 
 def split_motion_modules(checkpoint: Checkpoint, unet: dict[str, str]) -> DetectedCheckpoint:

@@ -21,7 +21,7 @@ from ..config import has_type, short_repr
 from ..errors import InputError
 from ..ownership import sha256_of
 from .containers import parse_json
-from .detect import DetectedCheckpoint, detect_file, wrong_option_error
+from .detect import DetectedCheckpoint, detect_file
 from .key_mapping import LORA_KEY, count_blocks, map_motion_key, map_unet_key, replace_patterns
 from .lazy_tensor import LazyTensor, Shapes
 from .lora_math import WeightDelta, infer_rank
@@ -77,10 +77,7 @@ def parse_scaled(text: str) -> tuple[Path, float]:
 
 def open_lora(option: str, path: Path, scale: float = 1.0, ignore_alpha: bool = False) -> Lora:
     """Open a LoRA. Raises InputError if it is not what `option` takes."""
-    checkpoint = detect_file(path)
-    if checkpoint.option != option:
-        raise wrong_option_error(checkpoint, option)
-    return Lora(checkpoint, scale, ignore_alpha)
+    return Lora(detect_file(path, option), scale, ignore_alpha)
 
 
 def lora_deltas(lora: Lora, shapes: Shapes) -> tuple[dict[str, WeightDelta], dict[str, str]]:

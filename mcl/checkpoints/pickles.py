@@ -151,6 +151,8 @@ def build(container_type: Any, operands: list[Any]) -> Any:
     if container_type in (list, dict, frozenset) or not operands:
         operands = [container_type(), *operands]
     target, *items = operands
+    if target == "torch.nn.modules.container ParameterDict" and isinstance(items[0], dict):
+        return items[0].get("_parameters")      # an embedding that an early PyTorch wrote
     if isinstance(target, list):
         target += items
     elif isinstance(target, dict):          # a key that is not text is known by its type

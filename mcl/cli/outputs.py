@@ -94,6 +94,7 @@ def input_files(args: argparse.Namespace) -> list[tuple[str, Path]]:
     files = [("--ref", args.ref), ("--motion", args.motion), ("--jobs", args.jobs),
              ("--weights", args.weights),
              *(("--image", path) for path, _ in args.image),
+             *(("--embedding", path) for _, path in args.embedding),
              *((option, path) for option, path, _ in scaled_loras(args))]
     return [(option, path) for option, path in files if path is not None]
 

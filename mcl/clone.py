@@ -64,10 +64,9 @@ Source = str | Path | Tensor | Motion | Reference
 
 def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = None,
           seed: int = 0, preset: str | None = None, guidance: Sequence[Guidance] = (),
-          control: Mapping[int, Any] | None = None,
-          embeddings: Mapping[str, str | Path] | None = None, start: float = 0.0,
-          duration: float | None = None, callback: Callable[[SamplerStep], Any] | None = None,
-          progress: Progress = no_progress, **settings: Any) -> Clip:
+          control: Mapping[int, Any] | None = None, embeddings: Mapping[str, Any] | None = None,
+          start: float = 0.0, duration: float | None = None, progress: Progress = no_progress,
+          callback: Callable[[SamplerStep], Any] | None = None, **settings: Any) -> Clip:
     """Generate a clip of a prompt that moves like a reference (MotionClone, arXiv 2406.05338).
 
     Args:

@@ -96,6 +96,6 @@ class Model(nn.Module):
 
     def out_of_vocabulary(self, prompt: str) -> list[str]:
         """Return the prompt's words that the model was not trained on, if it knows its words."""
-        vocabulary, new_words = self.config.training_vocabulary, self.tokenizer.new_words
-        return [w for w, _ in self.tokenizer.split(prompt)
-                if vocabulary and w.isalnum() and w not in {*vocabulary, *new_words}]
+        known, pieces = set(self.config.training_vocabulary), self.tokenizer.split(prompt)
+        return [w for w, _ in pieces if known and w.isalnum() and w not in known
+                and w not in self.tokenizer.new_words]

@@ -41,8 +41,7 @@ def add_embeddings(model: Model, embeddings: list[tuple[str, Path]]) -> Model:
             raise InputError(f"{path}: the word {word!r} is empty or used twice. Give FILE:WORD")
         vectors += read_embedding(path, model)
         ids[key] = range(start, model.config.text_encoder.vocab_size + len(vectors))
-    if ids:
-        model.tokenizer, model.new_vectors = Tokenizer(ids), torch.stack(vectors)
+    model.tokenizer, model.new_vectors = Tokenizer(ids), torch.stack(vectors) if vectors else None
     return model
 
 
@@ -51,7 +50,6 @@ def read_embedding(path: Path, model: Model) -> torch.Tensor:
     (name, tensor), = detect_file(path, "--embedding").tensors.items()
     if (size := tensor.shape[-1]) != (width := model.config.text_encoder.hidden_size):
         family = {768: "Stable Diffusion 1.5", **TEXT_WIDTHS}.get(size, "another text encoder")
-        raise InputError(f"{path}: an embedding for {family} (vectors of {size} numbers). Give one "
-                         f"for this {model.description} ({width} numbers)")
+        raise InputError(f"{path}: is for {family} (width {size}, not {width}). Give another file")
     check_finite(path, name, tensor.read().to(model.dtype))
     return tensor.read().reshape(-1, width).float()

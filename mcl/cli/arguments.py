@@ -171,8 +171,7 @@ def validate_args(args: argparse.Namespace) -> SampleConfig:
     check_output_path(args.out)
     check_frame_rate(args.out, model.config.fps if args.fps is None else args.fps)
     prompts = (args.prompt, config.negative_prompt, config.ref_prompt)
-    for word in model.tokenizer.new_words.keys() - {
-            piece for prompt in prompts for piece, _ in model.tokenizer.split(prompt)}:
+    for word in model.tokenizer.new_words.keys() - dict(model.tokenizer.split(" ".join(prompts))):
         warnings.warn(f"{word} is in no prompt: its embedding has no effect", stacklevel=2)
     syntax = [match[0] for prompt in prompts for match in PROMPT_SYNTAX.finditer(prompt)]
     if syntax:

@@ -82,9 +82,8 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: Tensor, new_vectors: Tensor | None = None) -> Tensor:
         """Return the embeddings (b, n, c) of ids (b, n), as for `TextEncoder`."""
-        vectors = self.token_embedding.weight
-        if new_vectors is not None:
-            vectors = torch.cat([vectors, new_vectors.to(vectors)])
+        weight = self.token_embedding.weight
+        vectors = weight if new_vectors is None else torch.cat([weight, new_vectors.to(weight)])
         return nn.functional.embedding(ids, vectors) + self.position_embedding.weight[:ids.shape[1]]
 
 

@@ -45,11 +45,10 @@ class Tokenizer:
             ValueError: If the merges file is missing, damaged or another file.
         """
         self.new_words = new_words or {}
-        words = "|".join(map(re.escape, sorted(self.new_words, key=len, reverse=True))) or "(?!)"
+        word = "|".join(map(re.escape, sorted(self.new_words, key=len, reverse=True))) or "(?!)"
         # A word that begins or ends with a letter, digit or _ is not a part of a longer word, such
         # as cat-like or v1.5. A sign, as in <cat>, ends a word.
-        self._new_word = re.compile(
-            rf"(?:(?=\W)|(?<!\w)(?<!\w-))({words})(?:(?<=\W)|(?!-?\w|\.\d))")
+        self._new_word = re.compile(rf"(?:(?=\W)|(?<!\w)(?<!\w-))({word})(?:(?<=\W)|(?!-?\w|\.\d))")
         self._byte_ids, self._merges = _read_vocabulary(MERGES)
         self._cache = {"<|startoftext|>": [START], "<|endoftext|>": [END]}
 

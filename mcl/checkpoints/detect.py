@@ -29,7 +29,7 @@ UNSUPPORTED_PATTERNS = (
     (r"^cond_stage_model\.model\.", "Stable Diffusion 2"),
     (r"\.oft_(blocks|diag)|\.oft_R\b|\.on_input$|(^|\.)ia3_", "an OFT or IA3 (LyCORIS)"),
     (r"temporal_attentions|positional_encoding$", "a Hotshot-XL motion module"),
-    (r"time_embed(ding)?\.cond_proj\.", "LCM's UNet, in place of LCM-LoRA or AnimateLCM"),
+    (r"time_embed(ding)?\.cond_proj\.", "LCM's UNet, which LCM-LoRA or AnimateLCM can replace"),
     (r"^(image_proj|ip_adapter)\b", "an IP-Adapter"),
     (r"^(v_pred|ztsnr)$", "a v-prediction model"))      # empty tensors that trainers add
 # Tensors of a base that are not used, and why.

@@ -248,7 +248,7 @@ def test_two_tensors_of_one_name_in_a_header_are_rejected(second, tmp_path):
     """The safetensors package takes the last of them."""
     entries = [{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
                second | {"data_offsets": [0, 4]}]
-    header = "{%s}" % ", ".join(f'"w": {json.dumps(entry)}' for entry in entries)
+    header = "{" + ", ".join(f'"w": {json.dumps(entry)}' for entry in entries) + "}"
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
     with pytest.raises(InputError, match="x.safetensors: .*two values have the name 'w'"):

@@ -151,8 +151,8 @@ def build(container_type: Any, operands: list[Any]) -> Any:
     if container_type in (list, dict, frozenset) or not operands:
         operands = [container_type(), *operands]
     target, *items = operands
-    if target == "torch.nn.modules.container ParameterDict" and isinstance(items[0], dict):
-        return items[0].get("_parameters")      # an embedding that an early PyTorch wrote
+    if target == "torch.nn.modules.container ParameterDict" and items and items[0]:
+        return items[0].get("_parameters")      # of the first embeddings
     if isinstance(target, list):
         target += items
     elif isinstance(target, dict):

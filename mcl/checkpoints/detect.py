@@ -306,14 +306,14 @@ def detect_networks(checkpoint: Checkpoint) -> DetectedCheckpoint:
 def detect_embedding(checkpoint: Checkpoint) -> DetectedCheckpoint:
     """Return the embedding of a word. Raises InputError for all tensors of an unknown kind."""
     path, tensors = checkpoint.path, checkpoint.tensors
-    (key, t), examples = min(tensors.items()), ", ".join(sorted(tensors)[:2])
-    is_vectors = len(t.shape) in (1, 2) and 0 not in t.shape and t.dtype.is_floating_point
-    if len(tensors) == 1 and is_vectors and (
-            re.fullmatch(r"\*|emb_params|<.+>", key) or t.shape[-1] in (768, *TEXT_WIDTHS)):
-        return DetectedCheckpoint(**vars(checkpoint), option="--embedding",
-                                  description="a textual inversion embedding, for sample.py")
-    raise InputError(f"{path}: {len(tensors)} tensors ({examples}, ...) of an unknown kind. "
-                     "python convert_weights.py --help lists the known kinds")
+    for key, t in tensors.items():
+        is_vectors = len(t.shape) in (1, 2) and 0 not in t.shape and t.dtype.is_floating_point
+        if len(tensors) == 1 and is_vectors and (
+                re.fullmatch(r"\*|emb_params|<.+>", key) or t.shape[-1] in (768, *TEXT_WIDTHS)):
+            return DetectedCheckpoint(**vars(checkpoint), option="--embedding",
+                                      description="a textual inversion embedding, for sample.py")
+    raise InputError(f"{path}: {len(tensors)} tensors ({', '.join(sorted(tensors)[:2])}, ...) of "
+                     "an unknown kind. python convert_weights.py --help lists the known kinds")
 
 
 def split_motion_modules(checkpoint: Checkpoint, unet: dict[str, str]) -> DetectedCheckpoint:

@@ -173,8 +173,8 @@ def read_model_config(path: str | Path) -> ModelConfig:
         # Imported here, so that `import mcl` does not import the converter.
         from .detect import detect_file
         detect_file(path, "--weights")
-        raise InputError(f"{path}: its format is not {FORMAT} ({error}). Run convert_weights.py "
-                         "again, or download a damaged file again") from error
+        raise InputError(f"{path}: a converted model that cannot be read ({error}). Convert or "
+                         "download it again") from error
 
 
 def read_shapes(path: str | Path) -> dict[str, torch.Size]:

@@ -135,7 +135,6 @@ def test_a_known_word_of_an_embedding_is_not_unknown(embedded, tmp_path):
 def test_the_record_lists_the_embeddings_and_a_changed_one_is_run_again(
         weights, tmp_path, monkeypatch, capsys):                        # noqa: F811
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jobs, "cached_sha256", jobs.sha256_of)      # as in a new process
     save(tmp_path / "star.pt", a1111({"*": VECTORS}))
     lines = [{"out": "a.gif", "embedding": ["star.pt", "star.pt:red"]}, {"out": "b.gif"}]
     Path("jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -86,8 +86,8 @@ def test_loading_a_model_does_not_import_the_compiler():
 
 
 FOREIGN = {
-    "mm.ckpt": (lambda: motion("v3"), "an AnimateDiff motion module, v3, not a converted model. Run "
-                "convert_weights.py --motion-module {} --base FILE --out FILE first"),
+    "mm.ckpt": (lambda: motion("v3"), "an AnimateDiff motion module, v3, not a converted model. "
+                "Run convert_weights.py --motion-module {} --base FILE --out FILE first"),
     "sd.safetensors": (ldm, "Stable Diffusion 1.5, single file (UNet, VAE, text encoder), not a "
                        "converted model. Run convert_weights.py --base {} --motion-module FILE "
                        "--out FILE first"),

@@ -42,7 +42,7 @@ LDM_PATTERNS = (
     (r"\.(in_layers|emb_layers|out_layers)_(\d)$", r".\1.\2"))
 # The regular expressions that PEFT's patterns may be. They are short of what takes long to match.
 PEFT_PATTERN = re.compile(r"\^?([\w.|-]|\\[.dw])*((\.\*|\\[dw]\+|\((\?:)?[\w.|-]+\))"
-                          r"([\w.|-]|\\[.dw])*){0,4}\$?")
+                          r"([\w.|-]|\\[.dw])*){0,3}\$?")
 PEFT_METADATA = "lora_adapter_metadata"     # PEFT's config in the metadata of safetensors
 TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 IGNORE_ALPHA_HELP = "merge LoRAs as AnimateDiff's own loader does: up @ down without alpha / rank"

@@ -176,7 +176,7 @@ def validate_args(args: argparse.Namespace) -> SampleConfig:
     syntax = [match[0] for prompt in prompts for match in PROMPT_SYNTAX.finditer(prompt)]
     if syntax:
         warnings.warn(f"{' '.join(syntax)} is read as plain text: prompts have no weights or "
-                      "commands. Use --lora FILE:SCALE to merge a LoRA", stacklevel=2)
+                      "commands. Use --lora FILE:SCALE and --embedding FILE", stacklevel=2)
     return config
 
 

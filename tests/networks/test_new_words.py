@@ -12,7 +12,8 @@ from tests.foreign import save
 
 NEW = 49408
 WORDS = {"easynegative": [NEW, NEW + 1], "bad-hands-5": [NEW + 2], "<cat-toy>": [NEW + 3],
-         "bad": [NEW + 4], "my style": [NEW + 5], "v1": [NEW + 6]}
+         "bad": [NEW + 4], "my": [NEW + 5], "my style": [NEW + 6],
+         "v1": [NEW + 7]}
 
 
 @pytest.mark.parametrize("prompt, words", [
@@ -23,7 +24,8 @@ WORDS = {"easynegative": [NEW, NEW + 1], "bad-hands-5": [NEW + 2], "<cat-toy>": 
     ("bad-hands-50", []), ("bad-hands", []), ("a BAD cat", ["bad"]), ("badly", []),
     ("a <cat-toy>'s", ["<cat-toy>"]), ("<Cat-Toy><cat-toy>", ["<cat-toy>"] * 2),
     ("(<cat-toy>)", ["<cat-toy>"]), ("a cat-toy", []), ("&lt;cat-toy&gt;-like", ["<cat-toy>"]),
-    ("in my  STYLE", ["my style"]), ("my styles", []), ("v1", ["v1"]), ("v1.5", [])])
+    ("photo<cat-toy>s", ["<cat-toy>"]), ("in my  STYLE", ["my style"]), ("my styles", ["my"]),
+    ("v1", ["v1"]), ("v1.5", [])])
 def test_new_words_are_found_as_whole_words(prompt, words):
     plain, pieces = Tokenizer(), Tokenizer(WORDS).split(prompt)
     assert [(word, ids) for word, ids in pieces if ids[0] >= NEW] == [

@@ -172,7 +172,7 @@ UNSUPPORTED = {
                                             (16, 3, 3, 3)},
     "a ControlNet without": {"control_model.x.weight": (4, 8)},
     r"Stable Diffusion XL \(clip_l\)": {"clip_l": (2, 768), "clip_g": (2, 1280)},
-    r"LCM's UNet, .* or AnimateLCM \(time_embedding.cond_proj": {
+    r"LCM's UNet, .* or AnimateLCM can replace \(time_embedding.cond_proj": {
         "conv_in.weight": (320, 4, 3, 3), "time_embedding.cond_proj.weight": (320, 256)},
     r"a v-prediction model \(v_pred\)": {UNET + "out.2.bias": (4,), "v_pred": (0,)},
     r"a v-prediction model \(ztsnr\)": {UNET + "out.2.bias": (4,), "ztsnr": (0,)},

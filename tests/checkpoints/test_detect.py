@@ -211,6 +211,7 @@ def test_the_vae_of_stable_diffusion_xl_is_rejected(config, metadata, name):
         detect(Checkpoint(tensors, (), metadata=metadata, configs={"": config}, path=Path(name)))
     for others in ({"scaling_factor": 0.18215}, {"scaling_factor": None}, {}):
         assert source(tensors, "vae", {"": others}).option == "--vae"
+    assert source(real("ldm_single_file"), "no_sdxl.safetensors").option == "--base"
 
 
 @pytest.mark.parametrize("message", UNKNOWN)

@@ -64,9 +64,9 @@ Source = str | Path | Tensor | Motion | Reference
 
 def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = None,
           seed: int = 0, preset: str | None = None, guidance: Sequence[Guidance] = (),
-          control: Mapping[int, Any] | None = None, start: float = 0.0,
-          duration: float | None = None, callback: Callable[[SamplerStep], Any] | None = None,
-          progress: Progress = no_progress, **settings: Any) -> Clip:
+          control: Mapping[int, Any] | None = None, embeddings: Mapping[str, Any] | None = None,
+          start: float = 0.0, duration: float | None = None, progress: Progress = no_progress,
+          callback: Callable[[SamplerStep], Any] | None = None, **settings: Any) -> Clip:
     """Generate a clip of a prompt that moves like a reference (MotionClone, arXiv 2406.05338).
 
     Args:
@@ -78,6 +78,8 @@ def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = 
         preset: Name of published settings (`mcl.presets`).
         guidance: More guidance beside the motion.
         control: SparseCtrl images by frame index, each a path or a tensor (3, H, W) in [-1, 1].
+        embeddings: Files of textual inversion by the words that the prompts use for them, such as
+            {"bad-hands": "bad-hands-5.pt"}.
         start: Start of the part of the video that is used, in seconds. Only for a path.
         duration: Length of that part in seconds; None for all the rest. Only for a path.
         callback: Function that is called with every SamplerStep.
@@ -90,6 +92,9 @@ def clone(reference: Source, prompt: str, *, model: Model | str | Path | None = 
     """
     model = model if isinstance(model, Model) else load_model(model)
     config = build_config(model.config.sample, preset, **settings)
+    if embeddings:              # imported here, so that `import mcl` does not import the converter
+        from .checkpoints.embeddings import add_embeddings
+        model = add_embeddings(model, [(word, Path(file)) for word, file in embeddings.items()])
     guidance = resolve_guidance(guidance, None, model, config)
     condition = control_condition(model, read_control_images(control or {}, config), config)
     generator = make_generator(seed)

@@ -154,8 +154,9 @@ def invert_reference(model: Model, latents: Tensor, prompt: str, config: SampleC
     windows = make_context_windows(config, model.config, latents.shape[2])
     stored: MutableMapping[int, Tensor] = {}
     if cache_dir is not None:
-        key = hashlib.sha256(latents.detach().float().cpu().contiguous().numpy().tobytes())
-        key.update(repr((model.sha256, model.dtype, prompt, timesteps, windows)).encode())
+        key = hashlib.sha256(repr((model.sha256, model.dtype, timesteps, windows)).encode())
+        for tensor in (latents, model.encode_text([prompt])):       # a prompt may have new words
+            key.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         stored = LatentCache(cache_dir, key.hexdigest())
     t_before = max(stored, default=-1)
     remaining = [t for t in timesteps if t > t_before]

@@ -28,7 +28,10 @@ class Model(nn.Module):
         sparsectrl: SparseCtrl, or None for most models.
         tokenizer: CLIP's tokenizer.
         schedule: Noise schedule.
+        new_vectors: Vectors (n, d) of the tokenizer's new words, or None without any.
     """
+
+    new_vectors: Tensor | None = None
 
     def __init__(self, config: ModelConfig):
         """Create a model with random weights."""
@@ -69,7 +72,7 @@ class Model(nn.Module):
         """Return text embeddings (b, 77, d). Warns if a prompt is longer than 75 tokens."""
         with torch.no_grad():
             tokens = self.tokenizer(prompts).to(next(self.text_encoder.parameters()).device)
-            return self.text_encoder(tokens).to(self.device, self.dtype)
+            return self.text_encoder(tokens, self.new_vectors).to(self.device, self.dtype)
 
     @torch.no_grad()
     def controlnet_residuals(self, condition: Tensor | None, t: int, text: Tensor,
@@ -93,5 +96,6 @@ class Model(nn.Module):
 
     def out_of_vocabulary(self, prompt: str) -> list[str]:
         """Return the prompt's words that the model was not trained on, if it knows its words."""
-        vocabulary, pieces = set(self.config.training_vocabulary), self.tokenizer.split(prompt)
-        return [w for w, _ in pieces if vocabulary and w.isalnum() and w not in vocabulary]
+        known, pieces = set(self.config.training_vocabulary), self.tokenizer.split(prompt)
+        return [w for w, _ in pieces if known and w.isalnum() and w not in known
+                and w not in self.tokenizer.new_words]

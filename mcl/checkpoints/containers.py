@@ -31,7 +31,8 @@ CONFIG_FILES = {"": "config.json", "peft": "adapter_config.json",
                 "scheduler": "scheduler/scheduler_config.json"}
 V_PREDICTION_YAML = re.compile(rb"^\s*parameterization:\s*[\"']?v\b", re.MULTILINE)
 MAX_YAML = 1 << 20                                  # bytes
-WRAPPERS = ("state_dict", "controlnet")             # keys of dicts around the tensors of a pickle
+# Keys of dicts around the tensors of a pickle.
+WRAPPERS = ("state_dict", "controlnet", "string_to_param")
 MAX_NESTING = 4                                     # levels of wrappers that are opened
 # Files without weights: a pattern of their first bytes, what they are, and what to do.
 UNKNOWN_FILES = (
@@ -100,15 +101,16 @@ def open_pickle(path: Path, open_container: Callable[[Path], Any]) -> Checkpoint
 def open_safetensors(path: Path) -> Checkpoint:
     """Return the content of a safetensors file."""
     tensors = {}
-    with report_corruption(path):
-        file = safe_open(path, framework="pt")
-        for name in file.keys():
-            entry = file.get_slice(name)
-            if entry.get_dtype() not in DTYPES:
-                raise unsupported_dtype_error(path, name, entry.get_dtype())
-            tensors[name] = LazyTensor(tuple(entry.get_shape()), DTYPES[entry.get_dtype()],
+    with report_corruption(path), open(path, "rb") as binary:
+        file = safe_open(path, framework="pt")          # checks the header
+        header = parse_json(path, binary.read(int.from_bytes(binary.read(8), "little")))
+        metadata = header.pop("__metadata__", {})
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise unsupported_dtype_error(path, name, entry["dtype"])
+            tensors[name] = LazyTensor(tuple(entry["shape"]), DTYPES[entry["dtype"]],
                                        report_corruption(path)(partial(file.get_tensor, name)))
-        return Checkpoint(tensors, (path,), metadata=file.metadata() or {})
+        return Checkpoint(tensors, (path,), metadata=metadata)
 
 
 def unsupported_dtype_error(path: Path, name: str, dtype: object) -> InputError:
@@ -135,63 +137,75 @@ def open_folder(path: Path) -> Checkpoint:
     """
     parts = [part for part in PARTS if (path / part).is_dir()]
     folders = {f"{part}.": path / part for part in parts} or {"": path}
-    opened = [(prefix, open_file(file)) for prefix, folder in folders.items()
-              for file in find_weights(folder)]
-    tensors: dict[str, LazyTensor] = {}
-    for prefix, checkpoint in opened:
-        for name, tensor in checkpoint.tensors.items():
-            if tensors.setdefault(prefix + name, tensor) is not tensor:
-                raise InputError(f"{checkpoint.files[0]}: the tensor {name} is in another shard "
-                                 "too. Download the folder again")
+    opened = [(prefix, checkpoint) for prefix, folder in folders.items()
+              for checkpoint in open_weights(find_weights(folder))]
     return Checkpoint(
-        tensors, tuple(file for _, checkpoint in opened for file in checkpoint.files),
+        {prefix + name: tensor for prefix, checkpoint in opened
+         for name, tensor in checkpoint.tensors.items()},
+        tuple(file for _, checkpoint in opened for file in checkpoint.files),
         tuple(prefix + name for prefix, checkpoint in opened for name in checkpoint.non_tensors),
         opened[0][1].metadata,
         read_configs(path) | {part: read_configs(path / part).get("", {}) for part in parts})
 
 
-def find_weights(folder: Path) -> list[Path]:
-    """Return the file, or the shards, with the weights of a network's folder.
+def find_weights(folder: Path) -> Path:
+    """Return the file with the weights of a network's folder, or the index of its shards.
 
     Safetensors is preferred to .bin, and full precision to fp16.
 
     Raises:
-        InputError: If the folder has no weights, or the index of its shards is damaged.
+        InputError: If the folder has no weights.
     """
     for ending, variant, stem in itertools.product(("safetensors", "bin"), ("", ".fp16"),
                                                    WEIGHT_STEMS):
         for name in (f"{stem}{variant}.{ending}", f"{stem}{variant}.{ending}.index.json",
                      f"{stem}.{ending}.index{variant}.json"):
             if (file := folder / name).is_file():
-                return find_shards(file) if file.suffix == ".json" else [file]
+                return file
     raise InputError(f"{folder}: a folder without weights. It must contain {WEIGHT_STEMS[0]} or "
                      f"{WEIGHT_STEMS[1]}, as .safetensors, .bin or shards")
 
 
-def find_shards(index: Path) -> list[Path]:
-    """Return the shards that an index names. Raises InputError if the index is damaged."""
-    weight_map = read_json(index).get("weight_map")
-    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else ()
-    if not names:
-        raise InputError(f"{index}: it has no weight_map of file names. Download it again")
+def open_weights(path: Path) -> list[Checkpoint]:
+    """Return the content of a file of weights, or of all shards that an index (.json) names.
+
+    Raises:
+        InputError: If the index is damaged, or does not name exactly the tensors of all shards.
+    """
+    if path.suffix != ".json":
+        return [open_file(path)]
+    weight_map = parse_json(path, path.read_bytes()).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict):
+        raise InputError(f"{path}: it has no weight_map of file names. Download it again")
     # A shard lies beside its index; a path that leads elsewhere is not followed.
-    return [index.parent / Path(name).name for name in sorted(names)]
+    expected = {(name, Path(str(file)).name) for name, file in weight_map.items()}
+    files = sorted({file for _, file in expected})
+    shards = {file: open_file(path.parent / file) for file in files}
+    found = {(name, file) for file, shard in shards.items() for name in shard.tensors}
+    totals = {int(total) for file in shards for total in re.findall(r"-of-(\d+)\.", file)}
+    problems = [f"{len(shards)} of {total} shards" for total in totals - {len(shards)}]
+    if problems := [*problems, *(f"{name} in {file}" for name, file in sorted(expected ^ found))]:
+        raise InputError(f"{path}: does not fit its shards: {problems[0]}. Download them again")
+    return list(shards.values())
 
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the configs that lie beside weights, by the keys of `CONFIG_FILES`."""
-    return {key: read_json(folder / name) for key, name in CONFIG_FILES.items()
-            if (folder / name).is_file()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises InputError for anything else."""
-    return parse_json(path, path.read_bytes())
+    return {key: parse_json(path, path.read_bytes()) for key, name in CONFIG_FILES.items()
+            if (path := folder / name).is_file()}
 
 
 def parse_json(subject: object, text: str | bytes) -> dict[str, Any]:
     """Return a JSON object. Raises InputError, which starts with `subject`, for anything else."""
     try:
-        return {**json.loads(text)}         # raises TypeError for JSON of another type
+        # Raises TypeError for JSON of another type.
+        return {**json.loads(text, object_pairs_hook=unique_names)}
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{subject}: not a JSON object ({error}). Download it again") from error
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError if two of its values have the same name."""
+    if doubles := [a for a, b in itertools.pairwise(sorted(name for name, _ in pairs)) if a == b]:
+        raise ValueError(f"two values have the name {doubles[0]!r:.99}")
+    return dict(pairs)

@@ -25,11 +25,11 @@ SIGNATURE_KEYS = {"unet": "down_blocks.0.resnets.0.conv1.weight", "vae": "decode
                   "text_encoder": "embeddings.token_embedding.weight"}
 # A key that matches says that the checkpoint belongs to another method, and to which.
 UNSUPPORTED_PATTERNS = (
-    (r"^conditioner\.embedders\.|^lora_te2_|(^|\.)add_embedding\.", "Stable Diffusion XL"),
+    (r"^(conditioner\.embedders\.|lora_te2_|clip_[lg]$)|\badd_embedding\.", "Stable Diffusion XL"),
     (r"^cond_stage_model\.model\.", "Stable Diffusion 2"),
     (r"\.oft_(blocks|diag)|\.oft_R\b|\.on_input$|(^|\.)ia3_", "an OFT or IA3 (LyCORIS)"),
     (r"temporal_attentions|positional_encoding$", "a Hotshot-XL motion module"),
-    (r"^(string_to_param|emb_params|clip_[lg]$|<[^ ]+>$)", "a textual inversion embedding"),
+    (r"time_embed(ding)?\.cond_proj\.", "LCM's UNet, which LCM-LoRA or AnimateLCM can replace"),
     (r"^(image_proj|ip_adapter)\b", "an IP-Adapter"),
     (r"^(v_pred|ztsnr)$", "a v-prediction model"))      # empty tensors that trainers add
 # Tensors of a base that are not used, and why.
@@ -52,10 +52,8 @@ SUPPORTED_VALUES: dict[str, dict[str, Any]] = {
     "vae": {"act_fn": "silu"},
     "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "scheduler": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}}
-UNET_KEY = re.compile(
-    r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding)\.")
-CONTROLNET_KEY = re.compile(
-    r"control_model\.|(controlnet\.)?(module\.)?controlnet_cond_embedding\.")
+UNET_KEY = re.compile(r"((down|up)_blocks|mid_block|conv_(in|out|norm_out)|time_embedding)\.")
+CONTROLNET_KEY = re.compile(r"control_model\.|((controlnet|module)\.)*controlnet_cond_embedding\.")
 DOMAIN_ADAPTER_KEY = re.compile(r"(down|mid|up)_blocks?\..*\.processor\.")
 TEXT_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
                1280: "the refiner of Stable Diffusion XL"}
@@ -87,21 +85,27 @@ class DetectedCheckpoint(Checkpoint):
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one part's tensors by this project's keys."""
-        return {target: self.tensors[key].shape
-                for target, key in self.key_maps.get(part, {}).items()}
+        return {name: self.tensors[key].shape for name, key in self.key_maps.get(part, {}).items()}
 
     def config(self, part: str) -> Mapping[str, Any]:
         """Return the config.json of one part, or of the file's own folder; empty without any."""
         return self.configs.get(part, self.configs.get("", {}))
 
 
-def detect_file(path: Path) -> DetectedCheckpoint:
+def detect_file(path: Path, option: str = "") -> DetectedCheckpoint:
     """Open a checkpoint and return what it is, without reading its weights.
 
+    Args:
+        path: The file or folder.
+        option: The command line option that must take it; "" for any.
+
     Raises:
-        InputError: If it cannot be part of a model; the message says what it is.
+        InputError: If it cannot be used, or not with the option; the message says what it is.
     """
-    return detect(replace(open_checkpoint(path), path=path))
+    checkpoint = detect(replace(open_checkpoint(path), path=path))
+    if option not in ("", checkpoint.option):
+        raise wrong_option_error(checkpoint, option)
+    return checkpoint
 
 
 def detect(checkpoint: Checkpoint) -> DetectedCheckpoint:
@@ -144,7 +148,11 @@ def wrong_option_error(checkpoint: DetectedCheckpoint, option: str) -> InputErro
     subject = f"{checkpoint.path}: {checkpoint.description}"
     if checkpoint.option == "--weights":
         return InputError(f"{subject}. Run python sample.py --weights {checkpoint.path}")
-    command = "" if checkpoint.option in LORAS else " of convert_weights.py"
+    if option == "--weights" and checkpoint.key_maps:
+        other = "--motion-module" if "unet" in checkpoint.key_maps else "--base"
+        return InputError(f"{subject}, not a converted model. Run convert_weights.py "
+                          f"{checkpoint.option} {checkpoint.path} {other} FILE --out FILE first")
+    command = " of convert_weights.py" if checkpoint.key_maps else ""
     return InputError(f"{subject}, not for {option}. Pass it with {checkpoint.option}{command}")
 
 
@@ -279,7 +287,7 @@ def detect_networks(checkpoint: Checkpoint) -> DetectedCheckpoint:
         else:
             keys.setdefault(part, {})[name.removeprefix(prefix)] = name
     if not keys:
-        raise unknown_checkpoint_error(checkpoint)
+        return detect_embedding(checkpoint)
     motion = split_motion_modules(checkpoint, keys.get("unet", {}))
     parts = [part for part in OPTIONS if part in keys or part in motion.key_maps]
     names = ", ".join(PART_NAMES[part] for part in parts)
@@ -295,15 +303,17 @@ def detect_networks(checkpoint: Checkpoint) -> DetectedCheckpoint:
     return detected
 
 
-def unknown_checkpoint_error(checkpoint: Checkpoint) -> InputError:
-    """Return the error for tensors that belong to no known network."""
+def detect_embedding(checkpoint: Checkpoint) -> DetectedCheckpoint:
+    """Return the embedding of a word. Raises InputError for all tensors of an unknown kind."""
     path, tensors = checkpoint.path, checkpoint.tensors
-    examples = ", ".join(sorted(tensors)[:2])
-    widths = {t.shape[-1] if len(t.shape) in (1, 2) else 0 for t in tensors.values()}
-    if widths <= {768, 1024, 1280} and (len(tensors) == 1 or "." not in "".join(tensors)):
-        return unsupported(path, f"a textual inversion embedding ({examples})")
-    return InputError(f"{path}: {len(tensors)} tensors ({examples}, ...) of an unknown kind. "
-                      "python convert_weights.py --help lists the known kinds")
+    for key, t in tensors.items():
+        is_vectors = len(t.shape) in (1, 2) and 0 not in t.shape and t.dtype.is_floating_point
+        if len(tensors) == 1 and is_vectors and (
+                re.fullmatch(r"\*|emb_params|<.+>", key) or t.shape[-1] in (768, *TEXT_WIDTHS)):
+            return DetectedCheckpoint(**vars(checkpoint), option="--embedding",
+                                      description="a textual inversion embedding, for sample.py")
+    raise InputError(f"{path}: {len(tensors)} tensors ({', '.join(sorted(tensors)[:2])}, ...) of "
+                     "an unknown kind. python convert_weights.py --help lists the known kinds")
 
 
 def split_motion_modules(checkpoint: Checkpoint, unet: dict[str, str]) -> DetectedCheckpoint:
@@ -345,6 +355,9 @@ def check_networks(checkpoint: DetectedCheckpoint) -> None:
     for key in V_PREDICTION_METADATA:
         if "unet" in checkpoint.key_maps and str(metadata.get(key, "")).lower().startswith("v"):
             raise unsupported(path, f"a v-prediction model ({key}: {metadata[key]})")
+    signs = f"{checkpoint.config('vae').get('scaling_factor')} {metadata} {path.name}".lower()
+    if [*checkpoint.key_maps] == ["vae"] and re.search(r"\b0\.13025\b|diffusion-xl|sdxl", signs):
+        raise unsupported(path, "the VAE of Stable Diffusion XL")
     for part in checkpoint.key_maps.keys() & SUPPORTED_VALUES.keys() | {"scheduler"}:
         config = checkpoint.config(part)
         for key, value in SUPPORTED_VALUES[part].items():

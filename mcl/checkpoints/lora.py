@@ -21,7 +21,7 @@ from ..config import has_type, short_repr
 from ..errors import InputError
 from ..ownership import sha256_of
 from .containers import parse_json
-from .detect import DetectedCheckpoint, detect_file, wrong_option_error
+from .detect import DetectedCheckpoint, detect_file
 from .key_mapping import LORA_KEY, count_blocks, map_motion_key, map_unet_key, replace_patterns
 from .lazy_tensor import LazyTensor, Shapes
 from .lora_math import WeightDelta, infer_rank
@@ -40,6 +40,9 @@ LDM_PATTERNS = (
     (r"^(input|output)_blocks_(\d+)_(\d+)_?", r"\1_blocks.\2.\3."),
     (r"^middle_block_(\d)_?", r"middle_block.\1."), (r"^(time_embed|out)_(\d)$", r"\1.\2"),
     (r"\.(in_layers|emb_layers|out_layers)_(\d)$", r".\1.\2"))
+# The regular expressions that PEFT's patterns may be. They are short of what takes long to match.
+PEFT_PATTERN = re.compile(r"\^?([\w.|-]|\\[.dw])*((\.\*|\\[dw]\+|\((\?:)?[\w.|-]+\))"
+                          r"([\w.|-]|\\[.dw])*){0,3}\$?")
 PEFT_METADATA = "lora_adapter_metadata"     # PEFT's config in the metadata of safetensors
 TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 IGNORE_ALPHA_HELP = "merge LoRAs as AnimateDiff's own loader does: up @ down without alpha / rank"
@@ -77,10 +80,7 @@ def parse_scaled(text: str) -> tuple[Path, float]:
 
 def open_lora(option: str, path: Path, scale: float = 1.0, ignore_alpha: bool = False) -> Lora:
     """Open a LoRA. Raises InputError if it is not what `option` takes."""
-    checkpoint = detect_file(path)
-    if checkpoint.option != option:
-        raise wrong_option_error(checkpoint, option)
-    return Lora(checkpoint, scale, ignore_alpha)
+    return Lora(detect_file(path, option), scale, ignore_alpha)
 
 
 def lora_deltas(lora: Lora, shapes: Shapes) -> tuple[dict[str, WeightDelta], dict[str, str]]:
@@ -117,10 +117,9 @@ def lora_deltas(lora: Lora, shapes: Shapes) -> tuple[dict[str, WeightDelta], dic
         if weight not in shapes:
             ignored[keys["diff"]] = "of a bias that this layer does not have"
         elif keys.keys() != {"alpha"} or (module, "bias") not in groups:
-            alpha = peft.get(f"{part}.lora_alpha") or peft.get("lora_alpha") or peft.get("alpha")
             deltas[weight] = make_delta(
                 lora, module, {role: tensors[key] for role, key in keys.items()}, shapes[weight],
-                alpha, peft.get(f"{part}.r", peft.get("r")))
+                {**peft, **{key.removeprefix(f"{part}."): value for key, value in peft.items()}})
     return deltas, ignored
 
 
@@ -139,7 +138,7 @@ def group_by_module(path: Path, keys: Iterable[str]) -> dict[tuple[str, str], di
 
 
 def make_delta(lora: Lora, module: str, factors: dict[str, LazyTensor], shape: Sequence[int],
-               alpha: Any, peft_rank: Any) -> WeightDelta:
+               peft: Mapping[str, Any]) -> WeightDelta:
     """Return the change of one weight.
 
     Args:
@@ -147,25 +146,29 @@ def make_delta(lora: Lora, module: str, factors: dict[str, LazyTensor], shape: S
         module: The LoRA's name of the module.
         factors: Its tensors by role.
         shape: Shape of the weight.
-        alpha: PEFT's alpha, which a tensor "alpha" replaces, or None.
-        peft_rank: PEFT's rank, or None.
+        peft: PEFT's config for the module's network, which a tensor "alpha" replaces.
 
     Raises:
-        InputError: If the factors do not fit the weight, or alpha is not a finite number.
+        InputError: If the factors do not fit the weight, or alpha is not one finite number.
     """
     path, alpha_tensor = lora.checkpoint.path, factors.pop("alpha", None)
     if alpha_tensor is not None:
-        alpha, peft_rank = alpha_tensor.read().flatten()[:1].float().sum().item(), None
+        values = alpha_tensor.read().flatten()[:2].float().tolist()
+        peft = {"lora_alpha": values[0] if len(values) == 1 else values}
+    default = peft.get("lora_alpha", peft.get("alpha"))
+    alpha = peft_value(path, peft, "alpha_pattern", module, default)
     if alpha is not None and not has_type(alpha, float):
         raise InputError(f"{path}: the alpha of {module} is {short_repr(alpha)}. Give another file")
     try:
         rank = infer_rank({role: t.shape for role, t in factors.items()})
         if rank is None:        # whole matrices have no rank, but PEFT divides LoKr's by its own
+            peft_rank = peft_value(path, peft, "rank_pattern", module, peft.get("r"))
             has_rank = alpha and has_type(peft_rank, int) and peft_rank and "lokr_w1" in factors
             alpha, rank = (alpha, peft_rank) if has_rank else (1, 1)
+        divisor = math.sqrt(rank) if peft.get("use_rslora") else rank
         # kohya's trainer uses the rank for an alpha of zero.
-        alpha = rank if lora.ignore_alpha or not alpha else alpha
-        delta = WeightDelta(path, module, factors, alpha, rank, lora.scale)
+        alpha = divisor if lora.ignore_alpha or not alpha else alpha
+        delta = WeightDelta(path, module, factors, alpha, divisor, lora.scale)
         delta.add_to(torch.empty(tuple(shape), device="meta"))
         if not all(t.dtype.is_floating_point for t in factors.values()):
             raise ValueError("quantized")
@@ -181,10 +184,31 @@ def peft_config(checkpoint: DetectedCheckpoint) -> Mapping[str, Any]:
     path, metadata = checkpoint.path, checkpoint.metadata.get(PEFT_METADATA, "{}")
     config = checkpoint.configs.get("peft", {}) | parse_json(f"{path}: {PEFT_METADATA}", metadata)
     has_dora = any("magnitude_vector" in key for key in checkpoint.tensors)
-    unsupported = ("alpha_pattern", "use_rslora", *["use_dora"] * (not has_dora))
-    for key in [key for key, value in config.items() if value and key.endswith(unsupported)]:
-        raise InputError(f"{path}: a PEFT LoRA with {key} is not supported. Give another file")
+    if not has_dora and any(value for key, value in config.items() if key.endswith("use_dora")):
+        raise InputError(f"{path}: a PEFT LoRA with use_dora is not supported. Give another file")
     return config
+
+
+def peft_value(path: Path, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+    """Return the value of a module by PEFT's rule.
+
+    Args:
+        path: The LoRA.
+        config: PEFT's config.
+        key: The key of values by patterns, such as "alpha_pattern". The first pattern that the end
+            of the module's name matches gives the value.
+        module: The LoRA's name of the module.
+        default: The value without such a pattern.
+
+    Raises:
+        InputError: If a pattern is not one of PEFT_PATTERN.
+    """
+    patterns, prefix = config.get(key) or {}, r"((unet|text_encoder|base_model\.model)\.)*"
+    if not isinstance(patterns, dict) or not all(map(PEFT_PATTERN.fullmatch, patterns)):
+        raise InputError(f"{path}: {key} {short_repr(patterns)} is unsupported. Give another file")
+    name = re.sub(prefix, "", module, count=1)
+    return next((value for pattern, value in patterns.items()
+                 if re.match(rf"(.*\.)?({pattern})$", name)), default)
 
 
 def collect_deltas(loras: Sequence[Lora], shapes: Shapes

@@ -161,7 +161,7 @@ def read_model_config(path: str | Path) -> ModelConfig:
         InputError: If the file is missing, damaged or of another kind.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: no such file. Run convert_weights.py, or leave out --weights")
     try:
         with safe_open(path, framework="pt") as file:
@@ -170,8 +170,11 @@ def read_model_config(path: str | Path) -> ModelConfig:
             raise ValueError(f"its format is not {FORMAT}")
         return from_dict(ModelConfig, json.loads(metadata["config"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a converted model ({error}). Run convert_weights.py first, "
-                         "or download a damaged file again") from error
+        # Imported here, so that `import mcl` does not import the converter.
+        from .detect import detect_file
+        detect_file(path, "--weights")
+        raise InputError(f"{path}: a converted model that cannot be read ({error}). Convert or "
+                         "download it again") from error
 
 
 def read_shapes(path: str | Path) -> dict[str, torch.Size]:

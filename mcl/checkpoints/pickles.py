@@ -151,11 +151,16 @@ def build(container_type: Any, operands: list[Any]) -> Any:
     if container_type in (list, dict, frozenset) or not operands:
         operands = [container_type(), *operands]
     target, *items = operands
+    if target == "torch.nn.modules.container ParameterDict" and items and items[0]:
+        return items[0].get("_parameters")      # of the first embeddings
     if isinstance(target, list):
         target += items
-    elif isinstance(target, dict):          # a key that is not text is known by its type
-        target |= {key if isinstance(key, str) else f"<{type(key).__name__}>": value
-                   for key, value in zip(items[::2], items[1::2], strict=False)}
+    elif isinstance(target, dict):
+        for key, value in zip(items[::2], items[1::2], strict=False):
+            # A key that is not text is known by its type.
+            name = key if isinstance(key, str) else f"<{type(key).__name__} {len(target)}>"
+            if target.setdefault(name, value) is not value:
+                raise ValueError(f"two entries have the name {name!r:.99}")
     return target
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import AttentionRequest, InputError, Model, ModelConfig, Motion, SampleConfig, semantic
+from ..checkpoints.embeddings import add_embeddings, parse_embedding
 from ..checkpoints.lora import IGNORE_ALPHA_HELP, parse_scaled
 from ..checkpoints.model_file import DEFAULT_WEIGHTS, build_on_meta, read_model_config
 from ..clone import check_memory
@@ -81,6 +82,8 @@ COMMON_OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--maps", "also write a page with the attention maps", FILE | {"metavar": "DIR"}),
     ("--jobs", "many clips: one JSON object of options per line", FILE),
     ("--lora", "LoRA of Stable Diffusion 1.5", LORA),
+    ("--embedding", "textual inversion; prompts use its word [the file's stem]",
+     FILES | {"type": parse_embedding, "metavar": "FILE[:WORD]"}),
     ("--device", "auto, cpu, cuda, cuda:1 or mps [auto]", {"default": "auto", "metavar": "DEVICE"}),
     ("--dtype", "precision of the model [auto]", {"default": "auto", "choices": ("auto", *DTYPES)}))
 RARE_OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -163,14 +166,17 @@ def validate_args(args: argparse.Namespace) -> SampleConfig:
                 and name in SampleConfig.__dataclass_fields__}
     config = build_config(model.config.sample, args.preset, **settings)
     check_usage(args, config, model.config)
+    model = add_embeddings(model, args.embedding)
     check_model(args, config, model)
     check_output_path(args.out)
     check_frame_rate(args.out, model.config.fps if args.fps is None else args.fps)
-    syntax = [match[0] for prompt in (args.prompt, config.negative_prompt, config.ref_prompt)
-              for match in PROMPT_SYNTAX.finditer(prompt)]
+    prompts = (args.prompt, config.negative_prompt, config.ref_prompt)
+    for word in model.tokenizer.new_words.keys() - dict(model.tokenizer.split(" ".join(prompts))):
+        warnings.warn(f"{word} is in no prompt: its embedding has no effect", stacklevel=2)
+    syntax = [match[0] for prompt in prompts for match in PROMPT_SYNTAX.finditer(prompt)]
     if syntax:
         warnings.warn(f"{' '.join(syntax)} is read as plain text: prompts have no weights or "
-                      "commands. Use --lora FILE:SCALE to merge a LoRA", stacklevel=2)
+                      "commands. Use --lora FILE:SCALE and --embedding FILE", stacklevel=2)
     return config
 
 

@@ -127,6 +127,7 @@ def job_fingerprint(clip: OutputClip, inputs: dict[str, str]) -> dict[str, Any]:
         "images": [(str(path), frame) for path, frame in args.image],
         "loras": [(str(path), scale) for _, path, scale in scaled_loras(args)],
         "has_report": args.report, "requested_device_dtype": (args.device, args.dtype),
+        "embeddings": [(str(path), word) for word, path in args.embedding],
         "inputs": inputs}
 
 

@@ -93,6 +93,7 @@ def input_files(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """Return all files that a job reads, each with its option."""
     files = [("--ref", args.ref), ("--motion", args.motion), ("--jobs", args.jobs),
              ("--weights", args.weights), *(("--image", path) for path, _ in args.image),
+             *(("--embedding", path) for _, path in args.embedding),
              *((option, path) for option, path, _ in scaled_loras(args))]
     return [(option, path) for option, path in files if path is not None]
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .. import Clip, InputError, Model, Motion, Reference, SamplerStep, clone, read_reference
-from ..checkpoints import lora, model_file
+from ..checkpoints import embeddings, lora, model_file
 from ..clone import control_condition, needs_checkpointing
 from ..device import disable_malloc_trimming
 from ..evaluation import html_report, report
@@ -112,7 +112,7 @@ def run_job(clips: Sequence[OutputClip], cache: dict[tuple, Model]) -> None:
     images = {frame: read_image(path, (config.height, config.width), args.fit or "crop")
               for path, frame in args.image}
     times.append(perf_counter())
-    model = load_job_model(args, inputs, cache)
+    model = embeddings.add_embeddings(load_job_model(args, inputs, cache), args.embedding)
     if unknown := dict.fromkeys(model.out_of_vocabulary(args.prompt)):
         warnings.warn(f"The {model.description} does not know: {', '.join(unknown)}. "
                       "Known words: python sample.py --list-words", stacklevel=2)

@@ -80,9 +80,11 @@ class Embeddings(nn.Module):
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the embeddings (b, n, c) of ids (b, n)."""
-        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
+    def forward(self, ids: Tensor, new_vectors: Tensor | None = None) -> Tensor:
+        """Return the embeddings (b, n, c) of ids (b, n), as for `TextEncoder`."""
+        weight = self.token_embedding.weight
+        vectors = weight if new_vectors is None else torch.cat([weight, new_vectors.to(weight)])
+        return nn.functional.embedding(ids, vectors) + self.position_embedding.weight[:ids.shape[1]]
 
 
 class TextTransformer(nn.Sequential):
@@ -108,6 +110,12 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config, self.text_model = config, TextTransformer(config)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the embeddings (b, 77, c) of token ids (b, 77), after the final norm."""
-        return self.text_model(ids)
+    def forward(self, ids: Tensor, new_vectors: Tensor | None = None) -> Tensor:
+        """Return the embeddings (b, 77, c) of token ids (b, 77), after the final norm.
+
+        Args:
+            ids: Token ids. The ids after the vocabulary are those of the new vectors.
+            new_vectors: Vectors (n, c) of new words.
+        """
+        embeddings, encoder, final_layer_norm = self.text_model
+        return final_layer_norm(encoder(embeddings(ids, new_vectors)))

@@ -1,5 +1,6 @@
 """Containers: no code of a pickle runs, and files that are no checkpoints are named."""
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -101,14 +102,13 @@ def test_an_encrypted_archive_is_rejected(tmp_path):
     (["model.safetensors", "model.fp16.safetensors"], "model.safetensors"),
     (["pytorch_model.bin", "model.fp16.safetensors"], "model.fp16.safetensors"),
     (["pytorch_model.fp16.bin", "x.bin"], "pytorch_model.fp16.bin"),
-    (["model.fp16.safetensors.index.json"], "shard"),
-    (["model.safetensors.index.fp16.json"], "shard"),
-    (["pytorch_model.bin.index.json", "other.safetensors"], "shard")])
+    (["model.fp16.safetensors.index.json"], "model.fp16.safetensors.index.json"),
+    (["model.safetensors.index.fp16.json"], "model.safetensors.index.fp16.json"),
+    (["pytorch_model.bin.index.json", "other.safetensors"], "pytorch_model.bin.index.json")])
 def test_the_weights_of_a_folder_are_chosen_by_format_and_precision(names, expected, tmp_path):
     for name in names:
-        (tmp_path / name).write_text('{"weight_map": {"w": "shard"}}')
-    (tmp_path / "shard").touch()
-    assert find_weights(tmp_path) == [tmp_path / expected]
+        (tmp_path / name).touch()
+    assert find_weights(tmp_path) == tmp_path / expected
 
 
 @pytest.mark.parametrize("name", [
@@ -221,13 +221,59 @@ def test_a_missing_shard_is_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_a_tensor_in_two_shards_is_rejected(tmp_path):
-    for i in "ab":
-        save_file({"w": torch.zeros(1)}, tmp_path / f"{i}.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}')
-    with pytest.raises(InputError, match="w is in another shard too"):
+FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+
+
+@pytest.mark.parametrize("weight_map, problem", [
+    ({"v": FIRST, "w": SECOND}, ""),
+    ({"v": FIRST}, "1 of 2 shards"),
+    ({"v": FIRST, "w": SECOND, "x": SECOND}, f"x in {SECOND}"),
+    ({"v": FIRST, "w": FIRST, "x": SECOND}, f"w in {FIRST}"),
+    ({"v": FIRST, "y": SECOND}, f"w in {SECOND}")])
+def test_an_index_names_exactly_the_tensors_of_all_its_shards(weight_map, problem, tmp_path):
+    save_file({"v": torch.zeros(1)}, tmp_path / FIRST)
+    save_file({"w": torch.ones(1)}, tmp_path / SECOND)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    if not problem:
+        assert {name: t.read().item() for name, t in open_checkpoint(tmp_path).tensors.items()} == {
+            "v": 0, "w": 1}
+        return
+    with pytest.raises(InputError, match=f"^{index}: does not fit its shards: {problem}. Download"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("second", [{"dtype": "F16", "shape": [2]}, {"dtype": "F32", "shape": [1]}])
+def test_two_tensors_of_one_name_in_a_header_are_rejected(second, tmp_path):
+    """The safetensors package takes the last of them."""
+    entries = [{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+               second | {"data_offsets": [0, 4]}]
+    header = "{" + ", ".join(f'"w": {json.dumps(entry)}' for entry in entries) + "}"
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    with pytest.raises(InputError, match="x.safetensors: .*two values have the name 'w'"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("setitems", [
+    b"(X\x01\0\0\0wh\x01X\x01\0\0\0wh\x02u", b"X\x01\0\0\0wh\x01sX\x01\0\0\0wh\x02s"])
+def test_two_tensors_of_one_name_in_a_pickle_are_rejected(setitems, tmp_path):
+    """A pickle that sets one key of a dict twice, in one step or in two."""
+    tensor = (b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n"
+              b"X\x01\0\0\0%dX\x03\0\0\0cpuK\x01tQK\0K\x01\x85K\x01\x85\x89Nt R".replace(b" ", b""))
+    code = b"\x80\x02" + tensor % 0 + b"q\x010" + tensor % 1 + b"q\x020}" + setitems + b"."
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
+        archive.writestr("x/data.pkl", code)
+        archive.writestr("x/data/0", bytes(4))
+        archive.writestr("x/data/1", bytes(4))
+    with pytest.raises(InputError, match="x.ckpt: .*two entries have the name 'w'"):
+        open_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_entries_of_a_pickle_that_are_no_text_have_no_names(tmp_path):
+    torch.save({"w": torch.ones(1), "state": 0, 1: torch.ones(1), 2: torch.ones(1)},
+               tmp_path / "x.ckpt")
+    assert set(open_checkpoint(tmp_path / "x.ckpt").tensors) == {"w", "<int 2>", "<int 3>"}
 
 
 def test_a_plain_pickle_is_no_checkpoint(tmp_path):

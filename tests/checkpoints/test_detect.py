@@ -171,10 +171,9 @@ UNSUPPORTED = {
     "a ControlNet without motion modules": {"controlnet_cond_embedding.conv_in.weight":
                                             (16, 3, 3, 3)},
     "a ControlNet without": {"control_model.x.weight": (4, 8)},
-    "a textual inversion": {"emb_params": (2, 768)},
-    r"a textual inversion embedding \(<cat>\)": {"<cat>": (768,)},
-    r"a textual inversion embedding \(a cat\)": {"a cat": (3, 768)},
-    r"a textual inversion embedding \(a dog, a ring\)": {"a dog": (768,), "a ring": (768,)},
+    r"Stable Diffusion XL \(clip_l\)": {"clip_l": (2, 768), "clip_g": (2, 1280)},
+    r"LCM's UNet, .* or AnimateLCM can replace \(time_embedding.cond_proj": {
+        "conv_in.weight": (320, 4, 3, 3), "time_embedding.cond_proj.weight": (320, 256)},
     r"a v-prediction model \(v_pred\)": {UNET + "out.2.bias": (4,), "v_pred": (0,)},
     r"a v-prediction model \(ztsnr\)": {UNET + "out.2.bias": (4,), "ztsnr": (0,)},
     "an IP-Adapter": {"image_proj.proj.weight": (2, 768)}}
@@ -183,6 +182,9 @@ UNKNOWN = {
     r"2 tensors \(fc.bias, fc.weight, ...\) of an unknown kind": {"fc.weight": (2, 3),
                                                                  "fc.bias": (2,)},
     "1 tensors .* of an unknown kind": {"first_stage_model.loss.x": (2, 3)},
+    r"2 tensors \(<dog>, <ring>, ...\) of an unknown kind": {"<dog>": (768,), "<ring>": (768,)},
+    r"1 tensors \(<dog>, ...\) of an unknown kind": {"<dog>": (0, 768)},
+    r"1 tensors \(emb_params, ...\) of an unknown kind": {"emb_params": (1, 2, 768)},
     "a checkpoint without tensors": {}}
 
 
@@ -190,6 +192,26 @@ UNKNOWN = {
 def test_other_families_are_rejected_by_name(family):
     with pytest.raises(InputError, match=f"^file: {family}.* is not supported. Give a checkpoint"):
         source({key: lazy(shape) for key, shape in UNSUPPORTED[family].items()})
+
+
+@pytest.mark.parametrize("tensors", [{"emb_params": (2, 768)}, {"<cat>": (768,)},
+                                     {"a cat": (3, 1024)}, {"*": (2, 12)}], ids=str)
+def test_the_vectors_of_a_word_are_an_embedding(tensors):
+    embedding = source({key: lazy(shape) for key, shape in tensors.items()})
+    assert embedding.option == "--embedding"
+
+
+@pytest.mark.parametrize("config, metadata, name", [
+    ({"scaling_factor": 0.13025}, {}, "vae"),
+    ({}, {"modelspec.architecture": "stable-diffusion-xl-v1-base/vae"}, "vae"),
+    ({}, {}, "sdxl_vae.safetensors"), ({}, {}, "SDXL-VAE-fp16-fix.safetensors")])
+def test_the_vae_of_stable_diffusion_xl_is_rejected(config, metadata, name):
+    tensors = real("diffusers_vae")
+    with pytest.raises(InputError, match=f"^{name}: the VAE of Stable Diffusion XL is not"):
+        detect(Checkpoint(tensors, (), metadata=metadata, configs={"": config}, path=Path(name)))
+    for others in ({"scaling_factor": 0.18215}, {"scaling_factor": None}, {}):
+        assert source(tensors, "vae", {"": others}).option == "--vae"
+    assert source(real("ldm_single_file"), "no_sdxl.safetensors").option == "--base"
 
 
 @pytest.mark.parametrize("message", UNKNOWN)

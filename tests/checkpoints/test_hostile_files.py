@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mcl import InputError, ModelConfig, load_model
-from mcl.checkpoints.containers import open_checkpoint, read_json
+from mcl.checkpoints.containers import open_checkpoint, parse_json
 from mcl.checkpoints.model_file import FORMAT
 from mcl.checkpoints.pickles import LEGACY_START
 from mcl.config import (
@@ -62,7 +62,7 @@ def test_json_of_another_structure_is_rejected(values):
 def test_broken_json_is_rejected(text, tmp_path):
     (tmp_path / "x.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match="x.json: not "):
-        read_json(tmp_path / "x.json")
+        parse_json(tmp_path / "x.json", (tmp_path / "x.json").read_bytes())
 
 
 def pairs(opcode, start, count=100):

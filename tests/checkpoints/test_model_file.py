@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mcl import InputError, load_model, save_model
+from mcl import InputError, Motion, load_model, save_model
+from tests.foreign import ldm, motion, part, save
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,3 +83,45 @@ def test_loading_a_model_does_not_import_the_compiler():
             "print([name for name in sys.modules if name.startswith('torch._dynamo')])")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True,
                           text=True).stdout == "[]\n"
+
+
+FOREIGN = {
+    "mm.ckpt": (lambda: motion("v3"), "an AnimateDiff motion module, v3, not a converted model. "
+                "Run convert_weights.py --motion-module {} --base FILE --out FILE first"),
+    "sd.safetensors": (ldm, "Stable Diffusion 1.5, single file (UNet, VAE, text encoder), not a "
+                       "converted model. Run convert_weights.py --base {} --motion-module FILE "
+                       "--out FILE first"),
+    "vae.pt": (lambda: part("vae"), "a VAE of Stable Diffusion 1.5, not a converted model. Run "
+               "convert_weights.py --vae {} --base FILE --out FILE first"),
+    "lora.safetensors": (lambda: {"unet.conv_in.lora_A.weight": torch.ones(1, 4)},
+                         "a LoRA for Stable Diffusion 1.5, not for --weights. Pass it with --lora"),
+    "easy.pt": (lambda: {"emb_params": torch.ones(1, 768)},
+                "a textual inversion embedding, for sample.py, not for --weights. Pass it with "
+                "--embedding"),
+    "text.safetensors": (lambda: "some text", "the file is text, not weights. Check its name")}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_no_converted_model_is_named_with_the_command_to_run(name, tmp_path):
+    content, message = FOREIGN[name]
+    path, content = tmp_path / name, content()
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        save(path, content)
+    with pytest.raises(InputError) as error:
+        load_model(path)
+    assert str(error.value) == f"{path}: {message.format(path)}"
+
+
+def test_a_folder_a_saved_motion_and_a_damaged_model_are_no_models(small, tmp_path):
+    Motion.save(Motion({}, {}, {}), tmp_path / "motion.safetensors")
+    save_model(small, tmp_path / "cut.safetensors", torch.float32, {})
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-9])
+    save_file({"w": torch.zeros(1)}, tmp_path / "old.safetensors", {"format": "mcl-model-1"})
+    for name, message in (
+            ("", "a folder without weights"), ("cut.safetensors", "the file is truncated or damag"),
+            ("motion.safetensors", "a saved motion, .* Run sample.py --motion"),
+            ("old.safetensors", r"a converted model that cannot be read \(its format is not mcl")):
+        with pytest.raises(InputError, match=f"^{tmp_path / name}: {message}"):
+            load_model(tmp_path / name)

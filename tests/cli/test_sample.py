@@ -304,7 +304,7 @@ def bad(tmp_path_factory):
     (["--out", "{bad}/none/a.mp4"], "there is no folder"),
     (["--out", "{bad}/a.mpeg4"], "a.mpeg4: the extension is not known"),
     (["--weights", "{bad}/none.safetensors"], "none.safetensors: no such file"),
-    (["--weights", "{bad}/page.safetensors"], "page.safetensors: not a converted model"),
+    (["--weights", "{bad}/page.safetensors"], "page.safetensors: the file is an HTML page"),
     (["--save-motion", "{bad}/none/m"], "there is no folder"),
     (["--maps", "{bad}/text.mp4"], "exists and is not a folder"),
     (["--maps", "{bad}/none/maps"], "there is no folder"),

@@ -115,11 +115,6 @@ class UNetConfig(ValidatedConfig):
                 ("cross_attention_levels", cross == tuple(i for i in levels if i in cross),
                  f"some of 0 to {len(levels) - 1}, in rising order")]
 
-    @property
-    def time_channels(self) -> int:
-        """Width of the timestep embedding."""
-        return 4 * self.block_out_channels[0]
-
 
 @dataclass(frozen=True)
 class SparseCtrlConfig(ValidatedConfig):

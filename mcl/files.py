@@ -1,20 +1,45 @@
-"""Atomic writes of files and folders, records as JSON, and safetensors files."""
+"""Atomic writes of files and folders, records as JSON, and safetensors files.
+
+Safetensors files are read with plain reads. A file that is mapped into memory would end the process
+when another program cuts it.
+"""
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import safe_open
 
 from .errors import InputError
-from .ownership import FOLDER_MARKER, check_writable, seal_record, sha256_of
+from .ownership import FOLDER_MARKER, check_readable, check_writable, seal_record, sha256_of
 
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-                      torch.int8: "I8", torch.uint8: "U8"}
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+@dataclass(frozen=True, eq=False)
+class LazyTensor:
+    """A tensor that is read when its values are needed.
+
+    Attributes:
+        shape: Shape of the tensor.
+        dtype: Data type in the file.
+        read: Returns the values. Raises InputError, which names the file, if the file is damaged.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
 
 
 @contextmanager
@@ -94,6 +119,65 @@ def nonfinite_to_none(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
+@contextmanager
+def report_corruption(path: Path) -> Iterator[None]:
+    """Return a context, or decorator, in which every exception means that a file is damaged.
+
+    Raises:
+        InputError: In place of any other exception. Reading a damaged file may cause any.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: the file is truncated or damaged ({error!s:.200}). Delete it, "
+                         "and download or make it again") from error
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError if two of its values have the same name."""
+    if doubles := [a for a, b in pairwise(sorted(name for name, _ in pairs)) if a == b]:
+        raise ValueError(f"two values have the name {doubles[0]!r:.99}")
+    return dict(pairs)
+
+
+def open_safetensors(path: Path) -> tuple[dict[str, str], dict[str, LazyTensor]]:
+    """Return the metadata and the tensors of a safetensors file.
+
+    Raises:
+        InputError: If the file is missing or damaged, or has tensors of an unknown type.
+    """
+    check_readable(path)
+    with report_corruption(path), open(path, "rb") as file:
+        safe_open(path, framework="pt")         # checks the header
+        start = int.from_bytes(file.read(8), "little") + 8
+        header = json.loads(file.read(start - 8), object_pairs_hook=unique_names)
+    metadata = header.pop("__metadata__", {})
+    return metadata, {name: lazy_tensor(path, name, start, **entry)
+                      for name, entry in header.items()}
+
+
+def lazy_tensor(path: Path, name: str, start: int, dtype: str, shape: Sequence[int],
+                data_offsets: Sequence[int]) -> LazyTensor:
+    """Return a tensor of a safetensors file whose data begin at `start`."""
+    if dtype not in SAFETENSORS_DTYPES:
+        raise unsupported_dtype_error(path, name, dtype)
+
+    torch_dtype, size = SAFETENSORS_DTYPES[dtype], data_offsets[1] - data_offsets[0]
+
+    @report_corruption(path)
+    def read() -> torch.Tensor:
+        data = torch.from_numpy(np.fromfile(path, np.uint8, size, offset=start + data_offsets[0]))
+        return (data.view(torch_dtype) if size else data.to(torch_dtype)).reshape(tuple(shape))
+    return LazyTensor(tuple(shape), torch_dtype, read)
+
+
+def unsupported_dtype_error(path: Path, name: str, dtype: object) -> InputError:
+    """Return the error for a tensor of a data type that no network uses."""
+    return InputError(f"{path}: the tensor {name} is {dtype}, which is not supported. Use float32")
+
+
 def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor],
                      metadata: dict[str, str]) -> None:
     """Write tensors and metadata to a safetensors file. The same content gives the same bytes."""
@@ -114,10 +198,10 @@ def stream_safetensors(path: str | os.PathLike, like: Mapping[str, torch.Tensor]
         metadata: Metadata of the file.
     """
     header: dict[str, object] = {"__metadata__": metadata}
-    end = 0
+    names, end = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}, 0
     for name, tensor in like.items():
         start, end = end, end + tensor.numel() * tensor.itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": list(tensor.shape),
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [start, end]}
     text = json.dumps(header).encode("utf-8")
     text += b" " * (-len(text) % 8)             # the data begins at a multiple of 8 bytes

@@ -17,10 +17,10 @@ from torch import Tensor
 from .config import SampleConfig
 from .context_windows import ContextWindows, blend_windows, make_context_windows
 from .errors import InputError, NumericalError
-from .files import save_safetensors
+from .files import open_safetensors, save_safetensors
 from .guidance import Guidance
 from .model import Model
-from .motion import Motion, motion_loss, motion_metadata, read_safetensors, top_k_motion
+from .motion import Motion, motion_loss, motion_metadata, top_k_motion
 from .networks.attention import AttentionMaps, AttentionRequest
 from .sampler import Progress, no_progress
 from .schedule import NUM_TRAIN_TIMESTEPS, NoiseSchedule, ddim_step
@@ -125,10 +125,10 @@ class LatentCache(UserDict[int, Any]):
         list(self.values())             # checks every file
 
     def __getitem__(self, t: int) -> Tensor:
-        metadata, tensors = read_safetensors(self.data[t])
+        metadata, tensors = open_safetensors(self.data[t])
         if metadata.get("key") != self.key:
             raise InputError(f"{self.folder}: was made with other inputs. Choose an empty folder")
-        return tensors["latents"]
+        return tensors["latents"].read()
 
     def __setitem__(self, t: int, latents: Tensor) -> None:
         self.data[t] = self.folder / f"{t:04d}.safetensors"

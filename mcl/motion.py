@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import ModelConfig, SampleConfig
 from .context_windows import ContextWindows, make_context_windows
 from .errors import InputError, NumericalError
-from .files import save_safetensors
+from .files import open_safetensors, save_safetensors
 from .model import Model
 from .networks.attention import AttentionMaps, AttentionRequest
 
@@ -80,7 +79,8 @@ class Motion:
     @classmethod
     def load(cls, path: str | Path) -> "Motion":
         """Read a file that `save` wrote. Raises InputError for any other file."""
-        header, tensors = read_safetensors(path)
+        header, lazy_tensors = open_safetensors(Path(path))
+        tensors = {name: tensor.read() for name, tensor in lazy_tensors.items()}
         if header.get("format") != FORMAT:
             raise InputError(f"{path}: not a motion file. Give one that --save-motion wrote")
         try:
@@ -100,15 +100,6 @@ class Motion:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: a damaged motion file ({error}). Save it again") from error
         return cls(values, {layer: i.long() for layer, i in indices.items()}, origin)
-
-
-def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata and the tensors of a file. Raises InputError if it is not readable."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}). Delete it, or give another") from error
 
 
 def reference_noise(latents: Tensor) -> Tensor:

@@ -12,7 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mcl.errors import InputError
-from mcl.files import atomic_write, save_safetensors, stream_safetensors, write_record
+from mcl.files import (
+    atomic_write,
+    open_safetensors,
+    save_safetensors,
+    stream_safetensors,
+    write_record,
+)
 from mcl.ownership import FOLDER_MARKER, read_record
 
 
@@ -104,3 +110,16 @@ def test_saved_safetensors_have_the_same_bytes_and_the_permissions_of_other_new_
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
     stored = load_file(tmp_path / "a")
     assert stored["x"].shape == (3, 2) and torch.equal(stored["levels"], tensors["levels"])
+
+
+def test_safetensors_file_that_is_cut_while_it_is_open_is_an_error(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_safetensors(path, {"x": torch.arange(1 << 16, dtype=torch.float32), "y": torch.ones(0, 3)},
+                     {"key": "value"})
+    metadata, tensors = open_safetensors(path)
+    assert metadata == {"key": "value"} and tensors["y"].read().shape == (0, 3)
+    assert torch.equal(tensors["x"].read(), torch.arange(1 << 16, dtype=torch.float32))
+    for cut in (5000, 0):
+        os.truncate(path, cut)
+        with pytest.raises(InputError, match="a.safetensors: the file is truncated or damaged"):
+            tensors["x"].read()

@@ -149,7 +149,7 @@ def test_impossible_extractions_are_rejected(small):
 def test_other_files_are_rejected_by_name(tmp_path, content):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="m.safetensors: cannot be read .* Delete it, or give"):
+    with pytest.raises(InputError, match="m.safetensors: the file is truncated .* Delete it, and"):
         Motion.load(path)
     save_file({"values.x": torch.ones(1)}, path, {"format": "another"})
     with pytest.raises(InputError, match="m.safetensors: not a motion file. Give"):

@@ -7,22 +7,24 @@ types of its tensors.
 import itertools
 import json
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ..errors import InputError
-from .lazy_tensor import Checkpoint, LazyTensor
-from .pickles import LEGACY_START, open_legacy, open_zip, report_corruption
+from ..files import (
+    LazyTensor,
+    open_safetensors,
+    report_corruption,
+    unique_names,
+    unsupported_dtype_error,
+)
+from .pickles import LEGACY_START, open_legacy, open_zip
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-          "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
+Shapes = Mapping[str, Sequence[int]]                # shapes of tensors by name
 PARTS = ("unet", "vae", "text_encoder")             # folders of a pipeline
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model",
                 "pytorch_lora_weights")
@@ -40,6 +42,35 @@ UNKNOWN_FILES = (
     (rb"version https://git-lfs", "a git-lfs pointer, not the weights. Run `git lfs pull`"),
     (rb"(?i)<(!doctype html|html|head|\?xml|!--)",
      "an HTML page that a web site sent in place of the weights. Use the download link"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of one file, or of one folder of diffusers.
+
+    Attributes:
+        tensors: Tensors by key. The keys of a pipeline's folder start with "unet.", "vae." or
+            "text_encoder.".
+        files: The files that hold the tensors; empty for tensors in memory.
+        non_tensors: Keys of a pickle's entries that are not tensors.
+        metadata: Metadata of a safetensors file.
+        configs: Content of config.json by part; "" is the config in the file's own folder.
+        version: Version of the motion modules, "v1", "v2" or "v3"; "" if it is not known.
+        path: The file or folder, for error messages.
+    """
+
+    tensors: dict[str, LazyTensor]
+    files: tuple[Path, ...]
+    non_tensors: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    version: str = ""
+    path: Path = Path()
+
+
+def wrap_tensor(tensor: torch.Tensor) -> LazyTensor:
+    """Return a tensor in memory as a LazyTensor."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -77,7 +108,8 @@ def open_file(path: Path) -> Checkpoint:
     if start.startswith((b"PK\x03\x04", LEGACY_START)):
         return open_pickle(path, open_zip if start.startswith(b"PK") else open_legacy)
     if start[8:9] == b"{":
-        return open_safetensors(path)
+        metadata, tensors = open_safetensors(path)
+        return Checkpoint(tensors, (path,), metadata=metadata)
     raise InputError(f"{path}: the file is {describe_unknown_file(start)}")
 
 
@@ -96,26 +128,6 @@ def open_pickle(path: Path, open_container: Callable[[Path], Any]) -> Checkpoint
         if tensor.dtype.is_complex:
             raise unsupported_dtype_error(path, name, tensor.dtype)
     return Checkpoint(tensors, (path,), (*non_tensors, *(k for k in content if k not in tensors)))
-
-
-def open_safetensors(path: Path) -> Checkpoint:
-    """Return the content of a safetensors file."""
-    tensors = {}
-    with report_corruption(path), open(path, "rb") as binary:
-        file = safe_open(path, framework="pt")          # checks the header
-        header = parse_json(path, binary.read(int.from_bytes(binary.read(8), "little")))
-        metadata = header.pop("__metadata__", {})
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise unsupported_dtype_error(path, name, entry["dtype"])
-            tensors[name] = LazyTensor(tuple(entry["shape"]), DTYPES[entry["dtype"]],
-                                       report_corruption(path)(partial(file.get_tensor, name)))
-        return Checkpoint(tensors, (path,), metadata=metadata)
-
-
-def unsupported_dtype_error(path: Path, name: str, dtype: object) -> InputError:
-    """Return the error for a tensor of a data type that no network uses."""
-    return InputError(f"{path}: the tensor {name} is {dtype}, which is not supported. Use float32")
 
 
 def describe_unknown_file(start: bytes) -> str:
@@ -202,10 +214,3 @@ def parse_json(subject: object, text: str | bytes) -> dict[str, Any]:
         return {**json.loads(text, object_pairs_hook=unique_names)}
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{subject}: not a JSON object ({error}). Download it again") from error
-
-
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. Raises ValueError if two of its values have the same name."""
-    if doubles := [a for a, b in itertools.pairwise(sorted(name for name, _ in pairs)) if a == b]:
-        raise ValueError(f"two values have the name {doubles[0]!r:.99}")
-    return dict(pairs)

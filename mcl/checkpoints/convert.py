@@ -9,11 +9,11 @@ import torch
 
 from ..config import ModelConfig
 from ..errors import InputError
+from ..files import LazyTensor
 from ..networks.temporal import sinusoidal_positional_encoding
 from .detect import FOREIGN_PART_NOTE, OPTIONS, PART_NAMES, DetectedCheckpoint
 from .infer_config import infer_config
 from .key_mapping import POSITIONAL_ENCODING, ema_key
-from .lazy_tensor import LazyTensor
 from .lora import Lora, apply_deltas, collect_deltas
 from .lora_math import WeightDelta, squeeze_trailing
 from .model_file import build_on_meta, check_finite, check_names

@@ -8,8 +8,7 @@ from typing import Any
 from ..config import short_repr
 from ..errors import InputError
 from . import key_mapping
-from .containers import open_checkpoint
-from .lazy_tensor import Checkpoint
+from .containers import Checkpoint, open_checkpoint
 
 # The command line option of each part of a model, and of each kind of LoRA.
 OPTIONS = {"unet": "--base", "vae": "--vae", "text_encoder": "--text-encoder",

@@ -44,9 +44,9 @@ def model_from_state_dicts(
             another family of models.
     """
     # Imported here, so that `import mcl` does not import the converter.
+    from .containers import Checkpoint, wrap_tensor
     from .convert import plan_conversion
     from .detect import DetectedCheckpoint, detect, detect_networks
-    from .lazy_tensor import Checkpoint, wrap_tensor
     states = {"base": base, "unet": unet, "vae": vae, "text_encoder": text_encoder,
               "motion": motion, "sparsectrl": sparsectrl}
     parts: dict[str, DetectedCheckpoint] = {}

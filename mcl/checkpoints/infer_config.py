@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from ..config import CLIPTextConfig, ModelConfig, SparseCtrlConfig, UNetConfig, VAEConfig
 from ..errors import InputError
 from ..presets import DISTILLED_PRESETS, PRESETS
+from .containers import Shapes
 from .detect import DetectedCheckpoint, distillation_of
 from .key_mapping import count_blocks
-from .lazy_tensor import Shapes
 
 T = TypeVar("T")
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..config import has_type, short_repr
 from ..errors import InputError
+from ..files import LazyTensor
 from ..ownership import sha256_of
-from .containers import parse_json
+from .containers import Shapes, parse_json
 from .detect import DetectedCheckpoint, detect_file
 from .key_mapping import LORA_KEY, count_blocks, map_motion_key, map_unet_key, replace_patterns
-from .lazy_tensor import LazyTensor, Shapes
 from .lora_math import WeightDelta, infer_rank
 from .model_file import WeightTransform
 

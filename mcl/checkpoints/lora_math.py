@@ -15,7 +15,8 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from .lazy_tensor import LazyTensor, Shapes
+from ..files import LazyTensor
+from .containers import Shapes
 from .model_file import check_finite
 
 # Factors whose first dimension is the rank.

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..config import ModelConfig, from_dict
 from ..device import resolve_device, resolve_dtype
 from ..errors import InputError
-from ..files import save_safetensors
+from ..files import open_safetensors, save_safetensors
 from ..model import Model
 from ..networks.ops import channels_last_weight
 from ..ownership import sha256_of
@@ -22,7 +21,6 @@ from ..ownership import sha256_of
 PACKAGED, CHECKOUT = (folder / "weights/tiny.safetensors" for folder in Path(__file__).parents[1:3])
 DEFAULT_WEIGHTS = PACKAGED if PACKAGED.exists() else CHECKOUT
 FORMAT = "mcl-model-2"
-TENSORS_PER_OPEN = 64           # tensors that are read before a file is closed and opened again
 SCALE_SUFFIX = ".scale"         # tensor of the row scales of an int8 matrix
 N = TypeVar("N", bound=nn.Module)
 
@@ -92,28 +90,22 @@ def read_tensors(path: Path, like: Mapping[str, Tensor], place: torch.device
 
     `like` has the names and the shapes of the tensors.
 
-    An open file keeps everything that was read from it in memory. Therefore the file is opened
-    again for every few tensors.
-
     Raises:
         InputError: If a tensor is missing, extra or misshapen, or an int8 tensor has no scale, or
             another tensor has one.
     """
-    names, scales = list(like), {name + SCALE_SUFFIX for name in like}
-    for i in range(0, len(names), TENSORS_PER_OPEN):
-        with safe_open(path, framework="pt", device=str(place)) as file:
-            keys = set(file.keys())
-            check_names(path, keys - scales, like)
-            for name in names[i:i + TENSORS_PER_OPEN]:
-                tensor, key = file.get_tensor(name), name + SCALE_SUFFIX
-                if tensor.shape != (shape := like[name].shape):
-                    raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}; expected "
-                                     f"{tuple(shape)}")
-                scale = file.get_tensor(key) if key in keys else None
-                rows = (*tensor.shape[:1], *[1] * (tensor.ndim - 1))    # one scale for each row
-                if getattr(scale, "shape", None) != (rows if tensor.dtype == torch.int8 else None):
-                    raise InputError(f"{path}: {name} has no valid scale. Download the file again")
-                yield name, tensor if scale is None else tensor.float() * scale.float()
+    tensors = open_safetensors(path)[1]
+    check_names(path, tensors.keys() - {name + SCALE_SUFFIX for name in like}, like)
+    for name in like:
+        tensor, scale = tensors[name].read(), tensors.get(name + SCALE_SUFFIX)
+        if tensor.shape != (shape := like[name].shape):
+            raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}; expected "
+                             f"{tuple(shape)}")
+        rows = (*tensor.shape[:1], *[1] * (tensor.ndim - 1))    # one scale for each row
+        if getattr(scale, "shape", None) != (rows if tensor.dtype == torch.int8 else None):
+            raise InputError(f"{path}: {name} has no valid scale. Download the file again")
+        weight = tensor if scale is None else tensor.float() * scale.read().float()
+        yield name, weight.to(place)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,12 +156,11 @@ def read_model_config(path: str | Path) -> ModelConfig:
     if not path.exists():
         raise InputError(f"{path}: no such file. Run convert_weights.py, or leave out --weights")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        metadata = open_safetensors(path)[0]
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         return from_dict(ModelConfig, json.loads(metadata["config"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         # Imported here, so that `import mcl` does not import the converter.
         from .detect import detect_file
         detect_file(path, "--weights")

@@ -8,11 +8,10 @@ The interpreter hashes and prints only strings and short integers, so the length
 pickle limits its time and memory. `torch.load(weights_only=True)` has no such limit: a key of
 nested tuples in 400 bytes stalls it, and a short pickle can make it allocate any amount of memory.
 """
-import contextlib
 import io
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .lazy_tensor import LazyTensor
+from ..files import LazyTensor, report_corruption
 
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."     # torch's magic number, pickled
 DTYPES = {f"torch {name}Storage": getattr(torch, f"{name}Tensor").dtype for name in (
@@ -162,22 +161,6 @@ def build(container_type: Any, operands: list[Any]) -> Any:
             if target.setdefault(name, value) is not value:
                 raise ValueError(f"two entries have the name {name!r:.99}")
     return target
-
-
-@contextlib.contextmanager
-def report_corruption(path: Path) -> Iterator[None]:
-    """Return a context, or decorator, in which every exception means that a file is damaged.
-
-    Raises:
-        InputError: In place of any other exception. Reading a damaged file may cause any.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: the file is truncated or damaged ({error!s:.200}). Download it "
-                         "again") from error
 
 
 def open_zip(path: Path) -> Any:

@@ -136,7 +136,7 @@ def parse_args(argv: Sequence[str] | None, common: dict | None = None) -> argpar
     Raises:
         InputError: If an option is not known, has a wrong value, or is given twice.
     """
-    start = argparse.Namespace(**{"source": "", **(common or {}), "stored_options": set()})
+    start = argparse.Namespace(**{"source": "", **(common or {})})
     args = build_parser().parse_args(argv, start)
     if args.help_all:
         build_parser(show_all=True).print_help()

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
@@ -94,27 +95,22 @@ def print_line(text: object, file: TextIO | None = None) -> None:
     tqdm.write(escape_control_characters(str(text)), file=file or sys.stdout)
 
 
-class StoreOnce(argparse.Action):
-    """Stores a value; an option that is given twice is an error instead of losing the first."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option: str | None = None) -> None:
-        """Store the value, or report the repeated option."""
-        stored = vars(namespace).setdefault("stored_options", set())
-        if self.dest in stored:
-            parser.error(f"{option} is given twice: give it once")
-        stored.add(self.dest)
-        setattr(namespace, self.dest, values)
-
-
 class OneLineErrorParser(argparse.ArgumentParser):
     """Argument parser that reports wrong usage as an InputError, with the closest option."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        """Create a parser without abbreviated options; each option takes its value once."""
+        """Create a parser without abbreviated options."""
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
-        self.register("action", None, StoreOnce)
-        self.register("action", "store", StoreOnce)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments. An option with one value that is given twice is an error."""
+        args = sys.argv[1:] if args is None else list(args)
+        given = Counter(word.partition("=")[0] for word in args if word.startswith("--"))
+        for option, action in self._option_string_actions.items():
+            is_repeatable = action.nargs == 0 or isinstance(action, argparse._AppendAction)
+            if given[option] > 1 and not is_repeatable:
+                self.error(f"{option} is given twice: give it once")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError."""

@@ -51,7 +51,7 @@ class SparseCtrl(nn.Module):
         self.controlnet_cond_embedding = (
             nn.Conv2d(config.in_channels + 1, widths[0], 3, padding=1) if control.kind == "rgb"
             else ConditioningEmbedding(control.conditioning_embedding_channels, widths[0]))
-        self.time_embedding = TimestepEmbedding(widths[0], config.time_channels)
+        self.time_embedding = TimestepEmbedding(widths[0])
         self.down_blocks = nn.ModuleList([DownBlock(config, level) for level in levels])
         self.mid_block = MidBlock(config)
         skips = [widths[0]] + [w for level, w in enumerate(widths)

@@ -37,11 +37,11 @@ class ControlNetResiduals(NamedTuple):
 class TimestepEmbedding(nn.Module):
     """Sinusoids of the timestep, [cos | sin], and two linear layers."""
 
-    def __init__(self, channels: int, time_channels: int):
-        """Create an embedding of `channels` sinusoids and `time_channels` outputs."""
+    def __init__(self, channels: int):
+        """Create an embedding of `channels` sinusoids and four times as many outputs."""
         super().__init__()
-        self.linear_1 = Linear(channels, time_channels)
-        self.linear_2 = Linear(time_channels, time_channels)
+        self.linear_1 = Linear(channels, 4 * channels)
+        self.linear_2 = Linear(4 * channels, 4 * channels)
 
     def forward(self, t: Tensor | int, clip: Tensor) -> Tensor:
         """Return the embedding (b*f, time_channels) of timestep t for a clip (b, c, f, h, w)."""
@@ -81,7 +81,7 @@ BlockOutput = tuple[Tensor, list[Tensor], AttentionMaps]    # features, skips, r
 
 def resnet_block(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock:
     """Return a residual block of the UNet, from `c_in` to `c_out` channels."""
-    return ResnetBlock(c_in, c_out, config.norm_num_groups, EPS, config.time_channels,
+    return ResnetBlock(c_in, c_out, config.norm_num_groups, EPS, 4 * config.block_out_channels[0],
                        config.inflated_groupnorm)
 
 
@@ -189,7 +189,7 @@ class UNet3D(nn.Module):
         self.config = config
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], config.time_channels)
+        self.time_embedding = TimestepEmbedding(widths[0])
         self.down_blocks = nn.ModuleList([DownBlock(config, level) for level in levels])
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList([UpBlock(config, level) for level in reversed(levels)])

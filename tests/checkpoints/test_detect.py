@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from mcl import InputError, Model, ModelConfig, Motion
+from mcl.checkpoints.containers import Checkpoint, wrap_tensor
 from mcl.checkpoints.convert import check_positional_encodings, plan_conversion
 from mcl.checkpoints.detect import detect
-from mcl.checkpoints.lazy_tensor import Checkpoint, LazyTensor, wrap_tensor
 from mcl.checkpoints.lora import Lora, lora_deltas
 from mcl.checkpoints.model_file import build_on_meta, save_model
 from mcl.config import CLIPTextConfig, SparseCtrlConfig, UNetConfig, VAEConfig
+from mcl.files import LazyTensor
 from tests.conftest import SMALL
 from tests.foreign import convert, listing, save, sinusoid
 

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mcl import InputError, load_model
+from mcl.checkpoints.containers import Checkpoint, wrap_tensor
 from mcl.checkpoints.detect import detect
-from mcl.checkpoints.lazy_tensor import Checkpoint, wrap_tensor
 from mcl.checkpoints.lora import (
     Lora,
     apply_deltas,

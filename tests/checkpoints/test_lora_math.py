@@ -12,8 +12,8 @@ from lycoris.modules.norms import NormModule
 from torch import nn
 
 from mcl import InputError
+from mcl.checkpoints.containers import Checkpoint, wrap_tensor
 from mcl.checkpoints.detect import detect
-from mcl.checkpoints.lazy_tensor import Checkpoint, wrap_tensor
 from mcl.checkpoints.lora import Lora, apply_deltas, lora_deltas
 
 LAYERS = {"linear": lambda: nn.Linear(12, 16), "1x1": lambda: nn.Conv2d(12, 16, 1),

@@ -287,7 +287,7 @@ def bad(tmp_path_factory):
     (["--ref", "{bad}/short.mp4"], "short.mp4: cannot be decoded"),
     (["--ref", "{bad}/empty.mp4"], "empty.mp4: cannot be decoded"),
     (["--ref", "{bad}/empty_folder"], "no image"),
-    (["--motion", "{bad}/page.safetensors"], "page.safetensors: cannot be read"),
+    (["--motion", "{bad}/page.safetensors"], "page.safetensors: the file is truncated or"),
     (["--start", "99"], "start = 99 s is past the end"),
     (["--start", "nan"], "start = nan"),
     (["--duration", "1", "--stride", "2"], "stride = 2 is out of range"),

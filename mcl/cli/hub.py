@@ -13,12 +13,11 @@ from ..errors import InputError
 from ..ownership import sha256_of
 
 NAME = re.compile(r"hf:([^/@]+/[^/@]+)/([^@]+)(?:@(.+))?")
-NEEDS_TOKEN = ("no such repository, or it needs a token. Check the name, or accept the terms on "
-               "its web page and run `hf auth login`")
 # By the HTTP status of an error; 0 if the Hub did not answer.
-ADVICE = {0: "not in the cache, and the Hub cannot be reached. Check the connection and that "
-             "HF_HUB_OFFLINE is not set", 401: NEEDS_TOKEN, 403: NEEDS_TOKEN,
-          404: "no such file or revision in this repository. Check the name"}
+ADVICE = {401: "no such repository, or it needs a token. Check the name, or run `hf auth login`",
+          403: "not allowed. Accept the terms on its web page, and run `hf auth login`",
+          404: "no such file or revision in this repository. Check the name",
+          0: "not in the cache, and the Hub is unreachable. Check the network and HF_HUB_OFFLINE"}
 
 
 def read_presets() -> dict[str, str]:
@@ -66,8 +65,8 @@ def call_hub(name: Path, **options: Any) -> Any:
     try:
         return hf_hub_download(match[1], match[2], revision=match[3], **options)
     except (OSError, ValueError, RuntimeError, errors.HTTPError) as error:
-        response = getattr(error, "response", getattr(error.__cause__, "response", None))
-        status = getattr(response, "status_code", 0 if isinstance(error, FileNotFoundError) else -1)
-        raise InputError(f"{name}: " + ADVICE.get(
-            status, f"cannot be downloaded ({str(error).strip().splitlines()[0]}). Check the "
-            "connection and the free disk space, and run the command again")) from error
+        # Every answer of the Hub that is an error is the cause of another error.
+        status = getattr(getattr(error.__cause__, "response", None), "status_code",
+                         0 if isinstance(error, FileNotFoundError) else -1)
+        reason = f"cannot be downloaded ({' '.join(str(error).split())}). Check network and disk"
+        raise InputError(f"{name}: {ADVICE.get(status, reason)}") from error

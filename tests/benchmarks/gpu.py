@@ -66,7 +66,7 @@ class Options:
     model: str = option("sd15", "sizes of the model", choices=CONFIGS)
     frames: int = option(16, "length of the clips")
     sizes: tuple[int, ...] = option((512, 256), "sides of the square frames, in pixels")
-    dtypes: tuple[str, ...] = option(tuple(DTYPES), "precisions", choices=DTYPES)
+    dtypes: tuple[str, ...] = option(("float16", "bfloat16", "float32"), "types", choices=DTYPES)
     steps: int = option(100, "steps of the whole clip")
     published: Path | None = option(None, "folder of the published code")
     repeat: int = option(3, "number of steps for the median time")

@@ -204,9 +204,10 @@ def test_a_file_that_needs_a_token_is_downloaded_with_it(hub, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("error, message", [
-    ((401, "RepoNotFound"), "no such repository, or it needs a token. Check the name, or accept "
-                            "the terms on its web page and run `hf auth login`"),
-    ((401, ""), "needs a token"), ((403, "GatedRepo"), "needs a token"), ((403, ""), "a token"),
+    ((401, "RepoNotFound"), "no such repository, or it needs a token. Check the name, or run "
+                            "`hf auth login`"), ((401, ""), "needs a token"),
+    ((403, "GatedRepo"), "not allowed. Accept the terms on its web page, and run `hf auth login`"),
+    ((403, ""), "not allowed"),
     ((404, "RepoNotFound"), "no such file"), ((404, ""), "no such file"),
     ((418, ""), "cannot be downloaded (")])
 def test_errors_of_the_hub_are_one_line(error, message, hub, tmp_path, capsys):
@@ -243,7 +244,7 @@ def test_a_full_disk_is_one_line(hub, monkeypatch, tmp_path, capsys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(file_download, "http_get", write)
     assert convert("--base", f"hf:{BASE}", "--out", tmp_path / "a.safetensors") == 2
-    assert re.search(r"cannot be downloaded \(.*No space left.*\)\. .* free disk space",
+    assert re.search(r"cannot be downloaded \(.*No space left.*\)\. Check .* disk",
                      last_line(capsys))
     assert not blobs(hub)
 
@@ -255,8 +256,8 @@ def test_offline_only_files_of_the_cache_are_found(hub, monkeypatch, capsys):
     assert convert("--check", f"hf:{MODULE}") == 0
     assert convert("--check", f"hf:{BASE}") == 2
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"hf:{BASE}: not in the cache, and the Hub cannot be reached. Check the connection and "
-        "that HF_HUB_OFFLINE is not set")
+        f"hf:{BASE}: not in the cache, and the Hub is unreachable. Check the network and "
+        "HF_HUB_OFFLINE")
     assert not hub.requests
 
 

@@ -45,7 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status, code = 401, "GatedRepo"
         first = int(re.match(r"bytes=(\d+)-", first)[1]) if first else 0
         body = (content or b"")[first:] if status < 300 else b""
-        digest = hashlib.sha256(content or b"").hexdigest()
+        digest = hub.hash(content or b"").hexdigest()
         self.send_response(status)
         for name, value in {"X-Error-Code": code, "X-Repo-Commit": COMMIT, "ETag": f'"{digest}"',
                             "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": len(content or b""),
@@ -84,6 +84,7 @@ def hub(files, tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.files, server.requests, server.error, server.token = dict(files), [], None, None
         server.cuts, server.damage, server.proceed = 0, False, threading.Event()
+        server.hash = hashlib.sha256        # git's own files, which are small, have another
         server.proceed.set()
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
         server.home = tmp_path / "home"
@@ -237,6 +238,17 @@ def test_a_damaged_file_is_noticed_and_downloaded_again_after_it_is_deleted(hub,
     blob.unlink()
     hub.damage = False
     assert convert("--check", f"hf:{MODULE}") == 0 and blobs(hub) == [digest(files[MODULE])]
+
+
+@pytest.mark.parametrize("kind", ["in git itself", "in a cache without links"])
+def test_a_file_whose_cache_entry_has_no_sha256_is_taken(kind, hub, monkeypatch):
+    if kind == "in git itself":
+        hub.hash = hashlib.sha1
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    assert convert("--check", f"hf:{MODULE}") == 0
+    file, = hub.home.glob("hub/models--*/snapshots/*/*.ckpt")
+    assert file.is_symlink() == (kind == "in git itself")
 
 
 def test_a_full_disk_is_one_line(hub, monkeypatch, tmp_path, capsys):

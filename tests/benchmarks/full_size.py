@@ -24,7 +24,8 @@ if not __package__:     # run as a file
 
 from mcl import read_video
 from mcl.cli.process import run_main
-from mcl.files import check_writable, stream_safetensors
+from mcl.files import stream_safetensors
+from mcl.ownership import check_writable
 from tests.foreign import listing, sinusoid
 from weights.training.options import option, run_with_options
 
@@ -39,11 +40,11 @@ def write_random(folder: Path, name: str, is_tiny: bool) -> Path:
         n = int(text.replace("r", "16"))        # r is the rank of a LoRA
         return n // 10 if is_tiny and n % 320 == 0 else n // 64 if is_tiny and n % 768 == 0 else n
 
-    shapes = {key: [size(n) for n in shape.split("x") if n != "scalar"]
-              for key, shape in listing(name).items()}
-    weights = (sinusoid(*shape[1:]).half() if name.endswith(".pe") else
-               torch.randn(shape).mul_(0.1).half() for name, shape in shapes.items())
-    stream_safetensors(path := folder / f"{name}.safetensors", shapes, torch.float16, weights, {})
+    like = {key: torch.empty([size(n) for n in shape.split("x") if n != "scalar"], device="meta",
+                             dtype=torch.float16) for key, shape in listing(name).items()}
+    weights = (sinusoid(*t.shape[1:]).half() if key.endswith(".pe") else
+               torch.randn(t.shape).mul_(0.1).half() for key, t in like.items())
+    stream_safetensors(path := folder / f"{name}.safetensors", like, weights, {})
     return path
 
 
@@ -68,7 +69,7 @@ class Options:
 def run(o: Options) -> None:
     """Write the files, convert them, and make and check the clips."""
     folder, side = o.folder.resolve(), 32 if o.tiny else 256
-    check_writable(folder, is_folder=True)
+    check_writable(folder, "folder")
     folder.mkdir(exist_ok=True)
     files = [(key, write_random(folder, name, o.tiny)) for key, name in FILES.items()]
     model = folder / "model.safetensors"

@@ -32,21 +32,19 @@ if not __package__:     # run as a file
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import mcl
-from mcl import Model, ModelConfig, SampleConfig, clone
 from mcl.checkpoints.model_file import build_on_meta
 from mcl.cli.process import run_main
 from mcl.device import DTYPES, disable_malloc_trimming, resolve_device
-from mcl.files import check_writable, write_json
+from mcl.files import write_record
 from mcl.networks.ops import to_channels_last
 from mcl.networks.unet import UNet3D
 from mcl.sampler import Sampler
 from tests.networks import other_steps
-from tests.networks.other_steps import NUM_TOKENS, TIMESTEP
 from weights.training.clip_metrics import psnr
 from weights.training.options import option, run_with_options
 from weights.training.train import TINY
 
-CONFIGS = {"tiny": TINY, "sd15": ModelConfig()}
+CONFIGS = {"tiny": TINY, "sd15": mcl.ModelConfig()}
 Steps = dict[str, Callable[[], object]]
 Result = dict[str, Any]
 REFERENCE = Path(__file__).parents[2] / "examples" / "figure_eight.mp4"
@@ -73,7 +71,7 @@ class Options:
     minutes: float = option(10.0, "measurements that would run later are left out")
     only: str = option("", "print one measurement as JSON")
 
-    def settings(self, size: int) -> SampleConfig:
+    def settings(self, size: int) -> mcl.SampleConfig:
         """Return the settings of clips of a size."""
         return dataclasses.replace(CONFIGS[self.model].sample, num_frames=self.frames, height=size,
                                    width=size)
@@ -94,7 +92,7 @@ def measurements(o: Options) -> dict[str, Callable[[], Result]]:
 
 
 def measure(o: Options, size: int, dtype: str, memory: str = "high",
-            change: Callable[[Model, SampleConfig, Steps], Steps] = lambda *args: args[-1]
+            change: Callable[[mcl.Model, mcl.SampleConfig, Steps], Steps] = lambda *args: args[-1]
             ) -> Result:
     """Return the median seconds of each kind of step, and its peak beside the weights in GB."""
     device, settings = resolve_device(o.device), o.settings(size)
@@ -109,7 +107,7 @@ def measure(o: Options, size: int, dtype: str, memory: str = "high",
     return {f"{kind}, s": statistics.median(s[kind] for s in seconds) for kind in steps} | peaks
 
 
-def compiled(model: Model, settings: SampleConfig, steps: Steps) -> Steps:
+def compiled(model: mcl.Model, settings: mcl.SampleConfig, steps: Steps) -> Steps:
     """Return the unguided step, of a UNet that is compiled when it first runs."""
     model.unet.compile()
     return {"unguided step": steps["unguided step"]}
@@ -118,23 +116,22 @@ def compiled(model: Model, settings: SampleConfig, steps: Steps) -> Steps:
 def agreement(o: Options, dtype: str) -> Result:
     """Return the PSNR of the built-in model's clone, in dB, against the CPU's in float32."""
     steps = min(o.steps, TINY.sample.steps)
-    clips = [clone(REFERENCE, "a red star on a navy background", model=mcl.load_model(None, *place),
-                   steps=steps, guidance_steps=steps // 2).frames
+    clips = [mcl.clone(REFERENCE, "a red star on a navy background", steps=steps,
+                       guidance_steps=steps // 2, model=mcl.load_model(None, *place)).frames
              for place in (("cpu", "float32"), (o.device, dtype))]
     return {"PSNR, dB": psnr(*clips)}
 
 
 def whole_clip(o: Options, dtype: str) -> Result:
     """Return the seconds of a clip from the reference to its frames."""
-    settings = o.settings(o.sizes[0])
     with torch.device(device := resolve_device(o.device)):
-        model = Model(CONFIGS[o.model]).to(DTYPES[dtype]).requires_grad_(False).eval()
-    return {f"{o.steps} steps, s": time_call(lambda: clone(
-        REFERENCE, "a red star", model=model, num_frames=settings.num_frames, steps=o.steps,
-        height=settings.height, width=settings.width, guidance_steps=o.steps // 2), device)}
+        model = mcl.Model(CONFIGS[o.model]).to(DTYPES[dtype]).requires_grad_(False).eval()
+    return {f"{o.steps} steps, s": time_call(lambda: mcl.clone(
+        REFERENCE, "a red star", model=model, num_frames=o.frames, steps=o.steps,
+        height=o.sizes[0], width=o.sizes[0], guidance_steps=o.steps // 2), device)}
 
 
-def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Model:
+def random_model(config: mcl.ModelConfig, device: torch.device, dtype: torch.dtype) -> mcl.Model:
     """Return a model whose UNet has random weights; the other networks have none."""
     model = build_on_meta(config)
     with torch.device(device):
@@ -143,19 +140,19 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return model.requires_grad_(False).eval()
 
 
-def benchmark_steps(model: Model, config: SampleConfig, use_low_memory: bool) -> Steps:
+def benchmark_steps(model: mcl.Model, config: mcl.SampleConfig, use_low_memory: bool) -> Steps:
     """Return functions that take one step each, by the kind of the step."""
     z = torch.randn(model.config.latent_shape(config), device=model.device)
-    embeds = torch.randn(2, NUM_TOKENS, model.config.unet.cross_attention_dim)
+    embeds = torch.randn(2, other_steps.NUM_TOKENS, model.config.unet.cross_attention_dim)
     sampler = Sampler(model, embeds, config, gradient_checkpointing=use_low_memory)
     text, null_text = sampler.text, sampler.negative_embeds
-    maps = model.unet.forward_to_attention(z.to(model.dtype), TIMESTEP, null_text,
+    maps = model.unet.forward_to_attention(z.to(model.dtype), other_steps.TIMESTEP, null_text,
                                            mcl.AttentionRequest(temporal=config.guidance_blocks))
     top = {name: probs.topk(1) for name, probs in maps.temporal.items()}
     values, indices = ({name: pair[i] for name, pair in top.items()} for i in (0, 1))
     sampler.guidance = [mcl.motion_guidance(mcl.Motion(values, indices))]
-    forward = partial(sampler.predict_noise, z, TIMESTEP)
-    guided = partial(sampler.predict_noise_and_gradient, z, TIMESTEP)
+    forward = partial(sampler.predict_noise, z, other_steps.TIMESTEP)
+    guided = partial(sampler.predict_noise_and_gradient, z, other_steps.TIMESTEP)
     return {"forward pass": lambda: forward(text),
             "unguided step": lambda: (forward(text), forward(null_text)),
             "guided step": lambda: (guided(), forward(null_text))}
@@ -172,12 +169,11 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-def count_tflops(o: Options, settings: SampleConfig) -> Result:
+def count_tflops(o: Options, settings: mcl.SampleConfig) -> Result:
     """Return the arithmetic of each kind of step in TFLOP, counted on tensors without data."""
-    config = CONFIGS[o.model]
     with FakeTensorMode():
-        model, tflops = build_on_meta(config), {}
-        model.unet = UNet3D(config.unet).requires_grad_(False).eval()
+        model, tflops = build_on_meta(CONFIGS[o.model]), {}
+        model.unet = UNet3D(model.config.unet).requires_grad_(False).eval()
         for kind, step in benchmark_steps(model, settings, False).items():
             with FlopCounter() as counter:
                 step()
@@ -231,15 +227,15 @@ def run(o: Options, argv: list[str]) -> None:
     """Print one measurement, or run all of them and write the file of their results."""
     if o.only:
         return print(json.dumps(measurements(o)[o.only]()))
-    check_writable(o.out)
     device = resolve_device(o.device)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()
     record: dict[str, Any] = {"machine": f"{machine}, torch {torch.__version__}", "options": argv,
                               "results": {}}
+    write_record(o.out, record)         # fails at once if it cannot be written
     end, columns = time.monotonic() + 60 * o.minutes, ()
     for name in tqdm(measurements(o), file=sys.stderr):
         result = record["results"][name] = run_alone(name, argv, end - time.monotonic())
-        write_json(o.out, record)
+        write_record(o.out, record)
         if columns != (columns := tuple(result)):
             print(f"\n| | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
         cells = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in result.values()]

@@ -139,7 +139,7 @@ def test_a_measurement_without_time_is_left_out():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"dtypes": "float8"}, "invalid choice: 'float8'"), ({"steps": "x"}, "invalid int value"),
+    ({"dtypes": "float8"}, "invalid choice: 'float8'"), ({"steps": "x"}, "invalid count value"),
     ({"device": "none"}, "device 'none' is not known"),
     ({"out": "no/folder/a.json"}, "there is no folder")])
 def test_wrong_options_are_reported_in_one_line(options, message, capsys):

@@ -293,7 +293,8 @@ def test_an_interrupted_download_ends_in_one_line_and_leaves_no_file(hub, tmp_pa
     hub.cuts = 1
     hub.proceed.clear()
     process = subprocess.Popen(
-        [sys.executable, ROOT / "convert_weights.py", "--preset", "sd15-v3", "--out", "a"],
+        [sys.executable, ROOT / "convert_weights.py", "--preset", "sd15-v3", "--out",
+         "a.safetensors"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": f"{hub.home}/hub"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,8 +119,10 @@ def last_line(capsys):
 
 def test_a_preset_is_downloaded_once_and_converted(hub, files, tmp_path, capsys):
     out = tmp_path / "sd15.safetensors"
-    for downloads in (3, 0):
-        assert convert("--preset", "sd15-v3", "--dtype", "fp32", "--out", out) == 0
+    names = (f"hf:{name}" for name in files)
+    for downloads, argv in ((3, ("--preset", "sd15-v3", "--dtype", "fp32", "--out", out)),
+                            (0, ("--check", *names))):
+        assert convert(*argv) == 0
         assert sum(method == "GET" for method, *_ in hub.requests) == downloads
         total = sum(map(len, files.values())) / 1e9
         assert (f"downloading {total:.2f} GB" in capsys.readouterr().err) == bool(downloads)
@@ -255,9 +258,11 @@ def test_a_full_disk_is_one_line(hub, monkeypatch, tmp_path, capsys):
     def write(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(file_download, "http_get", write)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
     assert convert("--base", f"hf:{BASE}", "--out", tmp_path / "a.safetensors") == 2
-    assert re.search(r"cannot be downloaded \(.*No space left.*\)\. Check .* disk",
-                     last_line(capsys))
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("warning: Not enough free disk space") for line in warnings)
+    assert re.search(r"cannot be downloaded \(.*No space left.*\)\. Check .* disk", error)
     assert not blobs(hub)
 
 

@@ -96,7 +96,9 @@ def remove_temporaries(target: Path) -> None:
 
 
 def is_other_process(pid: int) -> bool:
-    """Return whether a process other than this one has this identifier."""
+    """Return whether a process other than this one has this identifier; on Windows it may have."""
+    if os.name == "nt":         # os.kill(pid, 0) sends Ctrl-C to all processes of the console there
+        return pid != os.getpid()
     try:
         os.kill(pid, 0)
     except (OSError, OverflowError) as error:

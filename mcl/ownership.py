@@ -81,7 +81,8 @@ def folders_above(path: Path) -> Iterator[Path]:
 
 def file_id(path: Path) -> Hashable:
     """Return a key that all names of one file share, whether or not the file exists."""
-    return os.stat(path)[1:3] if os.path.exists(path) else os.path.realpath(path)   # inode, device
+    # Inode and device, or the path; the case of names does not count on Windows.
+    return os.stat(path)[1:3] if os.path.exists(path) else os.path.normcase(os.path.realpath(path))
 
 
 def check_writable(path: Path, kind: str = "file") -> None:

@@ -3,7 +3,7 @@ import argparse
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +18,7 @@ from ..device import DTYPE_ALIASES, DTYPES
 from ..errors import InputError
 from ..files import stream_safetensors
 from ..ownership import OutputFile, check_io_conflicts, check_writable, file_state, sha256_of
+from .hub import fetch, read_presets
 from .process import OneLineErrorParser, exit_code_of, print_line, run_main
 
 NETWORK_HELP = {
@@ -27,14 +28,14 @@ NETWORK_HELP = {
     "--sparsectrl": "AnimateDiff's SparseCtrl, rgb or scribble, for --image of sample.py"}
 LORA_HELP = ("AnimateDiff's domain adapter", "LoRA of kohya, A1111, diffusers, PEFT or LyCORIS",
              "AnimateDiff's motion LoRA")
-EXAMPLE = """example:
+EXAMPLE = """FILE can be hf:OWNER/REPO/FILE[@REVISION] on huggingface.co. example:
   python convert_weights.py --base v1-5-pruned-emaonly.safetensors --motion-module v3_sd15_mm.ckpt
       --out weights/sd15-v3.safetensors"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return exit_code_of(lambda: convert_files(build_parser().parse_args(argv)))
+    return exit_code_of(lambda: convert_files(parse_args(argv)))
 
 
 def command() -> NoReturn:
@@ -59,11 +60,25 @@ def build_parser() -> OneLineErrorParser:
     p.add_argument("--name", help="name of the model [name of the file]")
     p.add_argument("--check", type=Path, nargs="+", action="extend", metavar="FILE",
                    help="say what each file is, and stop")
+    presets = read_presets()
+    p.add_argument("--preset", choices=presets, help="download and convert a set of files")
+    p.add_argument("--list", action="version", version="\n\n".join(presets.values()),
+                   help="print the files of each preset with their sizes, and stop")
     return p
 
 
-def open_networks(args: argparse.Namespace) -> dict[str, DetectedCheckpoint]:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options, with those of --preset. Raises InputError for wrong usage."""
+    args = (parser := build_parser()).parse_args(argv)
+    words = read_presets()[args.preset].split() if args.preset else []
+    return parser.parse_args([word for word in words if word.startswith(("--", "hf:"))], args)
+
+
+def open_networks(args: argparse.Namespace, files: Mapping[Path, Path]
+                  ) -> dict[str, DetectedCheckpoint]:
     """Return the checkpoint of each network that a command line gives, by part.
+
+    `files` has the file of each path, as `fetch` returns it.
 
     Raises:
         InputError: If a file is not what its option takes; the message names the right option.
@@ -72,7 +87,7 @@ def open_networks(args: argparse.Namespace) -> dict[str, DetectedCheckpoint]:
     detect_file = functools.cache(detect.detect_file)   # two options may name the same file
     for part, option in OPTIONS.items():
         if (path := vars(args)[option]) is not None:
-            networks[part] = detect_file(path)
+            networks[part] = detect_file(files[path])
             if part not in networks[part].key_maps:
                 raise detect.wrong_option_error(networks[part], option)
     return networks
@@ -89,10 +104,11 @@ def convert_files(args: argparse.Namespace) -> int:
     if args.out.suffix.lower() != ".safetensors":
         raise InputError(f"{args.out}: the file is a safetensors file. Let its name end so")
     check_writable(args.out)
-    reads = given_files(args)
+    files = fetch(path for _, path in given_files(args))
+    reads = [(option, files[path]) for option, path in given_files(args)]
     states = {path: file_state(path) for _, path in reads}
-    networks = open_networks(args)
-    loras = [open_lora(option, path, scale, args.ignore_alpha)
+    networks = open_networks(args, files)
+    loras = [open_lora(option, files[path], scale, args.ignore_alpha)
              for option in LORAS for path, scale in vars(args)[option]]
     base = networks.get("unet")
     parts = dict.fromkeys(base.key_maps, base) | networks if base else networks
@@ -151,7 +167,7 @@ def check_files(paths: Sequence[Path]) -> int:
     code = 0
     for path in paths:
         try:
-            for line in describe_checkpoint(detect.detect_file(path)):
+            for line in describe_checkpoint(detect.detect_file(fetch([path])[path])):
                 print_line(line)
         except InputError as error:
             print_line(error)

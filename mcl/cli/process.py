@@ -44,7 +44,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         if signal.getsignal(number) != signal.SIG_IGN:          # nohup ignores SIGHUP
             signal.signal(number, interrupt)
     for name in ("stdout", "stderr"):
-        if (stream := getattr(sys, name)) is not None:
+        stream = getattr(sys, name)     # bytes do not reach the console of Windows in its encoding
+        if stream is not None and not (sys.platform == "win32" and stream.isatty()):
             file = io.BufferedWriter(TolerantFile(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace",
                                                 line_buffering=True))

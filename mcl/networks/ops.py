@@ -102,8 +102,11 @@ class GEGLUFunction(torch.autograd.Function):
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
                                  ) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v for tensors (b, heads, n, d), by the fastest kernel."""
+    is_long = q.shape[-2] * k.shape[-2] >= 256 ** 2
+    if q.device.type == "mps" and is_long:      # all scores would take more than its limit of 4 GB
+        return torch.stack([*map(F.scaled_dot_product_attention, q, k, v)])
     # On CPUs and short sequences the fused kernel takes up to four times as long as plain products.
-    if q.device.type != "cpu" or q.shape[-2] * k.shape[-2] >= 256 ** 2:
+    if q.device.type != "cpu" or is_long:
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
     return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1) @ v

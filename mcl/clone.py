@@ -13,7 +13,7 @@ from .config import ModelConfig, SampleConfig, short_repr
 from .context_windows import make_context_windows
 from .errors import InputError
 from .guidance import Guidance, resolve_guidance
-from .inversion import InvertedReference
+from .inversion import InvertedReference, invert_reference
 from .model import Model
 from .motion import Motion, extract_motion, reference_noise
 from .networks.sparsectrl import sparsectrl_condition
@@ -157,8 +157,7 @@ def read_reference(model: Model, source: Source, config: SampleConfig, *, start:
         read_video(source, config.num_frames, size, start, duration, model_fps=model.config.fps))
     latents = model.vae.encode(frames)
     if config.method == "inversion":
-        motion = inversion.invert_reference(model, latents, config.ref_prompt, config, progress,
-                                            cache_dir)
+        motion = invert_reference(model, latents, config.ref_prompt, config, progress, cache_dir)
         return Reference(motion, frames, latents)
     condition = control_condition(model, {i: frames[i, None] for i in control or {}}, config)
     return Reference(extract_motion(model, latents, config, control=condition), frames, latents)
@@ -181,9 +180,8 @@ def read_control_images(control: Mapping[int, Any], config: SampleConfig) -> dic
     if control and (config.method == "inversion" or config.semantic_scale):
         raise InputError("control images need method single-step, without semantic guidance")
     size = (config.height, config.width)
-    return {i: read_image(image, size) if not isinstance(image, Tensor) else
-            resize_frames(image.reshape(-1, *image.shape[-3:]), 1, size)
-            for i, image in control.items()}
+    return {i: resize_frames(x.reshape(-1, *x.shape[-3:]), 1, size) if isinstance(x, Tensor) else
+            read_image(x, size) for i, x in control.items()}
 
 
 def control_condition(model: Model, images: Mapping[int, Tensor], config: SampleConfig

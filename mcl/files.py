@@ -156,15 +156,14 @@ def open_safetensors(path: Path) -> tuple[dict[str, str], dict[str, LazyTensor]]
         start = int.from_bytes(file.read(8), "little") + 8
         header = json.loads(file.read(start - 8), object_pairs_hook=unique_names)
     metadata = header.pop("__metadata__", {})
-    return metadata, {name: lazy_tensor(path, name, start, **entry)
-                      for name, entry in header.items()}
+    return metadata, {n: lazy_tensor(path, n, start, **entry) for n, entry in header.items()}
 
 
 def lazy_tensor(path: Path, name: str, start: int, dtype: str, shape: Sequence[int],
                 data_offsets: Sequence[int]) -> LazyTensor:
     """Return a tensor of a safetensors file whose data begin at `start`."""
     if dtype not in SAFETENSORS_DTYPES:
-        raise unsupported_dtype_error(path, name, dtype)
+        raise InputError(f"{path}: the tensor {name} is {dtype}, not a known type. Use float32")
 
     torch_dtype, size = SAFETENSORS_DTYPES[dtype], data_offsets[1] - data_offsets[0]
 
@@ -173,11 +172,6 @@ def lazy_tensor(path: Path, name: str, start: int, dtype: str, shape: Sequence[i
         data = torch.from_numpy(np.fromfile(path, np.uint8, size, offset=start + data_offsets[0]))
         return (data.view(torch_dtype) if size else data.to(torch_dtype)).reshape(tuple(shape))
     return LazyTensor(tuple(shape), torch_dtype, read)
-
-
-def unsupported_dtype_error(path: Path, name: str, dtype: object) -> InputError:
-    """Return the error for a tensor of a data type that no network uses."""
-    return InputError(f"{path}: the tensor {name} is {dtype}, which is not supported. Use float32")
 
 
 def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor],
@@ -200,11 +194,11 @@ def stream_safetensors(path: str | os.PathLike, like: Mapping[str, torch.Tensor]
         metadata: Metadata of the file.
     """
     header: dict[str, object] = {"__metadata__": metadata}
-    names, end = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}, 0
-    for name, tensor in like.items():
-        start, end = end, end + tensor.numel() * tensor.itemsize
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [start, end]}
+    codes, end = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}, 0
+    for name, t in like.items():
+        start, end = end, end + t.numel() * t.itemsize
+        span = [start, end]
+        header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": span}
     text = json.dumps(header).encode("utf-8")
     text += b" " * (-len(text) % 8)             # the data begins at a multiple of 8 bytes
     with atomic_write(path) as temporary, open(temporary, "wb") as file:

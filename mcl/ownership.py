@@ -103,8 +103,7 @@ def check_writable(path: Path, kind: str = "file") -> None:
         raise InputError(f"{path}: there is no folder to write it to. Make it, or give another")
     is_noun = path.is_file() if kind == "file" else path.is_dir()
     if os.path.lexists(path) and (not is_noun or (kind == "folder" and os.path.ismount(path))):
-        raise InputError(f"{path}: exists and is not a {noun} that can be replaced. Give another "
-                         "name")
+        raise InputError(f"{path}: exists and is not a {noun} to replace. Give another name")
     for child in sorted(path.rglob("*")) if kind == "folder" else ():
         if child.is_symlink() or not (child.is_dir() or is_recorded(child, path / FOLDER_MARKER)):
             raise InputError(f"{child}: was not written by this program, or was changed since. "
@@ -151,8 +150,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def file_state(path: Path) -> Hashable:
     """Return a key that changes when a file, or a file in a folder, is changed or replaced."""
     stats = {file: file.stat() for file in (path, *sorted(path.rglob("*"))) if file.is_file()}
-    return tuple((str(file), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns)
-                 for file, s in stats.items())
+    return tuple((str(f), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for f, s in stats.items())
 
 
 def sha256_of(path: Path) -> str:

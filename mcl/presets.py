@@ -42,25 +42,24 @@ PRESETS: dict[str, SampleConfig] = {
     "inversion-500": SampleConfig(steps=500, guidance_steps=300, **_INVERSION), **DISTILLED_PRESETS}
 
 
-def build_config(defaults: SampleConfig, preset: str | None = None, **settings: Any
-                 ) -> SampleConfig:
+def build_config(base: SampleConfig, preset: str | None = None, **settings: Any) -> SampleConfig:
     """Return the settings of one run: the model's own, then the preset's, then the given ones.
 
     Args:
-        defaults: The model's own settings.
+        base: The model's own settings.
         preset: One of `PRESETS`.
         settings: Fields of `SampleConfig`.
 
     Raises:
         InputError: If the preset or a setting is not known, or a value is not legal.
     """
-    for name in set(settings) - set(vars(defaults)):
-        close = difflib.get_close_matches(name, vars(defaults), n=1) or vars(defaults)
+    for name in set(settings) - set(vars(base)):
+        close = difflib.get_close_matches(name, vars(base), n=1) or vars(base)
         raise InputError(f"unknown setting {name!r}: did you mean {', '.join(map(repr, close))}?")
     if preset is not None and preset not in PRESETS:
         raise InputError(f"preset = {preset!r} is not known: use one of {', '.join(PRESETS)}")
-    clip = {name: getattr(defaults, name) for name in CLIP_FIELDS}
-    config = defaults if preset is None else dataclasses.replace(PRESETS[preset], **clip)
+    clip = {name: getattr(base, name) for name in CLIP_FIELDS}
+    config = base if preset is None else dataclasses.replace(PRESETS[preset], **clip)
     guided = config.guidance_steps
     if "guidance_steps" not in settings and settings.get("steps", guided) < guided:
         raise InputError(f"{f'preset {preset}' if preset else 'this model'} guides {guided} steps: "

@@ -135,7 +135,7 @@ def test_path_that_cannot_be_replaced_is_rejected(tmp_path, kind):
     with pytest.raises(InputError, match="there is no folder"):
         check_writable(tmp_path / "loop" / "a", kind)
     if kind == "folder":
-        with pytest.raises(InputError, match="/dev/shm: exists and is not a folder that can"):
+        with pytest.raises(InputError, match="/dev/shm: exists and is not a folder to"):
             check_writable(Path("/dev/shm"), kind)              # a mount point
 
 

@@ -15,13 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..files import (
-    LazyTensor,
-    open_safetensors,
-    report_corruption,
-    unique_names,
-    unsupported_dtype_error,
-)
+from ..files import LazyTensor, open_safetensors, report_corruption, unique_names
 from .pickles import LEGACY_START, open_legacy, open_zip
 
 Shapes = Mapping[str, Sequence[int]]                # shapes of tensors by name
@@ -126,7 +120,7 @@ def open_pickle(path: Path, open_container: Callable[[Path], Any]) -> Checkpoint
     tensors = {key: value for key, value in content.items() if isinstance(value, LazyTensor)}
     for name, tensor in tensors.items():
         if tensor.dtype.is_complex:
-            raise unsupported_dtype_error(path, name, tensor.dtype)
+            raise InputError(f"{path}: the tensor {name} is complex. Use float32")
     return Checkpoint(tensors, (path,), (*non_tensors, *(k for k in content if k not in tensors)))
 
 
@@ -168,10 +162,9 @@ def find_weights(folder: Path) -> Path:
     Raises:
         InputError: If the folder has no weights.
     """
-    for ending, variant, stem in itertools.product(("safetensors", "bin"), ("", ".fp16"),
-                                                   WEIGHT_STEMS):
-        for name in (f"{stem}{variant}.{ending}", f"{stem}{variant}.{ending}.index.json",
-                     f"{stem}.{ending}.index{variant}.json"):
+    for end, kind, stem in itertools.product(("safetensors", "bin"), ("", ".fp16"), WEIGHT_STEMS):
+        for name in (f"{stem}{kind}.{end}", f"{stem}{kind}.{end}.index.json",
+                     f"{stem}.{end}.index{kind}.json"):
             if (file := folder / name).is_file():
                 return file
     raise InputError(f"{folder}: a folder without weights. It must contain {WEIGHT_STEMS[0]} or "

@@ -91,8 +91,7 @@ def plan_conversion(name: str, parts: Mapping[str, DetectedCheckpoint], loras: S
             name: shape for name, shape in shapes.items() if part_of(name) == part})
         weights |= part_weights
     deltas, ignored = collect_deltas(loras, shapes)
-    ignored |= {checkpoint.path: ignored_tensors(checkpoint, parts, key_maps)
-                for checkpoint in parts.values()}
+    ignored |= {c.path: ignored_tensors(c, parts, key_maps) for c in parts.values()}
     for path, reasons in ignored.items():
         for reason in {reason for reason in reasons.values() if reason.endswith(FOREIGN_PART_NOTE)}:
             warnings.warn(f"{path}: ignored tensors {reason}", stacklevel=3)

@@ -48,8 +48,7 @@ SUPPORTED_VALUES: dict[str, dict[str, Any]] = {
     "unet": {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
              "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
              "use_linear_projection": False, "dual_cross_attention": False},
-    "vae": {"act_fn": "silu"},
-    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "vae": {"act_fn": "silu"}, "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "scheduler": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}}
 UNET_KEY = re.compile(r"((down|up)_blocks|mid_block|conv_(in|out|norm_out)|time_embedding)\.")
 CONTROLNET_KEY = re.compile(r"control_model\.|((controlnet|module)\.)*controlnet_cond_embedding\.")
@@ -162,7 +161,7 @@ def has_prefix(keys: Iterable[str], prefix: str) -> bool:
 
 def detect_sparsectrl(checkpoint: Checkpoint) -> DetectedCheckpoint:
     """Return a SparseCtrl and its kind."""
-    key_map, ignored, length = split_positional_encodings(checkpoint)
+    key_map, ignored, length = split_encodings(checkpoint)
     kind = "rgb" if "controlnet_cond_embedding.weight" in key_map else "scribble"
     return DetectedCheckpoint(
         **vars(checkpoint), option=OPTIONS["sparsectrl"], key_maps={"sparsectrl": key_map},
@@ -170,8 +169,7 @@ def detect_sparsectrl(checkpoint: Checkpoint) -> DetectedCheckpoint:
         description=f"AnimateDiff's SparseCtrl ({kind})")
 
 
-def split_positional_encodings(checkpoint: Checkpoint
-                               ) -> tuple[dict[str, str], dict[str, str], int]:
+def split_encodings(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, str], int]:
     """Return the key map, the ignored positional encodings, and their length or 0."""
     ignored = {key: "positional encodings, computed here" for key in checkpoint.tensors
                if key_mapping.POSITIONAL_ENCODING.search(key)}
@@ -207,7 +205,7 @@ def detect_lora(checkpoint: Checkpoint) -> DetectedCheckpoint:
 def detect_motion_module(checkpoint: Checkpoint) -> DetectedCheckpoint:
     """Return AnimateDiff's motion modules, alone or in the whole UNet of a training checkpoint."""
     path, tensors = checkpoint.path, checkpoint.tensors
-    key_map, ignored, length = split_positional_encodings(checkpoint)
+    key_map, ignored, length = split_encodings(checkpoint)
     shapes = {target: tensors[key].shape for target, key in key_map.items()}
     if shapes.get("conv_in.weight", ())[1:2] == (9,):
         raise unsupported(path, "PIA (a UNet with 9 channels)")

@@ -12,6 +12,7 @@ from .detect import DetectedCheckpoint, distillation_of
 from .key_mapping import count_blocks
 
 T = TypeVar("T")
+Config = Mapping[str, Any]                 # content of a config.json
 
 
 def infer_config(name: str, parts: Mapping[str, DetectedCheckpoint]) -> ModelConfig:
@@ -56,8 +57,7 @@ def build_config(path: Path, config_of: Callable[..., T], *args: Any, **kwargs: 
         raise InputError(f"{path}: {error}") from error
 
 
-def unet_config(shapes: Shapes, config: Mapping[str, Any], motion: DetectedCheckpoint
-                ) -> UNetConfig:
+def unet_config(shapes: Shapes, config: Config, motion: DetectedCheckpoint) -> UNetConfig:
     """Return the sizes of a UNet with a motion module."""
     to_k = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     return UNetConfig(
@@ -77,20 +77,20 @@ def unet_config(shapes: Shapes, config: Mapping[str, Any], motion: DetectedCheck
         motion_max_seq_length=motion.motion_max_seq_length)
 
 
-def sparsectrl_config(shapes: Shapes, config: Mapping[str, Any], checkpoint: DetectedCheckpoint
+def sparsectrl_config(shapes: Shapes, config: Config, control: DetectedCheckpoint
                       ) -> SparseCtrlConfig:
     """Return the sizes of a SparseCtrl."""
     embedding = "controlnet_cond_embedding"
     heads = config_value(config, 8, "motion_num_attention_heads")
     if f"{embedding}.weight" in shapes:
-        return SparseCtrlConfig("rgb", heads, checkpoint.motion_max_seq_length)
+        return SparseCtrlConfig("rgb", heads, control.motion_max_seq_length)
     strided = range(1, count_blocks(shapes, f"{embedding}.blocks"), 2)
     names = ("conv_in", *(f"blocks.{i}" for i in strided))
     widths = tuple(shapes[f"{embedding}.{name}.weight"][0] for name in names)
-    return SparseCtrlConfig("scribble", heads, checkpoint.motion_max_seq_length, widths)
+    return SparseCtrlConfig("scribble", heads, control.motion_max_seq_length, widths)
 
 
-def vae_config(shapes: Shapes, config: Mapping[str, Any]) -> VAEConfig:
+def vae_config(shapes: Shapes, config: Config) -> VAEConfig:
     """Return the sizes of an autoencoder."""
     return VAEConfig(
         latent_channels=shapes["decoder.conv_in.weight"][1],
@@ -100,7 +100,7 @@ def vae_config(shapes: Shapes, config: Mapping[str, Any]) -> VAEConfig:
         scaling_factor=config_value(config, 0.18215, "scaling_factor"))
 
 
-def text_config(shapes: Shapes, config: Mapping[str, Any]) -> CLIPTextConfig:
+def text_config(shapes: Shapes, config: Config) -> CLIPTextConfig:
     """Return the sizes of a CLIP text encoder."""
     embeddings, layers = "text_model.embeddings", "text_model.encoder.layers"
     return CLIPTextConfig(
@@ -118,7 +118,7 @@ def block_widths(shapes: Shapes, prefix: str) -> tuple[int, ...]:
                  for block in range(count_blocks(shapes, prefix)))
 
 
-def config_value(config: Mapping[str, Any], default: float, *keys: str) -> Any:
+def config_value(config: Config, default: float, *keys: str) -> Any:
     """Return the value of the first of `keys` that config.json has, or the default.
 
     In config.json null means the default, and a list has the value of each block.

@@ -237,9 +237,8 @@ def merge_loras(loras: Sequence[Lora], shapes: Shapes) -> WeightTransform:
         InputError: As `lora_deltas` does.
     """
     deltas = collect_deltas(loras, shapes)[0]
-    identity = " ".join(text for lora in loras for text in (
-        *map(sha256_of, lora.checkpoint.files),
-        f":{lora.scale}{' without alpha' * lora.ignore_alpha}"))
+    identity = " ".join(text for lora in loras for text in (*map(sha256_of, lora.checkpoint.files),
+                        f":{lora.scale}{' without alpha' * lora.ignore_alpha}"))
     return WeightTransform(
         lambda name, weight: apply_deltas(weight, deltas[name], torch.float32) if (
             name in deltas) else weight, hashlib.sha256(identity.encode()).hexdigest())

@@ -62,8 +62,8 @@ class WeightDelta:
             InputError: If a factor is not finite.
         """
         factors = {role: self.read(role, weight) for role in self.factors}
-        magnitudes = {role: factors.pop(role) for role in ("dora_scale", "magnitude")
-                      if role in factors}
+        names = factors.keys() & {"dora_scale", "magnitude"}
+        magnitudes = {name: factors.pop(name) for name in names}
         delta = delta_weight(factors, weight)
         if factors:
             raise KeyError(*factors)

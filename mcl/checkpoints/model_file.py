@@ -79,8 +79,7 @@ def build_on_meta(config: ModelConfig) -> Model:
 
 def load_weights(module: N, weights: Iterable[tuple[str, Tensor]]) -> N:
     """Load weights by name into a module on the meta device, and freeze it."""
-    module.load_state_dict({name: channels_last_weight(weight) for name, weight in weights},
-                           assign=True)
+    module.load_state_dict({n: channels_last_weight(w) for n, w in weights}, assign=True)
     return module.requires_grad_(False).eval()
 
 
@@ -99,8 +98,7 @@ def read_tensors(path: Path, like: Mapping[str, Tensor], place: torch.device
     for name in like:
         tensor, scale = tensors[name].read(), tensors.get(name + SCALE_SUFFIX)
         if tensor.shape != (shape := like[name].shape):
-            raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}; expected "
-                             f"{tuple(shape)}")
+            raise InputError(f"{path}: {name} is {tuple(tensor.shape)}; expected {tuple(shape)}")
         rows = (*tensor.shape[:1], *[1] * (tensor.ndim - 1))    # one scale for each row
         if getattr(scale, "shape", None) != (rows if tensor.dtype == torch.int8 else None):
             raise InputError(f"{path}: {name} has no valid scale. Download the file again")

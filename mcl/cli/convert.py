@@ -125,18 +125,15 @@ def convert_files(args: argparse.Namespace) -> int:
     sources = {f"{option} {path.relative_to(checkpoint.path.parent)}{scale}": sha256[path]
                for option, checkpoint, scale in inputs for path in checkpoint.files}
     dtype = DTYPES[DTYPE_ALIASES[args.dtype]]
-    like = {name: torch.empty(shape, dtype=dtype, device="meta")
-            for name, shape in plan.shapes.items()}
+    like = {n: torch.empty(s, dtype=dtype, device="meta") for n, s in plan.shapes.items()}
 
     def tensors() -> Iterator[torch.Tensor]:
-        yield from tqdm(plan.tensors(dtype), total=len(like), desc=args.out.name, unit="tensor",
-                        file=sys.stderr)
+        yield from tqdm(plan.tensors(dtype), args.out.name, len(like), unit="tensor")
         for path, state in states.items():
             if file_state(path) != state:
                 raise InputError(f"{path}: was changed while it was read. Run the command again")
     stream_safetensors(args.out, like, tensors(), file_metadata(plan.config, sources, dtype))
-    print(f"{len(plan.shapes)} tensors written, {len(plan.deltas)} of them changed by LoRAs",
-          file=sys.stderr)
+    print_line(f"{len(like)} tensors, {len(plan.deltas)} of them changed by LoRAs", sys.stderr)
     print_line(args.out)
     return 0
 
@@ -158,8 +155,8 @@ def usage_report(checkpoint: DetectedCheckpoint, ignored: Counter[str]) -> str:
 
 def sha256_of_files(paths: Sequence[Path]) -> dict[Path, str]:
     """Return the sha256 of files, with a progress bar."""
-    return {path: sha256_of(path) for path in tqdm(
-        list(dict.fromkeys(paths)), desc="sha256", unit="file", file=sys.stderr, delay=1)}
+    files = list(dict.fromkeys(paths))
+    return {path: sha256_of(path) for path in tqdm(files, "sha256", unit="file", delay=1)}
 
 
 def check_files(paths: Sequence[Path]) -> int:
@@ -186,5 +183,4 @@ def describe_checkpoint(checkpoint: DetectedCheckpoint) -> list[str]:
         f"  {len(checkpoint.tensors)} tensors, {dtypes}, {size:.3f} GB",
         "  complete: python sample.py --weights" if checkpoint.option == "--weights" else
         f"  for {checkpoint.option}; a complete model also needs {missing}",
-        *(f"  sha256 {sha256}  {file.name}"
-          for file, sha256 in sha256_of_files(checkpoint.files).items())]
+        *(f"  sha256 {s}  {f.name}" for f, s in sha256_of_files(checkpoint.files).items())]

@@ -35,8 +35,7 @@ def fetch(paths: Iterable[Path]) -> dict[Path, Path]:
         InputError: If a file cannot be downloaded, or is damaged.
     """
     files = {path: path for path in paths}
-    infos = {path: call_hub(path, dry_run=True) for path in files
-             if path.as_posix().startswith("hf:")}
+    infos = {p: call_hub(p, dry_run=True) for p in files if p.as_posix().startswith("hf:")}
     if size := sum(info.file_size or 0 for info in infos.values() if info.will_download):
         print(f"downloading {size / 1e9:.2f} GB from the Hugging Face Hub", file=sys.stderr)
     for name in infos:

@@ -107,13 +107,6 @@ def hash_inputs(args: argparse.Namespace) -> dict[str, str]:
             if path != args.jobs}
 
 
-def check_unchanged(args: argparse.Namespace, inputs: dict[str, str]) -> None:
-    """Raise InputError if a file that a job reads has another sha256 than before."""
-    for path, sha256 in hash_inputs(args).items():
-        if sha256 != inputs[path]:
-            raise InputError(f"{path}: was changed while it was read. Run the command again")
-
-
 def job_fingerprint(clip: OutputClip, inputs: dict[str, str]) -> dict[str, Any]:
     """Return everything that a clip depends on, except the device and the packages' versions.
 
@@ -127,8 +120,7 @@ def job_fingerprint(clip: OutputClip, inputs: dict[str, str]) -> dict[str, Any]:
         "images": [(str(path), frame) for path, frame in args.image],
         "loras": [(str(path), scale) for _, path, scale in scaled_loras(args)],
         "has_report": args.report, "requested_device_dtype": (args.device, args.dtype),
-        "embeddings": [(str(path), word) for word, path in args.embedding],
-        "inputs": inputs}
+        "embeddings": [(str(path), word) for word, path in args.embedding], "inputs": inputs}
 
 
 def is_up_to_date(clip: OutputClip) -> bool:

@@ -39,16 +39,14 @@ class OutputClip(NamedTuple):
         kind = "file" if self.out.suffix else "folder"
         files = (("--out", self.out, kind, None if self.out == self.args.out else self.record),
                  ("--out", self.record, "file", self.record),
-                 ("--compare", self.comparison, kind, self.record),
-                 ("--maps", self.maps, "folder", None),
-                 ("--save-motion", self.args.save_motion, "file", None),
-                 ("--inversion-dir", self.args.inversion_dir, "cache", None))
+                 ("--compare", self.comparison, kind, self.record), ("--maps", self.maps, "folder"),
+                 ("--save-motion", self.args.save_motion, "file"),
+                 ("--inversion-dir", self.args.inversion_dir, "cache"))
         return [OutputFile(option, path, *rest) for option, path, *rest in files if path]
 
     def output_paths(self) -> list[Path]:
         """Return the files that are complete when the record exists, which is written last."""
-        return [file.path for file in self.outputs()
-                if file.path != self.record and file.kind != "cache"]
+        return [f.path for f in self.outputs() if f.path != self.record and f.kind != "cache"]
 
     def write_video(self, path: Path, frames: Tensor, fps: float) -> str:
         """Write a video of this clip and return its sha256.

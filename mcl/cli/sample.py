@@ -117,7 +117,8 @@ def run_job(clips: Sequence[OutputClip], cache: dict[tuple, Model]) -> None:
         warnings.warn(f"The {model.description} does not know: {', '.join(unknown)}. "
                       "Known words: python sample.py --list-words", stacklevel=2)
     is_checkpointing = needs_checkpointing(model, config)
-    jobs.check_unchanged(args, inputs)
+    for path, _ in jobs.hash_inputs(args).items() - inputs.items():
+        raise InputError(f"{path}: was changed while it was read. Run the command again")
     settings = dataclasses.asdict(config) | {"memory": "low" if is_checkpointing else "high"}
     if not is_checkpointing:
         disable_malloc_trimming()

@@ -173,8 +173,7 @@ def compress_maps(tables: Sequence[Mapping[str, Tensor]], grids: Mapping[str, Se
     h, w = min(grids.values(), key=math.prod)
     for stride in range(1, max(h, w) + 1):
         grid = -(-h // stride), -(-w // stride)
-        maps = [subsample_positions(maps, grids[name], grid)
-                for table in tables for name, maps in table.items()]
+        maps = [subsample_positions(m, grids[n], grid) for t in tables for n, m in t.items()]
         data = zlib.compress(torch.stack(maps).numpy().tobytes())
         if len(data) <= MAX_BYTES:
             break

@@ -70,8 +70,8 @@ LayerOutput = tuple[Tensor, AttentionMaps]      # features, requested attention
 
 def merge_requests(requests: Sequence[AttentionRequest]) -> AttentionRequest:
     """Return one request for everything that several requests name, without duplicates."""
-    return AttentionRequest(*(tuple(dict.fromkeys(chain(*names)))
-                              for names in zip(*requests, strict=True)))
+    kinds = zip(*requests, strict=True)
+    return AttentionRequest(*(tuple(dict.fromkeys(chain(*names))) for names in kinds))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, return_map: bool = False,

@@ -118,13 +118,6 @@ def autocast_disabled(device_type: str) -> contextlib.AbstractContextManager:
             if torch.amp.is_autocast_available(device_type) else contextlib.nullcontext())
 
 
-def to_channels_last(module: nn.Module) -> nn.Module:
-    """Change the memory layout of all convolution weights to channels-last, in place."""
-    for p in module.parameters():
-        p.data = channels_last_weight(p.data)
-    return module
-
-
 def channels_last_weight(weight: Tensor) -> Tensor:
     """Return a convolution weight in channels-last layout, and any other tensor unchanged."""
     return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight

@@ -64,8 +64,7 @@ class Tokenizer:
         for row, text in zip(tokens, texts, strict=True):
             pieces = self.split(text)
             ends = list(accumulate(len(ids) for _, ids in pieces))
-            dropped = [piece for (piece, _), end in zip(pieces, ends, strict=True)
-                       if end > MAX_LENGTH - 2]
+            dropped = [p for (p, _), end in zip(pieces, ends, strict=True) if end > MAX_LENGTH - 2]
             if dropped:
                 warnings.warn(f"the prompt has {ends[-1]} tokens and {MAX_LENGTH - 2} are read; "
                               f"dropped: {' '.join(dropped)}", stacklevel=2)

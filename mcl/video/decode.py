@@ -252,8 +252,7 @@ def _folder_frames(folder: Path) -> Iterator[TimedFrame]:
              [name for name in entries if _is_image_file(folder / name)])
     if not names:
         raise InputError(f"{folder}: holds no image. Give a folder of {', '.join(IMAGE_SUFFIXES)}")
-    names.sort(key=lambda name: [int(part) if part.isdecimal() else part
-                                 for part in re.split(r"(\d+)", name)])
+    names.sort(key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)])
     sizes, step = set(), 1 / UNTIMED_FPS
     for index, name in enumerate(names):
         with _open_image(folder / name) as image:

@@ -36,7 +36,6 @@ from mcl.checkpoints.model_file import build_on_meta
 from mcl.cli.process import run_main
 from mcl.device import DTYPES, disable_malloc_trimming, resolve_device
 from mcl.files import write_record
-from mcl.networks.ops import to_channels_last
 from mcl.networks.unet import UNet3D
 from mcl.sampler import Sampler
 from tests.networks import other_steps
@@ -136,7 +135,7 @@ def random_model(config: mcl.ModelConfig, device: torch.device, dtype: torch.dty
     model = build_on_meta(config)
     with torch.device(device):
         model.unet = UNet3D(config.unet).to(dtype)
-    to_channels_last(model.unet)
+    model.unet.to(memory_format=torch.channels_last)
     return model.requires_grad_(False).eval()
 
 

@@ -35,7 +35,7 @@ def test_saved_model_is_loaded_unchanged(small, tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda t: t.pop("unet.conv_in.bias"), "unet.conv_in.bias is missing"),
     (lambda t: t.update({"unet.more": torch.ones(1)}), "unet.more belongs to no part"),
-    (lambda t: t.update({"unet.conv_in.bias": torch.ones(3)}), r"bias has shape \(3,\); expected"),
+    (lambda t: t.update({"unet.conv_in.bias": torch.ones(3)}), r"bias is \(3,\); expected"),
     (lambda t: t["unet.conv_in.bias"].fill_(float("nan")), "unet.conv_in.bias .* not finite")])
 def test_missing_extra_misshapen_or_infinite_tensor_is_rejected(small, tmp_path, change, message):
     save_model(small, tmp_path / "w.safetensors", torch.float32, {})

@@ -27,7 +27,6 @@ from mcl.cli.process import run_main
 from mcl.config import CLIPTextConfig, ModelConfig, SampleConfig, UNetConfig, VAEConfig
 from mcl.device import resolve_device
 from mcl.model import Model
-from mcl.networks.ops import to_channels_last
 from mcl.networks.vae import AutoencoderKL
 from mcl.ownership import check_writable
 from mcl.schedule import NUM_TRAIN_TIMESTEPS
@@ -98,7 +97,7 @@ def train_vae(photos: Sequence[Path], options: Options, device: str) -> Autoenco
     """Train the autoencoder on single frames."""
     torch.manual_seed(0)
     vae = AutoencoderKL(TINY.vae).to(device)
-    to_channels_last(vae)
+    vae.to(memory_format=torch.channels_last)
 
     def loss_of(step: int) -> Tensor:
         x, _ = random_frames(step, options.vae_batch_size, photos)
@@ -152,7 +151,7 @@ def train_denoiser(model: Model, file: Path, clips: LatentClips, steps: int, num
     """
     torch.manual_seed(2)
     networks = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
-    to_channels_last(networks.requires_grad_(True).train())
+    networks.requires_grad_(True).train().to(memory_format=torch.channels_last)
     init_new_tokens(model)
 
     def loss_of(step: int) -> Tensor:
@@ -200,7 +199,7 @@ def init_new_tokens(model: Model) -> None:
 def train_decoder(model: Model, photos: Sequence[Path], options: Options) -> None:
     """Train the decoder on latents as encoded, and on the UNet's estimates of noised latents."""
     vae, device = model.vae, str(model.device)
-    to_channels_last(vae)
+    vae.to(memory_format=torch.channels_last)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
 
     @torch.no_grad()

@@ -186,10 +186,10 @@ def open_weights(path: Path) -> list[Checkpoint]:
     expected = {(name, Path(str(file)).name) for name, file in weight_map.items()}
     files = sorted({file for _, file in expected})
     shards = {file: open_file(path.parent / file) for file in files}
-    found = {(name, file) for file, shard in shards.items() for name in shard.tensors}
+    actual = {(name, file) for file, shard in shards.items() for name in shard.tensors}
     totals = {int(total) for file in shards for total in re.findall(r"-of-(\d+)\.", file)}
     problems = [f"{len(shards)} of {total} shards" for total in totals - {len(shards)}]
-    if problems := [*problems, *(f"{name} in {file}" for name, file in sorted(expected ^ found))]:
+    if problems := [*problems, *(f"{name} in {file}" for name, file in sorted(expected ^ actual))]:
         raise InputError(f"{path}: does not fit its shards: {problems[0]}. Download them again")
     return list(shards.values())
 

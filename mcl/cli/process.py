@@ -106,10 +106,10 @@ class OneLineErrorParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse arguments. An option with one value that is given twice is an error."""
         args = sys.argv[1:] if args is None else list(args)
-        given = Counter(word.partition("=")[0] for word in args if word.startswith("--"))
+        counts = Counter(word.partition("=")[0] for word in args if word.startswith("--"))
         for option, action in self._option_string_actions.items():
             is_repeatable = action.nargs == 0 or isinstance(action, argparse._AppendAction)
-            if given[option] > 1 and not is_repeatable:
+            if counts[option] > 1 and not is_repeatable:
                 self.error(f"{option} is given twice: give it once")
         return super().parse_known_args(args, namespace)
 

@@ -69,9 +69,10 @@ def build_parser() -> OneLineErrorParser:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options, with those of --preset. Raises InputError for wrong usage."""
-    args = (parser := build_parser()).parse_args(argv)
-    words = read_presets()[args.preset].split() if args.preset else []
-    return parser.parse_args([word for word in words if word.startswith(("--", "hf:"))], args)
+    words, parser = sys.argv[1:] if argv is None else list(argv), build_parser()
+    if preset := parser.parse_args(words).preset:
+        words += [w for w in read_presets()[preset].split() if w.startswith(("--", "hf:"))]
+    return parser.parse_args(words)
 
 
 def open_networks(args: argparse.Namespace, files: Mapping[Path, Path]

@@ -101,8 +101,7 @@ def measure(o: Options, size: int, dtype: str, memory: str = "high",
         disable_malloc_trimming()
     peaks = {f"{kind}, GB": peak_memory(step, device) / 1e9 for kind, step in steps.items()}
     # In turns, because a machine's speed may change from minute to minute.
-    seconds = [{kind: time_call(step, device) for kind, step in steps.items()}
-               for _ in range(o.repeat)]
+    seconds = [{k: time_call(s, device) for k, s in steps.items()} for _ in range(o.repeat)]
     return {f"{kind}, s": statistics.median(s[kind] for s in seconds) for kind in steps} | peaks
 
 

@@ -27,6 +27,7 @@ from mcl.cli.process import run_main
 from mcl.config import CLIPTextConfig, ModelConfig, SampleConfig, UNetConfig, VAEConfig
 from mcl.device import resolve_device
 from mcl.model import Model
+from mcl.networks.ops import channels_last_weight
 from mcl.networks.vae import AutoencoderKL
 from mcl.ownership import check_writable
 from mcl.schedule import NUM_TRAIN_TIMESTEPS
@@ -39,14 +40,13 @@ from .scenes import EMOJI, emoji_sprite
 from .trainer import TrainingRun, autocast
 
 TINY = ModelConfig(
-    "tiny",
-    UNetConfig(block_out_channels=(48, 96, 192), layers_per_block=1, cross_attention_levels=(1, 2),
-               num_attention_heads=4, cross_attention_dim=64, norm_num_groups=8,
-               motion_num_attention_heads=4, motion_max_seq_length=NUM_FRAMES),
+    "tiny", UNetConfig(
+        block_out_channels=(48, 96, 192), layers_per_block=1, cross_attention_levels=(1, 2),
+        num_attention_heads=4, cross_attention_dim=64, norm_num_groups=8,
+        motion_num_attention_heads=4, motion_max_seq_length=NUM_FRAMES),
     VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8,
-              scaling_factor=1.0),
-    CLIPTextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                   num_attention_heads=4),
+              scaling_factor=1.0), CLIPTextConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4),
     # The second motion module of the block determines a camera's direction, the first hardly.
     sample=SampleConfig(
         steps=32, guidance_steps=16, guidance_noise_range=0.25, guidance_warmup_steps=5,
@@ -93,11 +93,17 @@ def reconstruction_loss(output: Tensor, x: Tensor) -> Tensor:
     return F.mse_loss(output, x) + 0.3 * F.l1_loss(output, x) + 0.3 * edges
 
 
+def to_channels_last(module: nn.Module) -> None:
+    """Change the memory layout of all convolution weights to channels-last, in place."""
+    for p in module.parameters():
+        p.data = channels_last_weight(p.data)
+
+
 def train_vae(photos: Sequence[Path], options: Options, device: str) -> AutoencoderKL:
     """Train the autoencoder on single frames."""
     torch.manual_seed(0)
     vae = AutoencoderKL(TINY.vae).to(device)
-    vae.to(memory_format=torch.channels_last)
+    to_channels_last(vae)
 
     def loss_of(step: int) -> Tensor:
         x, _ = random_frames(step, options.vae_batch_size, photos)
@@ -151,7 +157,7 @@ def train_denoiser(model: Model, file: Path, clips: LatentClips, steps: int, num
     """
     torch.manual_seed(2)
     networks = nn.ModuleDict({"unet": model.unet, "text_encoder": model.text_encoder})
-    networks.requires_grad_(True).train().to(memory_format=torch.channels_last)
+    to_channels_last(networks.requires_grad_(True).train())
     init_new_tokens(model)
 
     def loss_of(step: int) -> Tensor:
@@ -199,7 +205,7 @@ def init_new_tokens(model: Model) -> None:
 def train_decoder(model: Model, photos: Sequence[Path], options: Options) -> None:
     """Train the decoder on latents as encoded, and on the UNet's estimates of noised latents."""
     vae, device = model.vae, str(model.device)
-    vae.to(memory_format=torch.channels_last)
+    to_channels_last(vae)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
 
     @torch.no_grad()

@@ -75,8 +75,8 @@ def camera_inliers(curves: Tensor, tracks: Tensor) -> float:
     """Return the share of tracked points whose motion the camera explains, 0 to 1.
 
     The camera explains a point's motion if it predicts more than half of the length of the point's
-    track. Points that stand still count as not explained: a still camera explains nothing, and the
-    fit then follows the subject.
+    steps, in the median over frames. Points that stand still count as not explained: a still camera
+    explains nothing, and the fit then follows the subject.
 
     Args:
         curves: Camera motion (f, 4) of a clip (`camera_curves`).
@@ -86,7 +86,7 @@ def camera_inliers(curves: Tensor, tracks: Tensor) -> float:
         The share; nan without tracklets.
     """
     residual = transform_points(curves.diff(dim=0).T, *tracks[:, 1:].unbind(-1)) - tracks[:, :-1]
-    unexplained, length = (x.norm(dim=-1).mean(dim=1) for x in (residual, tracks.diff(dim=1)))
+    unexplained, length = (x.norm(dim=-1).median(dim=1)[0] for x in (residual, tracks.diff(dim=1)))
     return float(((length > STATIC_THRESHOLD) & (unexplained < length / 2)).float().mean())
 
 

@@ -20,10 +20,10 @@ METRICS = {"motion fidelity": "↑", "corrected fidelity": "↑", "trajectory di
            "camera curves": "↑", "change centroids": "↑", "flicker": "↓", "top-1 agreement": "↑"}
 # A clone follows if one of these metrics reaches its threshold and is better than the unguided
 # clip's by the margin. Chosen on clones of real videos, labeled by eye: tests/data/real_clones.csv
-FOLLOW_THRESHOLD, FOLLOW_MARGIN = 0.7, 0.25
+FOLLOW_THRESHOLD, FOLLOW_MARGIN = 0.8, 0.25
 DECISIVE_METRICS = {"corrected fidelity": FOLLOW_THRESHOLD, "camera curves": FOLLOW_THRESHOLD,
                     "change centroids": 0.5}
-# Tracked points that a measure of points needs, and the share of them that a camera explains.
+# Tracked points that the corrected fidelity needs; share of them that a camera must explain.
 MIN_POINTS, MIN_CAMERA_INLIERS = 4, 0.5
 MAX_SUBJECT_SPREAD = 0.7        # a wider change is that of a camera, not of a subject
 CAMERA_ERROR_FACTOR = 0.65      # of the largest denoising error at which camera motion is followed
@@ -147,7 +147,7 @@ def measure_clip(reference: Tensor, clip: Tensor, motion: Motion, clip_motion: M
     """
     a, b = tracklets(reference), tracklets(clip)
     fidelity, corrected = metrics.tracklet_fidelity(a, b)
-    curves = zip(camera_or_subject(reference, a), camera_or_subject(clip, b), strict=True)
+    curves = zip(camera_or_subject(reference, a), camera_or_subject(clip), strict=True)
     return dict(zip(METRICS, (
         fidelity, corrected if min(len(a), len(b)) >= MIN_POINTS else math.nan,
         metrics.tracklet_distance(a, b),
@@ -156,24 +156,25 @@ def measure_clip(reference: Tensor, clip: Tensor, motion: Motion, clip_motion: M
         metrics.flicker(clip), metrics.top1_agreement(motion, clip_motion)), strict=True))
 
 
-def camera_or_subject(frames: Tensor, tracks: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def camera_or_subject(frames: Tensor, tracks: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """Return the camera motion or the path of the subject of a clip, whichever the clip shows.
 
     Args:
         frames: Frames (f, 3, H, W) in [-1, 1].
-        tracks: Tracklets (n, f, 2) of the clip.
+        tracks: Tracklets (n, f, 2) of the clip that a camera motion must explain; None to accept
+            every camera motion.
 
     Returns:
         `camera_curves` (f, 4), or None unless the picture changes everywhere and the camera
-        explains the motion of the tracked points. `change_centroids` (f - 1, 2), or None unless
-        the picture changes at one place.
+        explains the tracks. `change_centroids` (f - 1, 2), or None unless the picture changes at
+        one place.
     """
     centroids, spread = metrics.change_centroids(frames)
-    if spread <= MAX_SUBJECT_SPREAD:
-        return None, centroids
+    if not spread > MAX_SUBJECT_SPREAD:         # nan for a still clip
+        return None, centroids if centroids.any() else None
     curves = metrics.camera_curves(frames)
-    inliers = metrics.camera_inliers(curves, tracks)
-    return curves if len(tracks) >= MIN_POINTS and inliers >= MIN_CAMERA_INLIERS else None, None
+    is_camera = tracks is None or metrics.camera_inliers(curves, tracks) >= MIN_CAMERA_INLIERS
+    return curves if is_camera else None, None
 
 
 def verdict(report: Mapping[str, Mapping[str, float]]) -> str:

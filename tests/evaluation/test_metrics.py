@@ -124,7 +124,9 @@ def test_camera_explains_the_points_that_it_moves():
     assert camera_inliers(camera, tracks.flip(1)) == 0
     still = tracks[:, :1].expand(-1, FRAMES, -1)
     assert camera_inliers(camera, torch.cat([tracks[:1], still])) == 0.25
-    assert camera_inliers(0 * camera, still) == 0
+    for step, share in ((0.002, 0), (0.02, 1)):         # half widths per frame
+        pan = torch.arange(FRAMES)[:, None] * torch.tensor([step, 0, 0, 0])
+        assert camera_inliers(pan, still - pan[:, :2]) == share
     assert math.isnan(camera_inliers(camera, tracks[:0]))
 
 

@@ -93,6 +93,15 @@ def test_moving_camera_is_compared_only_with_a_moving_camera():
     assert row["change centroids"] == 0 and math.isnan(row["camera curves"])
 
 
+@pytest.mark.parametrize("texture", ["plain", "checkered"])
+def test_still_reference_has_no_motion_to_compare(texture):
+    still, subject = (make_clip(path, 64, texture=texture)[:4]
+                      for path in (None, make_path("hops")))
+    row = measure(still, subject)
+    assert math.isnan(row["camera curves"]) and math.isnan(row["change centroids"])
+    assert measure(subject, still)["change centroids"] == 0
+
+
 def test_camera_of_a_reference_must_explain_its_points():
     camera = make_pan()
     tracks, (curves, _) = tracklets(camera)[:4], camera_or_subject(camera)

@@ -170,8 +170,8 @@ def camera_or_subject(frames: Tensor, tracks: Tensor | None = None) -> tuple[Ten
         one place.
     """
     centroids, spread = metrics.change_centroids(frames)
-    if spread <= MAX_SUBJECT_SPREAD:
-        return None, centroids
+    if not spread > MAX_SUBJECT_SPREAD:         # nan for a still clip
+        return None, centroids if centroids.any() else None
     curves = metrics.camera_curves(frames)
     is_camera = tracks is None or metrics.camera_inliers(curves, tracks) >= MIN_CAMERA_INLIERS
     return curves if is_camera else None, None

@@ -100,6 +100,8 @@ def test_still_reference_has_no_motion_to_compare(texture):
     row = measure(still, subject)
     assert math.isnan(row["camera curves"]) and math.isnan(row["change centroids"])
     assert measure(subject, still)["change centroids"] == 0
+    row = measure(subject[:1], subject[:1])
+    assert verdict({"clone": row, "unguided": row}) == "cannot be measured"
 
 
 def test_camera_of_a_reference_must_explain_its_points():

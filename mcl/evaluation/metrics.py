@@ -45,11 +45,8 @@ def fit_similarity(before: Tensor, after: Tensor, start: Tensor, levels: tuple[i
         h, w = a.shape[-2:]
         y, x = torch.meshgrid(pixel_centers(h) * h / w, pixel_centers(w), indexing="ij")
         for _ in range(ITERATIONS):
-            pan_x, pan_y, log_zoom, roll = motion
-            cos, sin = roll.cos() / log_zoom.exp(), roll.sin() / log_zoom.exp()
             # The position of each pixel in the image before: (h, w, 2), each in [-1, 1].
-            grid = torch.stack([cos * x - sin * y + pan_x,
-                                (sin * x + cos * y + pan_y) / (h / w)], dim=-1)
+            grid = transform_points(motion, x, y) / torch.tensor([1, h / w])
             inside = grid.abs().amax(dim=-1) < 1
             if not inside.any():        # the fit diverged: the images no longer overlap
                 return start, float("inf")
@@ -65,6 +62,32 @@ def fit_similarity(before: Tensor, after: Tensor, start: Tensor, levels: tuple[i
                 break
         error = float(residual.square().sum()) / count
     return motion, error
+
+
+def transform_points(motion: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return where points (..., 2) are in the frame before, by the camera motion (4, ...) since."""
+    pan_x, pan_y, log_zoom, roll = motion
+    cos, sin = roll.cos() / log_zoom.exp(), roll.sin() / log_zoom.exp()
+    return torch.stack([cos * x - sin * y + pan_x, sin * x + cos * y + pan_y], dim=-1)
+
+
+def camera_inliers(curves: Tensor, tracks: Tensor) -> float:
+    """Return the share of tracked points whose motion the camera explains, 0 to 1.
+
+    The camera explains a point's motion if it predicts more than half of the length of the point's
+    steps, in the median over frames. Points that stand still count as not explained: a still camera
+    explains nothing, and the fit then follows the subject.
+
+    Args:
+        curves: Camera motion (f, 4) of a clip (`camera_curves`).
+        tracks: Tracklets (n, f, 2) of the same clip.
+
+    Returns:
+        The share; nan without tracklets.
+    """
+    residual = transform_points(curves.diff(dim=0).T, *tracks[:, 1:].unbind(-1)) - tracks[:, :-1]
+    unexplained, length = (x.norm(dim=-1).median(dim=1)[0] for x in (residual, tracks.diff(dim=1)))
+    return float(((length > STATIC_THRESHOLD) & (unexplained < length / 2)).float().mean())
 
 
 def pixel_centers(n: int) -> Tensor:
@@ -133,23 +156,27 @@ def tracklet_distance(a: Tensor, b: Tensor) -> float:
     return -symmetric_best_match(-(a[:, None] - b[None]).norm(dim=-1).mean(dim=-1))
 
 
-def change_centroids(frames: Tensor) -> Tensor:
-    """Return the centroids of the squared differences between neighboring frames.
+def change_centroids(frames: Tensor) -> tuple[Tensor, float]:
+    """Return the centroids of the squared differences between neighboring frames, and their spread.
 
     They follow a subject that moves in front of a still background, however plain the subject is.
-    They say nothing about camera motion.
+    They say nothing about camera motion, which the spread tells from the motion of a subject.
 
     Args:
         frames: Frames (f, 3, H, W) in [-1, 1].
 
     Returns:
-        (f - 1, 2): (x, y) in half widths.
+        (f - 1, 2): (x, y) in half widths. And the standard deviation of the change about these
+        centroids, relative to that of an equal change everywhere: low for a small subject, about 1
+        for a moving camera, and nan for a still clip.
     """
     squares = frames.diff(dim=0).square().sum(dim=1)
-    h, w = squares.shape[-2:]
-    total = squares.sum(dim=(1, 2)).clamp(min=1e-6)
-    return torch.stack([squares.sum(dim=1) @ pixel_centers(w) / total,
-                        squares.sum(dim=2) @ pixel_centers(h) / total * h / w], dim=-1)
+    (h, w), total = squares.shape[-2:], squares.sum(dim=(1, 2))
+    x, y = pixel_centers(w), pixel_centers(h) * h / w
+    columns, rows = (squares.sum(dim=i) / total.clamp(min=1e-6)[:, None] for i in (1, 2))
+    centroids = torch.stack([columns @ x, rows @ y], dim=-1)
+    variance = columns @ x ** 2 + rows @ y ** 2 - centroids.square().sum(dim=-1)
+    return centroids, float((variance @ total / total.sum() * 3 / (1 + (h / w) ** 2)).sqrt())
 
 
 def flicker(frames: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 The tracker is classical on purpose: no metric that uses it depends on the training of a network.
 """
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -35,18 +35,15 @@ def tracklets(frames: Tensor, max_points: int = 64) -> Tensor:
     clip = F.interpolate(frames.float().cpu(), scale_factor=scale, mode="bilinear", antialias=True)
     start = corners(clip[0], max_points)
     tracks = track_points(clip, start)
-    end = track_points(clip.flip(0), tracks[:, -1])[:, -1]
-    is_tracked = (end - start).norm(dim=-1) < MAX_ROUNDTRIP_ERROR
+    roundtrip = track_points(clip.flip(0), tracks[:, -1])[:, -1] - start
+    is_tracked = roundtrip.norm(dim=-1) < MAX_ROUNDTRIP_ERROR
     h, w = clip.shape[-2:]
     return (tracks[is_tracked] - torch.tensor([(w - 1) / 2, (h - 1) / 2])) / (w / 2)
 
 
 def track_points(clip: Tensor, start: Tensor) -> Tensor:
     """Return the tracks (n, f, 2) of points (n, 2) through all frames (f, c, h, w), in pixels."""
-    tracks = [start]
-    for before, after in pairwise(clip):
-        tracks.append(track_lucas_kanade(before, after, tracks[-1]))
-    return torch.stack(tracks, dim=1)
+    return torch.stack([*accumulate(pairwise(clip), track_lucas_kanade, initial=start)], dim=1)
 
 
 def image_gradients(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,15 +66,13 @@ def corners(image: Tensor, max_points: int) -> Tensor:
     return torch.stack([x, y], dim=-1)[order].float()
 
 
-def track_lucas_kanade(before: Tensor, after: Tensor, points: Tensor) -> Tensor:
+def track_lucas_kanade(points: Tensor, images: tuple[Tensor, Tensor]) -> Tensor:
     """Return where the points (n, 2) of one image (c, h, w) are in the next image, in pixels."""
-    if not len(points):
-        return points
     side = torch.arange(-WINDOW, WINDOW + 1.0)
     offsets = torch.cartesian_prod(side, side).flip(-1)           # (p, 2): x varies fastest
     flow = torch.zeros_like(points)
     for level in LEVELS:
-        a, b = F.avg_pool2d(before, level), F.avg_pool2d(after, level)
+        a, b = (F.avg_pool2d(image, level) for image in images)
         centers = (points + 0.5) / level - 0.5
         patch, dx, dy = (sample_patches(x, centers, offsets) for x in (a, *image_gradients(a)))
         gradient = torch.stack([dx, dy], dim=1)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mcl.evaluation.metrics import (
     camera_curves,
+    camera_inliers,
     change_centroids,
     curve_correlation,
     flicker,
@@ -90,11 +91,43 @@ def test_still_clips_give_numbers_and_blank_clips_nan():
 
 def test_change_centroids_are_at_the_subject():
     path, clip = make_path("circle"), make_clip(make_path("circle"))
-    centroids = change_centroids(clip)
+    centroids, _ = change_centroids(clip)
     middle = (path[1:] + path[:-1]) / 2         # between its positions in two frames
     assert (centroids - middle).norm(dim=-1).max() < 0.1
     wide = F.pad(clip, (64, 64, 0, 0), value=0.0)
-    assert torch.allclose(change_centroids(wide) * 2, centroids, atol=1e-5)
+    assert torch.allclose(change_centroids(wide)[0] * 2, centroids, atol=1e-5)
+
+
+def test_change_spread_is_one_for_change_everywhere_and_low_for_a_small_subject():
+    everywhere = torch.tensor([-1.0, 1.0, -1.0]).reshape(3, 1, 1, 1)
+    for size in ((64, 64), (36, 64)):
+        assert change_centroids(everywhere.expand(3, 3, *size))[1] == pytest.approx(1, abs=0.01)
+    clip = make_clip(make_path("circle"))
+    assert change_centroids(clip)[1] < 0.5
+    repeated = clip.repeat_interleave(3, dim=0)         # two of three frames do not change
+    assert change_centroids(repeated)[1] == pytest.approx(change_centroids(clip)[1], abs=1e-5)
+    assert math.isnan(change_centroids(make_clip(None))[1])
+
+
+def test_camera_explains_the_points_that_it_moves():
+    curve = torch.linspace(0, .4, FRAMES)
+    camera = torch.stack([curve, -curve, curve / 2, curve], dim=-1)
+    points = torch.tensor([[-.8, .5], [.4, .4], [.9, -.6]])
+    tracks = [points]
+    for pan_x, pan_y, log_zoom, roll in camera.diff(dim=0).tolist():
+        # The frame before shows at p what is at zoom * rotation(-roll) * (p - pan) in the next one.
+        cos, sin, zoom = math.cos(roll), math.sin(roll), math.exp(log_zoom)
+        turn = torch.tensor([[cos, -sin], [sin, cos]])
+        tracks.append(zoom * (tracks[-1] - torch.tensor([pan_x, pan_y])) @ turn)
+    tracks = torch.stack(tracks, dim=1)
+    assert camera_inliers(camera, tracks) == 1
+    assert camera_inliers(camera, tracks.flip(1)) == 0
+    still = tracks[:, :1].expand(-1, FRAMES, -1)
+    assert camera_inliers(camera, torch.cat([tracks[:1], still])) == 0.25
+    for step, share in ((0.002, 0), (0.02, 1)):         # half widths per frame
+        pan = torch.arange(FRAMES)[:, None] * torch.tensor([step, 0, 0, 0])
+        assert camera_inliers(pan, still - pan[:, :2]) == share
+    assert math.isnan(camera_inliers(camera, tracks[:0]))
 
 
 def test_chance_is_the_mean_of_quarter_turns_to_both_sides():

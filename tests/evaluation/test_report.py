@@ -10,41 +10,121 @@ import torch
 from mcl import Motion, extract_motion, sample
 from mcl.clone import make_generator
 from mcl.evaluation.report import (
+    CAMERA_ERROR_FACTOR,
     DECISIVE_METRICS,
+    FOLLOW_MARGIN,
     METRICS,
+    MIN_POINTS,
+    camera_or_subject,
     denoising_error,
     format_table,
     measure_clip,
     measure_clips,
     motion_magnitude,
+    result_line,
     sample_unguided,
     verdict,
     warn_if_unsuitable,
 )
+from mcl.evaluation.tracking import tracklets
 from tests.conftest import randn
-from tests.evaluation.test_metrics import make_clip, make_path
+from tests.evaluation.test_metrics import FRAMES, STILL, make_clip, make_path
 
 MOTION = Motion({"x": torch.ones(1, 1, 2, 1)}, {"x": torch.zeros(1, 1, 2, 1).long()})
 
 
+NOTHING = dict.fromkeys(METRICS, math.nan)
+
+
+def measure(reference, clip):
+    return measure_clip(reference, clip, MOTION, MOTION)
+
+
 def test_verdict_distinguishes_equal_from_other_motion():
-    reference = make_clip(make_path("zigzag"))
-    for kind, expected in (("zigzag", "follows"), ("spiral", "does not follow")):
+    reference, other = make_clip(make_path("zigzag")), make_clip(make_path("circle"))
+    for kind, expected in (("zigzag", "follows (corrected fidelity, change centroids)"),
+                           ("spiral", "does not follow")):
         clip = make_clip(make_path(kind), color="blue", shape="cross")
-        assert verdict(measure_clip(reference, clip, MOTION, MOTION)) == expected
+        rows = {"clone": measure(reference, clip), "unguided": measure(reference, other)}
+        assert verdict(rows) == expected
 
 
-@pytest.mark.parametrize("name", DECISIVE_METRICS)
-def test_one_decisive_metric_at_the_threshold_is_enough(name):
-    row = dict.fromkeys(METRICS, math.nan)
-    assert verdict(row) == "cannot be measured"
-    assert verdict(row | {name: 0.69}) == "does not follow"
-    assert verdict(dict.fromkeys(METRICS, 0.0) | {name: 0.7}) == "follows"
+def test_result_line_has_the_verdict_and_the_decisive_metrics_with_two_digits():
+    clone = NOTHING | {"corrected fidelity": -0.168, "change centroids": 0.876}
+    rows = {"clone": clone, "unguided": NOTHING | {"change centroids": -0.2}}
+    assert result_line(rows) == (
+        "Verdict: follows (change centroids). corrected fidelity -0.17 (unguided -), camera curves "
+        "- (unguided -), change centroids 0.88 (unguided -0.20).")
+    assert result_line({}) == ""
 
 
-def test_table_has_a_column_per_clip_and_a_dash_with_its_reason():
+@pytest.mark.parametrize("name, threshold", DECISIVE_METRICS.items())
+def test_a_metric_decides_at_its_threshold_and_if_it_is_better_than_without_guidance(
+        name, threshold):
+    assert verdict({"clone": NOTHING, "unguided": NOTHING}) == "cannot be measured"
+    zeros = dict.fromkeys(METRICS, 0.0)
+    for value, unguided, follows in ((threshold, 0.0, True), (threshold - 0.01, 0.0, False),
+                                     (threshold, math.nan, True), (1.0, 1.0, False),
+                                     (1.0, 1 - FOLLOW_MARGIN, True), (0.9, 0.7, False)):
+        rows = {"clone": zeros | {name: value}, "unguided": NOTHING | {name: unguided}}
+        assert verdict(rows) == (f"follows ({name})" if follows else "does not follow")
+
+
+def test_still_camera_with_one_moving_subject_gets_no_camera_verdict():
+    """The camera fit follows the subject: its curves of a clip and its copy are equal."""
+    for texture in ("plain", "dotted"):
+        clip = make_clip(make_path("circle"), texture=texture)
+        row = measure(clip, clip)
+        assert math.isnan(row["camera curves"]) and row["change centroids"] == pytest.approx(1)
+
+
+def make_pan():
+    """Render six frames of a camera that pans over a texture."""
+    pan = torch.stack([torch.linspace(-.4, .4, FRAMES), STILL], dim=-1)
+    return make_clip(None, 64, texture="checkered", pan=pan)[:6]
+
+
+def test_moving_camera_is_compared_only_with_a_moving_camera():
+    camera, subject = make_pan(), make_clip(make_path("circle"), 64)[:6]
+    assert measure(camera, camera)["camera curves"] == pytest.approx(1)
+    row = measure(camera, subject)
+    assert row["camera curves"] == 0 and math.isnan(row["change centroids"])
+    row = measure(subject, camera)
+    assert row["change centroids"] == 0 and math.isnan(row["camera curves"])
+
+
+@pytest.mark.parametrize("texture", ["plain", "checkered"])
+def test_still_reference_has_no_motion_to_compare(texture):
+    still, subject = (make_clip(path, 64, texture=texture)[:4]
+                      for path in (None, make_path("hops")))
+    row = measure(still, subject)
+    assert math.isnan(row["camera curves"]) and math.isnan(row["change centroids"])
+    assert measure(subject, still)["change centroids"] == 0
+    row = measure(subject[:1], subject[:1])
+    assert verdict({"clone": row, "unguided": row}) == "cannot be measured"
+
+
+def test_camera_of_a_reference_must_explain_its_points():
+    camera = make_pan()
+    tracks, (curves, _) = tracklets(camera)[:4], camera_or_subject(camera)
+    assert len(tracks) == 4 and torch.equal(camera_or_subject(camera, tracks)[0], curves)
+    half, fewer = (torch.cat([tracks[:n], tracks[n:].flip(-1)]) for n in (2, 1))
+    assert camera_or_subject(camera, half)[0] is not None
+    for wrong in (fewer, tracks[:0]):
+        assert camera_or_subject(camera, wrong) == (None, None)
+
+
+def test_corrected_fidelity_needs_enough_points(monkeypatch):
+    clip = make_clip(make_path("zigzag"))
+    tracks = tracklets(clip)
+    for number, is_known in ((MIN_POINTS, True), (MIN_POINTS - 1, False)):
+        monkeypatch.setattr("mcl.evaluation.report.tracklets", lambda _, n=number: tracks[:n])
+        assert math.isnan(measure(clip, clip)["corrected fidelity"]) is not is_known
+
+
+def test_table_has_a_column_per_clip_the_verdict_and_a_dash_with_its_reason():
     moving = make_clip(make_path("zigzag"), 64)[:3]
-    rows = {name: measure_clip(moving, frames, MOTION, MOTION)
+    rows = {name: measure(moving, frames)
             for name, frames in (("clone", moving), ("unguided", torch.zeros_like(moving)))}
     lines = format_table(rows).splitlines()
     assert max(map(len, lines)) <= 80
@@ -52,15 +132,17 @@ def test_table_has_a_column_per_clip_and_a_dash_with_its_reason():
     cells = {line[:22].strip(): line[22:].split() for line in lines[1:8]}
     assert cells == {
         "motion fidelity ↑": ["1.000", "-"], "corrected fidelity ↑": ["1.000", "-"],
-        "trajectory distance ↓": ["0.000", "-"], "camera curves ↑": ["1.000", "-"],
-        "change centroids ↑": ["1.000", "-"], "top-1 agreement ↑": ["1.000", "1.000"],
+        "trajectory distance ↓": ["0.000", "-"], "camera curves ↑": ["-", "-"],
+        "change centroids ↑": ["1.000", "0.000"], "top-1 agreement ↑": ["1.000", "1.000"],
         "flicker ↓": [f"{rows['clone']['flicker']:.3f}", "0.000"]}
-    assert lines[8].split() == ["verdict", "follows", "cannot", "be", "measured"]
+    assert lines[8] == "verdict: follows (corrected fidelity, change centroids)"
     assert lines[9:] == [
-        f"- {name}: no point could be tracked in the clip or the reference"
-        for name in ("motion fidelity", "corrected fidelity", "trajectory distance")] + [
-        f"- {name}: nothing moves in the clip or the reference"
-        for name in ("camera curves", "change centroids")]
+        "- motion fidelity: no point could be tracked in the clip or the reference",
+        "- corrected fidelity: fewer than 4 points could be tracked",
+        "- trajectory distance: no point could be tracked in the clip or the reference",
+        "- camera curves: no camera motion explains the points of the reference"]
+    assert format_table({name: NOTHING for name in rows}).splitlines()[-3] == (
+        "- change centroids: the reference has no subject in front of a still background")
 
 
 def test_clips_are_measured_by_their_frames_and_their_top1_attention(small):
@@ -117,6 +199,7 @@ def test_denoising_error_is_low_for_clips_like_the_training_data(embedded):
     assert denoising_error(embedded, known[:, :, :3]) < 2 * limit
 
 
+@pytest.mark.parametrize("is_camera", [True, False])
 @pytest.mark.parametrize("motion_margin, error_margin, name, message", [
     (None, 0, "tiny", None), (0, 0, "tiny", None),
     (.01, 0, "tiny", "v.mp4 hardly moves (motion {motion:.2f}, at least {min_motion:.2f} needed): "
@@ -130,13 +213,16 @@ def test_denoising_error_is_low_for_clips_like_the_training_data(embedded):
                       "limit {max_error:.3f}): the clone will probably not follow it. Try a "
                       "shorter part with --duration, or Stable Diffusion weights.")])
 def test_warning_names_what_makes_a_reference_unsuitable(
-        small, motion_margin, error_margin, name, message):
+        small, motion_margin, error_margin, name, message, is_camera):
     model, latents = copy.copy(small), randn(1, 4, 4, 8, 8)
+    if not is_camera:           # only a corner changes
+        latents[..., 4:], latents[..., 4:, :] = latents[:, :, :1, :, 4:], latents[:, :, :1, 4:]
     motion, error = motion_magnitude(latents), denoising_error(small, latents)
     min_motion = 0.0 if motion_margin is None else motion + motion_margin
     max_error = error + error_margin
-    model.config = dataclasses.replace(small.config, name=name, min_reference_motion=min_motion,
-                                       max_denoising_error=max_error)
+    model.config = dataclasses.replace(
+        small.config, name=name, min_reference_motion=min_motion,
+        max_denoising_error=max_error / (CAMERA_ERROR_FACTOR if is_camera else 1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         numbers = warn_if_unsuitable(model, "v.mp4", latents)

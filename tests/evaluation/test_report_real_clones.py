@@ -1,0 +1,72 @@
+"""The verdict and the suitability warning on clones of real videos that were labeled by eye.
+
+Each line of tests/data/real_clones.csv is a clone of the built-in model: the part of the clip,
+the settings, the label, and the measured numbers. A clone follows if a person sees the main motion
+of its reference, at the same time, and no other motion that is as large. The labels were given
+before any number was seen. The thresholds were chosen on half A; half B only measures. All parts
+of a clip are in one half: the clips that any clone follows take turns, and so do the others.
+"""
+import csv
+import math
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcl.checkpoints.model_file import DEFAULT_WEIGHTS, read_model_config
+from mcl.evaluation import metrics, report
+from mcl.evaluation.report import DECISIVE_METRICS, verdict, warn_if_unsuitable
+
+TABLE = Path(__file__).parents[1] / "data" / "real_clones.csv"
+ROWS = list(csv.DictReader(TABLE.read_text("utf-8").splitlines()))
+
+
+def metric_rows(row):
+    return {name: {metric: float(row[prefix + metric] or math.nan) for metric in DECISIVE_METRICS}
+            for name, prefix in (("clone", ""), ("unguided", "unguided "))}
+
+
+def is_warned(row, monkeypatch):
+    """Return whether the command warns before it samples this clone."""
+    spread = float(row["latent_change_spread"])
+    monkeypatch.setattr(report, "motion_magnitude", lambda _: float(row["motion_magnitude"]))
+    monkeypatch.setattr(report, "denoising_error", lambda *_: float(row["denoising_error"]))
+    monkeypatch.setattr(metrics, "change_centroids", lambda _: (None, spread))
+    model = types.SimpleNamespace(config=read_model_config(DEFAULT_WEIGHTS), description="model")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_if_unsuitable(model, row["clip"], torch.zeros(1, 4, 2, 4, 4))
+    return bool(caught)
+
+
+def count(rows, label):
+    """Return how many rows have a label, and how many rows there are."""
+    return sum(row["follows"] == label for row in rows), len(rows)
+
+
+def test_table_has_both_labels_in_both_halves_and_no_clip_in_two():
+    halves = [[row for row in ROWS if row["half"] == half] for half in "AB"]
+    assert min(count(rows, label)[0] for rows in halves for label in ("yes", "no")) >= 12
+    clips = [{row["clip"] for row in rows} for rows in halves]
+    assert not clips[0] & clips[1] and len(clips[0] | clips[1]) == 29
+
+
+@pytest.mark.parametrize("half, follows, does_not_follow, unknown", [
+    ("A", (9, 9), (25, 33), 8), ("B", (8, 10), (30, 36), 6)])
+def test_verdicts_agree_with_the_labels(half, follows, does_not_follow, unknown):
+    words = [(verdict(metric_rows(row)), row) for row in ROWS if row["half"] == half]
+    positive = [row for text, row in words if text.startswith("follows")]
+    negative = [row for text, row in words if text == "does not follow"]
+    assert count(positive, "yes") == follows and count(negative, "no") == does_not_follow
+    assert count([row for text, row in words if text == "cannot be measured"], "no") == (
+        unknown, unknown)
+
+
+@pytest.mark.parametrize("half, warned, silent", [
+    ("A", (23, 25), (15, 25)), ("B", (24, 27), (11, 25))])
+def test_warnings_agree_with_the_labels(half, warned, silent, monkeypatch):
+    rows = [(is_warned(row, monkeypatch), row) for row in ROWS if row["half"] == half]
+    assert count([row for is_bad, row in rows if is_bad], "no") == warned
+    assert count([row for is_bad, row in rows if not is_bad], "yes") == silent

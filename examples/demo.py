@@ -151,7 +151,7 @@ def make_html(model: mcl.Model, config: mcl.SampleConfig, prompt: str, seed: int
     """Return the reference beside its clone, and the HTML report, with all data in them."""
     unguided = report.sample_unguided(model, prompt, config, seed)
     latents = {"unguided": unguided, "clone": clip.latents}
-    metrics = report.measure_clips(model, config, reference.frames, latents)
+    metrics = report.measure_clips(model, reference.frames, latents)
     record = {"prompt": prompt, "seed": seed, "fps": clip.fps, "settings": vars(config),
               "report": metrics}
     with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +165,7 @@ def make_html(model: mcl.Model, config: mcl.SampleConfig, prompt: str, seed: int
         urls = [f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
                 for path in files]
     words = html.escape(", ".join(model.out_of_vocabulary(prompt)) or "none")
-    verdict = report.result_line(metrics).replace("nan", "not measured")
+    verdict = report.result_line(metrics)
     return RESULT.format(*urls, words, verdict), REPORT.format(html.escape(page))
 
 

@@ -25,9 +25,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     Raises:
         InputError: If the device is not known or not available.
     """
-    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                    "cpu": True}
-    available = [name for name in is_available if is_available[name]]
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    available = ["cuda"] * has_cuda + ["mps"] * has_mps + ["cpu"]
     try:
         resolved = torch.device(available[0] if device == "auto" else device)
     except RuntimeError as error:

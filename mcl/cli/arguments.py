@@ -221,11 +221,10 @@ def check_model(args: argparse.Namespace, config: SampleConfig, model: Model) ->
     windows = make_context_windows(config, model.config)
     if config.semantic_scale:
         semantic.require_single_window(windows)
-    usual_weight = model.config.sample.motion_weight
     warn_without_effect(args, config, len(windows.offsets))
-    if 0 < config.motion_weight < usual_weight / MIN_WEIGHT_RATIO:
-        warnings.warn(f"motion_weight = {config.motion_weight:g} has hardly any effect: this "
-                      f"model's own is {usual_weight:g}", stacklevel=2)
+    low_weight = model.config.sample.motion_weight / MIN_WEIGHT_RATIO
+    if 0 < config.motion_weight < low_weight:
+        warnings.warn(f"motion_weight has hardly any effect below {low_weight:g}", stacklevel=2)
     device = resolve_device(local_rank_device(args.device))
     check_memory(model.config, config, device, resolve_dtype(args.dtype, device))
     model.unet.resolve_layers(AttentionRequest(config.guidance_blocks, config.semantic_blocks))

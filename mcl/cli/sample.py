@@ -173,7 +173,7 @@ def write_outputs(clip: OutputClip, result: Clip, reference: Reference, model: M
                                           ProgressBars())
         latents = {"unguided": unguided, "clone": result.latents}
         if args.report and reference.frames is not None:
-            metrics = report.measure_clips(model, config, reference.frames, latents)
+            metrics = report.measure_clips(model, reference.frames, latents)
             print(report.format_table(metrics))
         if clip.maps is not None:
             html_report.write_html_report(

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..motion import Motion
-
 STATIC_THRESHOLD = 0.01         # half widths per frame below which a point stands still
 LEVELS = (16, 8, 4, 2, 1)       # downsampling factors of the pyramid, coarse to fine
 ITERATIONS = 8                  # most Gauss-Newton iterations at each level
@@ -140,22 +138,6 @@ def symmetric_best_match(similarity: Tensor) -> float:
     return float(similarity.amax(dim=0).mean() + similarity.amax(dim=1).mean()) / 2
 
 
-def tracklet_distance(a: Tensor, b: Tensor) -> float:
-    """Return the mean distance of each tracklet to the nearest tracklet of the other clip.
-
-    Tracklets are compared relative to their start points.
-
-    Args:
-        a: Tracklets (n, f, 2).
-        b: Tracklets (m, f, 2).
-
-    Returns:
-        The distance in half widths; nan without tracklets.
-    """
-    a, b = (x - x[:, :1] for x in (a, b))
-    return -symmetric_best_match(-(a[:, None] - b[None]).norm(dim=-1).mean(dim=-1))
-
-
 def change_centroids(frames: Tensor) -> tuple[Tensor, float]:
     """Return the centroids of the squared differences between neighboring frames, and their spread.
 
@@ -182,9 +164,3 @@ def change_centroids(frames: Tensor) -> tuple[Tensor, float]:
 def flicker(frames: Tensor) -> float:
     """Return the mean absolute difference of neighboring frames (f, 3, H, W), 0 to 1."""
     return float(frames.diff(dim=0).abs().mean() / 2) if len(frames) > 1 else 0.0
-
-
-def top1_agreement(a: Motion, b: Motion) -> float:
-    """Return the fraction of attention rows whose largest value is at the same frame, 0 to 1."""
-    is_same = [(a.indices[name][..., 0] == b.indices[name][..., 0]).flatten() for name in a.indices]
-    return float(torch.cat(is_same).float().mean())

@@ -10,14 +10,13 @@ from torch import Tensor
 from ..clone import make_generator
 from ..config import SampleConfig
 from ..model import Model
-from ..motion import Motion, extract_motion
 from ..sampler import Progress, Sampler, no_progress, sample
 from . import metrics
 from .tracking import tracklets
 
 # Names of the metrics, and the direction of better values.
-METRICS = {"motion fidelity": "↑", "corrected fidelity": "↑", "trajectory distance": "↓",
-           "camera curves": "↑", "change centroids": "↑", "flicker": "↓", "top-1 agreement": "↑"}
+METRICS = {"motion fidelity": "↑", "corrected fidelity": "↑", "camera curves": "↑",
+           "change centroids": "↑", "flicker": "↓"}
 # A clone follows if one of these metrics reaches its threshold and is better than the unguided
 # clip's by the margin. Chosen on clones of real videos, labeled by eye: tests/data/real_clones.csv
 FOLLOW_THRESHOLD, FOLLOW_MARGIN = 0.8, 0.25
@@ -118,42 +117,34 @@ def sample_unguided(model: Model, prompt: str, config: SampleConfig, seed: int,
     return latents
 
 
-def measure_clips(model: Model, config: SampleConfig, reference_frames: Tensor,
-                  latents_by_name: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+def measure_clips(model: Model, reference: Tensor, latents_by_name: Mapping[str, Tensor]
+                  ) -> dict[str, dict[str, float]]:
     """Return the metrics of clips by name.
 
     Args:
         model: The model that sampled the clips.
-        config: Settings of the clips.
-        reference_frames: Frames (f, 3, H, W) of the reference in [-1, 1].
+        reference: Frames (f, 3, H, W) of the reference in [-1, 1].
         latents_by_name: Scaled latents (1, c, f, h, w) of the clips.
     """
-    top1 = dataclasses.replace(config, top_k=1)
-    motion = extract_motion(model, model.vae.encode(reference_frames), top1)
-    return {name: measure_clip(reference_frames, model.vae.decode(latents).float().cpu(), motion,
-                               extract_motion(model, latents, top1))
+    return {name: measure_clip(reference, model.vae.decode(latents).float().cpu())
             for name, latents in latents_by_name.items()}
 
 
-def measure_clip(reference: Tensor, clip: Tensor, motion: Motion, clip_motion: Motion
-                 ) -> dict[str, float]:
+def measure_clip(reference: Tensor, clip: Tensor) -> dict[str, float]:
     """Return all METRICS of a clip; nan for those that cannot be measured (NAN_REASONS).
 
     Args:
         reference: Frames (f, 3, H, W) of the reference in [-1, 1].
         clip: Frames of the clip, of the same shape.
-        motion: Motion of the reference.
-        clip_motion: Motion of the clip, extracted with the same settings.
     """
     a, b = tracklets(reference), tracklets(clip)
     fidelity, corrected = metrics.tracklet_fidelity(a, b)
     curves = zip(camera_or_subject(reference, a), camera_or_subject(clip), strict=True)
     return dict(zip(METRICS, (
         fidelity, corrected if min(len(a), len(b)) >= MIN_POINTS else math.nan,
-        metrics.tracklet_distance(a, b),
         *(math.nan if x is None else 0.0 if y is None else metrics.curve_correlation(x, y)
           for x, y in curves),
-        metrics.flicker(clip), metrics.top1_agreement(motion, clip_motion)), strict=True))
+        metrics.flicker(clip)), strict=True))
 
 
 def camera_or_subject(frames: Tensor, tracks: Tensor | None = None) -> tuple[Tensor | None, ...]:

@@ -47,8 +47,7 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
     Raises:
         InputError: If the file cannot be read or a number is out of range.
     """
-    for name, value, is_valid, legal in (
-            ("num_frames", num_frames, num_frames >= 1, "1 or more"),
+    for name, value, is_valid, legal in (("num_frames", num_frames, num_frames >= 1, "1 or more"),
             ("size", size, min(size) >= 1, "1 or more"), ("start", start, start >= 0, "0 or more"),
             ("duration", duration, duration is None or duration > 0, "above 0"),
             ("stride", stride, stride is None or (stride >= 1 and duration is None),

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from mcl import Motion, extract_motion, sample
+from mcl import sample
 from mcl.clone import make_generator
 from mcl.evaluation.report import (
     CAMERA_ERROR_FACTOR,
@@ -30,14 +30,7 @@ from mcl.evaluation.tracking import tracklets
 from tests.conftest import randn
 from tests.evaluation.test_metrics import FRAMES, STILL, make_clip, make_path
 
-MOTION = Motion({"x": torch.ones(1, 1, 2, 1)}, {"x": torch.zeros(1, 1, 2, 1).long()})
-
-
 NOTHING = dict.fromkeys(METRICS, math.nan)
-
-
-def measure(reference, clip):
-    return measure_clip(reference, clip, MOTION, MOTION)
 
 
 def test_verdict_distinguishes_equal_from_other_motion():
@@ -45,7 +38,7 @@ def test_verdict_distinguishes_equal_from_other_motion():
     for kind, expected in (("zigzag", "follows (corrected fidelity, change centroids)"),
                            ("spiral", "does not follow")):
         clip = make_clip(make_path(kind), color="blue", shape="cross")
-        rows = {"clone": measure(reference, clip), "unguided": measure(reference, other)}
+        rows = {"clone": measure_clip(reference, clip), "unguided": measure_clip(reference, other)}
         assert verdict(rows) == expected
 
 
@@ -74,7 +67,7 @@ def test_still_camera_with_one_moving_subject_gets_no_camera_verdict():
     """The camera fit follows the subject: its curves of a clip and its copy are equal."""
     for texture in ("plain", "dotted"):
         clip = make_clip(make_path("circle"), texture=texture)
-        row = measure(clip, clip)
+        row = measure_clip(clip, clip)
         assert math.isnan(row["camera curves"]) and row["change centroids"] == pytest.approx(1)
 
 
@@ -86,10 +79,10 @@ def make_pan():
 
 def test_moving_camera_is_compared_only_with_a_moving_camera():
     camera, subject = make_pan(), make_clip(make_path("circle"), 64)[:6]
-    assert measure(camera, camera)["camera curves"] == pytest.approx(1)
-    row = measure(camera, subject)
+    assert measure_clip(camera, camera)["camera curves"] == pytest.approx(1)
+    row = measure_clip(camera, subject)
     assert row["camera curves"] == 0 and math.isnan(row["change centroids"])
-    row = measure(subject, camera)
+    row = measure_clip(subject, camera)
     assert row["change centroids"] == 0 and math.isnan(row["camera curves"])
 
 
@@ -97,10 +90,10 @@ def test_moving_camera_is_compared_only_with_a_moving_camera():
 def test_still_reference_has_no_motion_to_compare(texture):
     still, subject = (make_clip(path, 64, texture=texture)[:4]
                       for path in (None, make_path("hops")))
-    row = measure(still, subject)
+    row = measure_clip(still, subject)
     assert math.isnan(row["camera curves"]) and math.isnan(row["change centroids"])
-    assert measure(subject, still)["change centroids"] == 0
-    row = measure(subject[:1], subject[:1])
+    assert measure_clip(subject, still)["change centroids"] == 0
+    row = measure_clip(subject[:1], subject[:1])
     assert verdict({"clone": row, "unguided": row}) == "cannot be measured"
 
 
@@ -119,40 +112,35 @@ def test_corrected_fidelity_needs_enough_points(monkeypatch):
     tracks = tracklets(clip)
     for number, is_known in ((MIN_POINTS, True), (MIN_POINTS - 1, False)):
         monkeypatch.setattr("mcl.evaluation.report.tracklets", lambda _, n=number: tracks[:n])
-        assert math.isnan(measure(clip, clip)["corrected fidelity"]) is not is_known
+        assert math.isnan(measure_clip(clip, clip)["corrected fidelity"]) is not is_known
 
 
 def test_table_has_a_column_per_clip_the_verdict_and_a_dash_with_its_reason():
     moving = make_clip(make_path("zigzag"), 64)[:3]
-    rows = {name: measure(moving, frames)
+    rows = {name: measure_clip(moving, frames)
             for name, frames in (("clone", moving), ("unguided", torch.zeros_like(moving)))}
     lines = format_table(rows).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0].split() == ["clone", "unguided"]
-    cells = {line[:22].strip(): line[22:].split() for line in lines[1:8]}
+    cells = {line[:22].strip(): line[22:].split() for line in lines[1:6]}
     assert cells == {
         "motion fidelity ↑": ["1.000", "-"], "corrected fidelity ↑": ["1.000", "-"],
-        "trajectory distance ↓": ["0.000", "-"], "camera curves ↑": ["-", "-"],
-        "change centroids ↑": ["1.000", "0.000"], "top-1 agreement ↑": ["1.000", "1.000"],
+        "camera curves ↑": ["-", "-"], "change centroids ↑": ["1.000", "0.000"],
         "flicker ↓": [f"{rows['clone']['flicker']:.3f}", "0.000"]}
-    assert lines[8] == "verdict: follows (corrected fidelity, change centroids)"
-    assert lines[9:] == [
+    assert lines[6] == "verdict: follows (corrected fidelity, change centroids)"
+    assert lines[7:] == [
         "- motion fidelity: no point could be tracked in the clip or the reference",
         "- corrected fidelity: fewer than 4 points could be tracked",
-        "- trajectory distance: no point could be tracked in the clip or the reference",
         "- camera curves: no camera motion explains the points of the reference"]
     assert format_table({name: NOTHING for name in rows}).splitlines()[-3] == (
         "- change centroids: the reference has no subject in front of a still background")
 
 
-def test_clips_are_measured_by_their_frames_and_their_top1_attention(small):
-    config = dataclasses.replace(small.config.sample, top_k=0)
+def test_clips_are_measured_by_their_frames(small):
     reference, latents = randn(4, 3, 32, 32).clamp(-1, 1), randn(1, 4, 4, 8, 8, seed=1)
-    motion, clip_motion = (extract_motion(small, z, dataclasses.replace(config, top_k=1))
-                           for z in (small.vae.encode(reference), latents))
-    row = measure_clip(reference, small.vae.decode(latents), motion, clip_motion)
+    row = measure_clip(reference, small.vae.decode(latents))
     assert list(row) == list(METRICS)
-    measured = measure_clips(small, config, reference, {"clone": latents})
+    measured = measure_clips(small, reference, {"clone": latents})
     assert measured == {"clone": pytest.approx(row, nan_ok=True)}
 
 

@@ -88,6 +88,7 @@ def test_cover_art_is_not_read(tmp_path):
         assert frame_numbers(read_video(tmp_path / name, 3, (16, 16))) == [1, 2, 3]
 
 
+@pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="Pillow 11.3 and later")
 def test_all_frames_of_an_animated_avif_are_read(tmp_path):
     first, *rest = [Image.new("RGB", (64, 64), (10 * number,) * 3) for number in range(5)]
     first.save(tmp_path / "a.avif", save_all=True, append_images=rest, duration=40, quality=90)

@@ -236,7 +236,8 @@ def test_page_fits_a_phone_escapes_all_text_and_fetches_nothing(browser, report)
     settings = [element.text for element in find(browser, "dd")]
     assert {PROMPT, CLIP_NAME, f"{CLIP_NAME}, 12\nm.safetensors, 34", "0.900"} <= {*settings}
     result, intro, *_ = find(browser, "h1 ~ p")
-    assert result.text.startswith("Verdict: follows. ") and "nan" not in result.text
+    assert result.text.startswith("Verdict: follows (camera curves, change centroids). ")
+    assert "nan" not in result.text
     assert " 0.90 (unguided 0.12)" in result.text
     sentences = intro.text.replace("arXiv 2406.05338", "").split(". ")
     assert [text.split()[0] for text in sentences] == ["An", "The", "Click"]

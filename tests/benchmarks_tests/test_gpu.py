@@ -115,10 +115,10 @@ def test_diffusers_pass_is_measured_beside_ours():
     model = random_model(MINI, torch.device("cpu"), torch.float32)
     config = gpu.Options(frames=2).settings(64)
     passes = diffusers_steps(model, config, {})
-    ours, theirs = (action() for action in passes.values())
+    first, second = (action() for action in passes.values())
     assert list(passes) == ["forward pass", "diffusers' pass"]
-    assert ours[0].shape == theirs.shape        # diffusers' group norms differ (diffusers_oracle)
-    assert torch.corrcoef(torch.stack([ours[0].flatten(), theirs.flatten()]))[0, 1] > 0.9
+    assert first[0].shape == second.shape        # diffusers' group norms differ (diffusers_oracle)
+    assert torch.corrcoef(torch.stack([first[0].flatten(), second.flatten()]))[0, 1] > 0.9
 
 
 def test_a_failed_measurement_loses_no_other(tmp_path, monkeypatch, capsys):

@@ -1,21 +1,19 @@
 """Detection of checkpoints: listings of the real files, and rejected families by name."""
-import hashlib
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from mcl import InputError, Model, ModelConfig, Motion
+from mcl import InputError, ModelConfig
 from mcl.checkpoints.containers import Checkpoint, wrap_tensor
 from mcl.checkpoints.convert import check_positional_encodings, plan_conversion
 from mcl.checkpoints.detect import detect
 from mcl.checkpoints.lora import Lora, lora_deltas
-from mcl.checkpoints.model_file import build_on_meta, save_model
+from mcl.checkpoints.model_file import build_on_meta
 from mcl.config import CLIPTextConfig, SparseCtrlConfig, UNetConfig, VAEConfig
 from mcl.files import LazyTensor
-from tests.conftest import SMALL
-from tests.foreign import convert, listing, save, sinusoid
+from tests.foreign import listing, sinusoid
 
 # Listings of the real files' keys and shapes.
 BASES = {"ldm": ("ldm_single_file",),
@@ -400,23 +398,3 @@ def test_two_keys_for_one_tensor_are_rejected():
 def test_without_positional_encodings_the_name_tells_the_version(name, version):
     tensors = {key: t for key, t in real("mm_v3").items() if not key.endswith(".pe")}
     assert source(tensors, name).version == version
-
-
-def test_check_says_what_each_file_is(tmp_path, capsys):
-    vae = save(tmp_path / "vae.safetensors", {"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)})
-    page = tmp_path / "page.ckpt"
-    page.write_text("<!DOCTYPE html>")
-    assert convert("--check", vae) == 0
-    first, second, third, fourth = capsys.readouterr().out.splitlines()
-    assert first == f"{vae}: a VAE of Stable Diffusion 1.5"
-    assert second == "  1 tensors, 1 float32, 0.000 GB"
-    assert third == ("  for --vae; a complete model also needs the UNet (--base), the text "
-                     "encoder (--text-encoder), the motion module (--motion-module)")
-    assert fourth == f"  sha256 {hashlib.sha256(vae.read_bytes()).hexdigest()}  vae.safetensors"
-    save_model(Model(SMALL), tmp_path / "m.safetensors", torch.float16, {})
-    assert convert("--check", page, tmp_path / "m.safetensors") == 2
-    assert "an HTML page" in (out := capsys.readouterr().out)
-    assert "a converted model of this project" in out and "--weights" in out
-    Motion.save(Motion({}, {}, {}), tmp_path / "motion.safetensors")
-    assert convert("--check", tmp_path / "motion.safetensors") == 2
-    assert "a saved motion, not a checkpoint. Run sample.py --motion" in capsys.readouterr().out

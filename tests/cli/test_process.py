@@ -124,11 +124,6 @@ def test_bug_keeps_its_traceback():
         exit_code_of(lambda: 1 // 0)
 
 
-def test_a_missing_out_option_is_reported(capsys):
-    assert convert.main(["--base", "x"]) == 2
-    assert "--out is missing: give the file to write" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("option", [
     "--sparsectrl", "--base", "--motion-module", "--vae", "--text-encoder"])
 def test_an_option_that_is_given_twice_is_rejected(option, capsys):

@@ -265,7 +265,7 @@ def test_option_without_effect_is_reported(argv, warned):
         warnings.simplefilter("always")
         check("--prompt", "a star", *argv)
     reported = [str(warning.message).partition(" has no effect ") for warning in caught]
-    assert {option for option, found, _ in reported if found} == {
+    assert {option for option, marker, _ in reported if marker} == {
         f"--{name}" for name in warned.split()}
 
 

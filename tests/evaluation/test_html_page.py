@@ -103,17 +103,17 @@ def pixels(browser):
 
 
 def test_clips_play_together_with_their_text_and_pause(browser):
-    play, said = find(browser, "#play")[0], find(browser, "#said")[0]
+    play, status = find(browser, "#play")[0], find(browser, "#said")[0]
     number, before = find(browser, "#number")[0], pixels(browser)
     play.click()
-    assert play.text == "Pause" and said.get_attribute("aria-live") == "off"
-    assert wait_for(lambda: " Frame 1 of the reference" not in said.text)
+    assert play.text == "Pause" and status.get_attribute("aria-live") == "off"
+    assert wait_for(lambda: " Frame 1 of the reference" not in status.text)
     assert wait_for(lambda: all(a != b for a, b in zip(before, pixels(browser))))
     play.click()
     stopped = number.text
-    assert play.text == "Play" and said.get_attribute("aria-live") == "polite"
+    assert play.text == "Play" and status.get_attribute("aria-live") == "polite"
     time.sleep(0.4)
-    assert number.text == stopped and f"Frame {stopped.split()[0]} of the ref" in said.text
+    assert number.text == stopped and f"Frame {stopped.split()[0]} of the ref" in status.text
 
 
 def test_space_plays_unless_a_control_has_the_focus(browser):
@@ -140,18 +140,18 @@ def test_dragging_over_a_clip_or_a_map_moves_through_the_frames(browser):
         click(browser, clip, 0.1, 0.1)
         browser.execute_script("""choose({ frame: 3 });
             arguments[0].scrollIntoView({ block: "center" })""", canvas)
-        seen, quarter = [], canvas.size["width"] // 4
+        numbers, quarter = [], canvas.size["width"] // 4
         mouse = ActionChains(browser, 0).move_to_element(canvas).click_and_hold()
         for distance in (4, quarter - 4, -2 * quarter):         # the first one is no drag yet
             mouse.move_by_offset(distance, 4).perform()
             mouse = ActionChains(browser, 0)
             wait_for(lambda: play.text == "Play")
-            seen.append(number.text)
+            numbers.append(number.text)
             browser.execute_script("play(true)")                # dragging stops it
         mouse.release().perform()
         browser.execute_script("""play(false);
             dispatchEvent(new PointerEvent("pointermove", { clientX: 300 }))""")
-        assert seen == ["4 of 16", "8 of 16", "1 of 16"]
+        assert numbers == ["4 of 16", "8 of 16", "1 of 16"]
         assert find(browser, "#said")[0].text.startswith("Row 1 of 4, column 1 of 4. Frame 1 ")
     browser.execute_script("""
         clips[0].map.dispatchEvent(new PointerEvent("pointerdown", { button: 2 }));

@@ -174,10 +174,10 @@ def test_clips_that_the_model_will_hardly_follow_are_told_of_when_they_are_uploa
                                  "The model was not trained on clips like"])):
         mcl.write_video(tmp_path / f"{name}.mp4", frames, fps)
         upload(browser, address, tmp_path / f"{name}.mp4")
-        shown = wait(lambda n=len(starts): [m for m in messages(browser) if m][:n][n - 1:] and [
+        texts = wait(lambda n=len(starts): [m for m in messages(browser) if m][:n][n - 1:] and [
             m for m in messages(browser) if m])
-        assert len(shown) == len(starts) and "--" not in "".join(shown)
-        assert all(any(m.startswith(start) for m in shown) for start in starts), shown
+        assert len(texts) == len(starts) and "--" not in "".join(texts)
+        assert all(any(m.startswith(start) for m in texts) for start in starts), texts
 
 
 def test_examples_are_chosen_by_a_click_and_the_known_words_are_listed(server, browser):

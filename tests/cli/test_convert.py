@@ -6,8 +6,9 @@ import torch
 
 from mcl import Model, Motion
 from mcl.checkpoints.model_file import save_model
+from mcl.cli import convert as convert_command
 from tests.conftest import SMALL
-from tests.foreign import convert, save
+from tests.foreign import convert, ldm, motion, save
 
 
 def test_check_says_what_each_file_is(tmp_path, capsys):
@@ -36,3 +37,21 @@ def test_check_says_what_each_file_is(tmp_path, capsys):
     (["--check", "x", "--base", "y"], "--check converts nothing: leave out the other")])
 def test_options_that_do_not_go_together_are_rejected(argv, message, capsys):
     assert convert(*argv) == 2 and message in capsys.readouterr().err
+
+
+def test_file_that_changes_during_the_conversion_is_an_error(tmp_path, monkeypatch, capsys):
+    base = save(tmp_path / "base.safetensors", ldm())
+    module = save(tmp_path / "mm.safetensors", motion())
+    argv = ["--base", base, "--motion-module", module, "--out", tmp_path / "o.safetensors"]
+    hash_files = convert_command.sha256_of_files
+
+    def hash_and_change(paths):
+        hashes = hash_files(paths)
+        save(module, {name: tensor / 2 for name, tensor in motion().items()})
+        return hashes
+
+    monkeypatch.setattr(convert_command, "sha256_of_files", hash_and_change)
+    assert convert(*argv) == 2
+    assert "mm.safetensors: was changed while it was read" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors",
+                                                                "mm.safetensors"]

@@ -120,9 +120,8 @@ def check_readable(path: Path) -> None:
 
 def is_recorded(path: Path, record: Path) -> bool:
     """Return whether a record is intact and lists a file, or is that file."""
-    files = recorded_files(record)
-    return bool(files) and path.is_file() and (
-        path == record or (path.name, sha256_of(path)) in files)
+    files = recorded_files(record) if path.is_file() else set()
+    return bool(files) and (path == record or (path.name, sha256_of(path)) in files)
 
 
 def recorded_files(record: Path) -> set[tuple[str, str]]:

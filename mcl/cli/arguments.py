@@ -196,7 +196,7 @@ def check_usage(args: argparse.Namespace, config: SampleConfig, model: ModelConf
     for names, is_met, need in (
             ("num_samples", 0 < args.num_samples <= MAX_CLIPS, f"to be 1 to {MAX_CLIPS}"),
             ("seed", 0 <= args.seed <= max_seed, f"to be 0 to {max_seed}, not {args.seed}"),
-            ("motion", not has_ref, "to stand without --ref"),
+            ("motion", not has_ref, "--ref to be left out"),
             ("start duration stride compare report save_motion subject", has_ref, "--ref"),
             ("save_motion image", not is_inversion, "--method single-step"),
             ("inversion_steps inversion_dir", is_inversion, "--method inversion"),

@@ -103,7 +103,7 @@ def convert_files(args: argparse.Namespace) -> int:
     if args.out is None:
         raise InputError("--out is missing: give the file to write, a .safetensors")
     if args.out.suffix.lower() != ".safetensors":
-        raise InputError(f"{args.out}: the file is a safetensors file. Let its name end so")
+        raise InputError(f"{args.out}: its name must end in .safetensors")
     check_writable(args.out)
     files = fetch(path for _, path in given_files(args))
     reads = [(option, files[path]) for option, path in given_files(args)]
@@ -129,10 +129,12 @@ def convert_files(args: argparse.Namespace) -> int:
     like = {n: torch.empty(s, dtype=dtype, device="meta") for n, s in plan.shapes.items()}
 
     def tensors() -> Iterator[torch.Tensor]:
-        yield from tqdm(plan.tensors(dtype), args.out.name, len(like), unit="tensor")
-        for path, state in states.items():
-            if file_state(path) != state:
-                raise InputError(f"{path}: was changed while it was read. Run the command again")
+        try:
+            yield from tqdm(plan.tensors(dtype), args.out.name, len(like), unit="tensor")
+        finally:                        # a change may also be the cause of an error
+            for path, state in states.items():
+                if file_state(path) != state:
+                    raise InputError(f"{path}: was changed while it was read. Convert again")
     stream_safetensors(args.out, like, tensors(), file_metadata(plan.config, sources, dtype))
     print_line(f"{len(like)} tensors, {len(plan.deltas)} of them changed by LoRAs", sys.stderr)
     print_line(args.out)

@@ -135,6 +135,5 @@ class Attention(nn.Module):
         """
         context = x if context is None else context
         keys = self.to_k(context)
-        out, attention_probs = attention(self.to_q(x), keys, self.to_v(context), self.heads,
-                                         return_map)
-        return self.to_out[0](out), keys, attention_probs
+        out, probs = attention(self.to_q(x), keys, self.to_v(context), self.heads, return_map)
+        return self.to_out[0](out), keys, probs

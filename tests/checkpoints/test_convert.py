@@ -396,7 +396,7 @@ def test_an_input_is_not_overwritten(folder, capsys):
     assert "base.safetensors: is read by --base. Give --out another" in capsys.readouterr().err
     assert base.read_bytes() == before
     assert convert(*argv, "--out", folder / "o.ckpt") == 2
-    assert "o.ckpt: the file is a safetensors file. Let its name end" in capsys.readouterr().err
+    assert "o.ckpt: its name must end in .safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error, code, line", [

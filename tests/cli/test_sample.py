@@ -212,7 +212,7 @@ def test_sound_gaps_and_a_still_reference_are_reported_once(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     ([], "sample.py needs --prompt"),
-    (["--prompt", "", "--motion", REFERENCE], "--motion needs to stand without --ref"),
+    (["--prompt", "", "--motion", REFERENCE], "--motion needs --ref to be left out"),
     (["--prompt", "", "--subject", "ball", "star", "--ref-prompt", "a ball"],
      "'star' is not in the prompt ''"),
     (["--prompt", "", "--subject", "ball", "star"], "--subject needs --ref-prompt"),

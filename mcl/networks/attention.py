@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .ops import Linear, autocast_disabled, scaled_dot_product_attention
+from .ops import scaled_dot_product_attention
 
 
 class AttentionRequest(NamedTuple):
@@ -96,7 +96,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, return_map: bool = Fa
         return rearrange(scaled_dot_product_attention(q, k, v, mask),
                          "b heads n d -> b n (heads d)"), None
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
-    with autocast_disabled(q.device.type):
+    with torch.autocast(q.device.type, enabled=False):
         scores = q.to(compute_dtype) * q.shape[-1] ** -0.5 @ k.to(compute_dtype).transpose(-1, -2)
         attention_probs = scores.softmax(dim=-1)
         out = attention_probs.to(v.dtype) @ v
@@ -116,10 +116,10 @@ class Attention(nn.Module):
         """Create a layer of `channels` for contexts of `context_channels`."""
         super().__init__()
         self.heads = heads
-        self.to_q = Linear(channels, channels, bias=False)
-        self.to_k, self.to_v = (Linear(context_channels or channels, channels, bias=False)
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k, self.to_v = (nn.Linear(context_channels or channels, channels, bias=False)
                                 for _ in range(2))
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | None = None, return_map: bool = False
                 ) -> tuple[Tensor, Tensor, Tensor | None]:

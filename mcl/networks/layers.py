@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import UNetConfig
 from .attention import Attention, AttentionMaps, AttentionRequest, LayerOutput
-from .ops import Conv2d, GEGLUFunction, Linear, linear
+from .ops import Conv2d, GEGLUFunction
 
 
 class GEGLU(nn.Module):
@@ -22,12 +22,12 @@ class GEGLU(nn.Module):
     def __init__(self, channels: int, hidden: int):
         """Create a layer from `channels` to `hidden` channels."""
         super().__init__()
-        self.proj = Linear(channels, 2 * hidden)
+        self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return value * gelu(gate)."""
         (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-        return GEGLUFunction.apply(linear(x, w_value, b_value), linear(x, w_gate, b_gate))
+        return GEGLUFunction.apply(F.linear(x, w_value, b_value), F.linear(x, w_gate, b_gate))
 
 
 class FeedForward(nn.Sequential):
@@ -39,7 +39,7 @@ class FeedForward(nn.Sequential):
     def __init__(self, channels: int):
         """Create a layer of `channels`."""
         hidden = 4 * channels
-        net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(), Linear(hidden, channels))
+        net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(), nn.Linear(hidden, channels))
         super().__init__(OrderedDict(net=net))
 
 
@@ -72,7 +72,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = InflatedGroupNorm(groups, c_in, eps, inflated_groupnorm)
         self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = Linear(time_channels, c_out) if time_channels else None
+        self.time_emb_proj = nn.Linear(time_channels, c_out) if time_channels else None
         self.norm2 = InflatedGroupNorm(groups, c_out, eps, inflated_groupnorm)
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None

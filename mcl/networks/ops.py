@@ -1,9 +1,8 @@
 """Operations tuned for speed or memory, apart from the textbook code that uses them.
 
-Each function computes the same as its textbook form. `Conv2d` and `Linear` are the layers that the
-networks are built from.
+Each function computes the same as its textbook form. `Conv2d` is the layer that the networks are
+built from.
 """
-import contextlib
 from typing import Any
 
 import torch
@@ -39,41 +38,14 @@ class FrozenConv2dFunction(torch.autograd.Function):
         return conv2d_input(ctx.size, weight, grad, ctx.stride, ctx.padding), None, None, None, None
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...] = (1, 1),
-           padding: tuple[int, ...] = (0, 0)) -> Tensor:
-    """Return the convolution of x (b, c_in, h, w) with weight (c_out, c_in, *kernel)."""
-    is_frozen = torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad
-    convolve = FrozenConv2dFunction.apply if is_frozen else F.conv2d
-    return convolve(x, weight, bias, stride, padding)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x (..., c_in) times the transposed weight (c_out, c_in), plus bias.
-
-    In float32 on the CPU this is a 1x1 convolution in channels-last layout, because oneDNN takes
-    five sixths of the time of PyTorch's matrix product there (BENCHMARKS.md).
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    rows = x.reshape(1, -1, 1, x.shape[-1]).movedim(-1, 1)
-    y = conv2d(rows, weight[:, None, None].movedim(-1, 1), bias)
-    return y.movedim(1, -1).reshape(*x.shape[:-1], -1)
-
-
 class Conv2d(nn.Conv2d):
     """2-D convolution, x (b, c_in, h, w) -> (b, c_out, h', w')."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x."""
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
-
-
-class Linear(nn.Linear):
-    """Linear layer over the last axis, (..., c_in) -> (..., c_out)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the linear map of x."""
-        return linear(x, self.weight, self.bias)
+        is_frozen = torch.is_grad_enabled() and x.requires_grad and not self.weight.requires_grad
+        convolve: Any = FrozenConv2dFunction.apply if is_frozen else F.conv2d
+        return convolve(x, self.weight, self.bias, self.stride, self.padding)
 
 
 class GEGLUFunction(torch.autograd.Function):
@@ -110,12 +82,6 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
     return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1) @ v
-
-
-def autocast_disabled(device_type: str) -> contextlib.AbstractContextManager:
-    """Return a context without autocast, or an empty context on devices that have none."""
-    return (torch.autocast(device_type, enabled=False)
-            if torch.amp.is_autocast_available(device_type) else contextlib.nullcontext())
 
 
 def channels_last_weight(weight: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..config import UNetConfig
 from .attention import Attention, AttentionMaps, AttentionRequest, LayerOutput
 from .layers import FeedForward
-from .ops import Linear
 
 
 def sinusoidal_positional_encoding(num_frames: int, channels: int) -> Tensor:
@@ -59,9 +58,9 @@ class TemporalTransformer(nn.Module):
         """Create a transformer of `channels`."""
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
-        self.proj_in = Linear(channels, channels)
+        self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([TemporalBlock(channels, config)])
-        self.proj_out = Linear(channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, num_frames: int, request: AttentionRequest) -> LayerOutput:
         """Return the output, like x (b*f, c, h, w), and the requested attention."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..config import CLIPTextConfig
 from .attention import attention
-from .ops import Linear
 
 
 class SelfAttention(nn.Module):
@@ -20,7 +19,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         c = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(c, c) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c, c) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, like x (b, n, c)."""
@@ -34,8 +33,8 @@ class MLP(nn.Module):
     def __init__(self, config: CLIPTextConfig):
         """Create a layer with random weights."""
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, like x (b, n, c)."""

@@ -16,7 +16,6 @@ from ..config import UNetConfig
 from ..errors import InputError
 from .attention import NO_REQUEST, Attention, AttentionMaps, AttentionRequest, LayerOutput
 from .layers import Downsample, InflatedGroupNorm, ResnetBlock, SpatialTransformer, Upsample
-from .ops import Linear
 from .temporal import MotionModule
 
 EPS = 1e-5
@@ -40,8 +39,8 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, channels: int):
         """Create an embedding of `channels` sinusoids and four times as many outputs."""
         super().__init__()
-        self.linear_1 = Linear(channels, 4 * channels)
-        self.linear_2 = Linear(4 * channels, 4 * channels)
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
 
     def forward(self, t: Tensor | int, clip: Tensor) -> Tensor:
         """Return the embedding (b*f, time_channels) of timestep t for a clip (b, c, f, h, w)."""
@@ -210,10 +209,8 @@ class UNet3D(nn.Module):
         """
         temporal = [name for name, _ in self.layers if ".motion_modules." in name]
         cross = [name for name, _ in self.layers if name.endswith(".attn2")]
-        return AttentionRequest(
-            self.match_layers(request.temporal, temporal, "temporal attention"),
-            self.match_layers(request.temporal_keys, temporal, "temporal attention"),
-            self.match_layers(request.cross, cross, "cross-attention"))
+        kinds = ("temporal attention", "temporal attention", "cross-attention")
+        return AttentionRequest(*map(self.match_layers, request, [temporal] * 2 + [cross], kinds))
 
     def match_layers(self, names: tuple[str, ...], layers: list[str], kind: str) -> tuple[str, ...]:
         """Return the layers that the names of blocks, modules or layers stand for, in order."""

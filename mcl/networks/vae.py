@@ -16,7 +16,6 @@ from ..config import VAEConfig
 from ..errors import InputError, NumericalError
 from .attention import attention
 from .layers import Downsample, ResnetBlock, Upsample
-from .ops import Linear
 
 EPS = 1e-6
 
@@ -28,8 +27,8 @@ class VAEAttention(nn.Module):
         """Create a layer of `channels`."""
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
-        self.to_q, self.to_k, self.to_v = (Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, like x (b, c, h, w)."""

@@ -112,5 +112,5 @@ def guidance_gradient(guidance: Sequence[Guidance], maps: AttentionMaps, z: Tens
         t: Timestep.
     """
     g = torch.stack([one.weight * one.loss(maps.select(one.request), t) for one in guidance]).sum()
-    grad, = torch.autograd.grad(g, z, torch.full_like(g, LOSS_SCALE))
+    grad, = torch.autograd.grad(LOSS_SCALE * g, z)
     return g.detach(), grad / LOSS_SCALE

@@ -80,9 +80,9 @@ class Model(nn.Module):
         """Return what SparseCtrl adds to the UNet for a condition, or None without a condition.
 
         Args:
-            condition: Condition of the whole clip (b, c, f, h, w).
+            condition: Condition of the whole clip (1, c, f, h, w).
             t: Timestep.
-            text: Text embeddings (b, 77, d).
+            text: Text embeddings (b, n, d); one condition serves all of them.
             frames: Frame indices of a context window; all frames by default.
 
         Raises:
@@ -92,7 +92,8 @@ class Model(nn.Module):
             return None
         if self.sparsectrl is None:
             raise InputError("this model has no SparseCtrl: convert one with --sparsectrl")
-        return self.sparsectrl(condition[:, :, frames].to(self.device, self.dtype), t, text)
+        window = condition[:, :, frames].expand(len(text), -1, -1, -1, -1)
+        return self.sparsectrl(window.to(self.device, self.dtype), t, text)
 
     def out_of_vocabulary(self, prompt: str) -> list[str]:
         """Return the prompt's words that the model was not trained on, if it knows its words."""

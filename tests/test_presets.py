@@ -14,7 +14,7 @@ from mcl.presets import (
 
 SINGLE_STEP = {
     "method": "single-step", "timestep_spacing": "motionclone", "sampler": "ddim",
-    "cfg_scale": 8.5, "cfg_end_fraction": 1.0, "motion_weight": 2000.0,
+    "cfg_scale": 8.5, "cfg_start_fraction": 0.0, "cfg_end_fraction": 1.0, "motion_weight": 2000.0,
     "guidance_warmup_steps": 10, "guidance_cooldown_steps": 10, "guidance_interval": 1,
     "guidance_repeats": 1, "extraction_timestep": 400, "top_k": 1,
     "guidance_blocks": ("up_blocks.1",), "guidance_block_weights": (), "semantic_scale": 0.0}
@@ -43,11 +43,12 @@ PUBLISHED = {
 # Settings that differ from every preset in every field that a preset can set.
 OTHER = SampleConfig(
     steps=7, guidance_steps=6, guidance_noise_range=0.7, timestep_spacing="leading", cfg_scale=3.0,
-    cfg_end_fraction=0.5, negative_prompt="blurry", motion_weight=5.0, guidance_warmup_steps=1,
-    guidance_cooldown_steps=2, guidance_interval=4, guidance_repeats=5, extraction_timestep=300,
-    top_k=2, guidance_blocks=("mid_block",), guidance_block_weights=(7.0,), inversion_steps=9,
-    semantic_scale=1.0, semantic_blocks=("up_blocks.3",), mask_threshold=0.9, num_frames=24,
-    height=64, width=128, context_length=8, context_overlap=0.5, closed_loop=True, memory="low")
+    cfg_start_fraction=0.2, cfg_end_fraction=0.5, negative_prompt="blurry", motion_weight=5.0,
+    guidance_warmup_steps=1, guidance_cooldown_steps=2, guidance_interval=4, guidance_repeats=5,
+    extraction_timestep=300, top_k=2, guidance_blocks=("mid_block",), guidance_block_weights=(7.0,),
+    inversion_steps=9, semantic_scale=1.0, semantic_blocks=("up_blocks.3",), mask_threshold=0.9,
+    num_frames=24, height=64, width=128, context_length=8, context_overlap=0.5, closed_loop=True,
+    memory="low")
 
 
 @pytest.mark.parametrize("name", PRESETS)

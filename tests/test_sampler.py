@@ -161,12 +161,42 @@ def test_classifier_free_guidance_is_the_common_form(small, scale):
     assert torch.allclose(first, expected, atol=1e-4 * float(expected.std()))
 
 
-def test_classifier_free_guidance_ends_after_its_fraction_of_the_steps(small):
-    off, half, full = (states(small, None, cfg_end_fraction=end) for end in (0, .5, 1))
-    assert torch.equal(half[2].latents, full[2].latents)
-    assert not torch.equal(half[3].latents, full[3].latents)
-    scale_one = states(small, None, cfg_scale=1.0)
-    assert all(torch.equal(a.latents, b.latents) for a, b in zip(off, scale_one))
+def test_classifier_free_guidance_is_limited_to_an_interval_of_the_steps(small):
+    def differ(config, other):
+        pairs = zip(states(small, None, **config), states(small, None, **other), strict=True)
+        return [not torch.equal(a.latents, b.latents) for a, b in pairs]
+
+    off = {"cfg_scale": 1.0}
+    assert differ({"cfg_end_fraction": 0.5}, {}) == [False] * 3 + [True] * 3
+    assert differ({"cfg_start_fraction": 0.5}, off) == [False] * 3 + [True] * 3
+    for start, end in ((0.0, 0.0), (0.5, 0.5), (0.6, 0.4), (1.0, 1.0)):
+        assert not any(differ({"cfg_start_fraction": start, "cfg_end_fraction": end}, off))
+
+
+@pytest.mark.parametrize("case", ["one window", "long", "control", "short text"])
+def test_unguided_steps_predict_both_texts_in_one_batch_if_memory_allows(
+        small, small_rgb, case, monkeypatch):
+    model = small_rgb if case == "control" else small
+    frames = 8 if case == "long" else 4
+    config = dataclasses.replace(model.config.sample, steps=2, guidance_steps=0, num_frames=frames,
+                                 context_length=4, context_overlap=0.0)
+    control = sparsectrl_condition(randn(1, 4, 8, 8), [1], 4) if case == "control" else None
+    prompt = randn(1, 5, 12) if case == "short text" else "a red star"
+    batches, forward = [], type(model.unet).forward
+
+    def count(self, z, *args, **kwargs):
+        batches.append(len(z))
+        return forward(self, z, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.unet), "forward", count)
+    high, low = ([s.latents for s in sample(
+        model, prompt, None, config, latents=randn(1, 4, frames, 8, 8, seed=3), control=control,
+        gradient_checkpointing=is_low)] for is_low in (False, True))
+    num_windows = frames // 4
+    per_step = [1, 1] if case == "short text" else [2]
+    assert batches == 2 * num_windows * per_step + 4 * num_windows * [1]
+    for a, b in zip(high, low, strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
 
 
 def test_negative_prompt_replaces_the_null_prompt(small):

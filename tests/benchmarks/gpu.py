@@ -73,7 +73,7 @@ class Options:
     def settings(self, size: int) -> mcl.SampleConfig:
         """Return the settings of clips of a size."""
         return dataclasses.replace(CONFIGS[self.model].sample, num_frames=self.frames, height=size,
-                                   width=size)
+                                   width=size, cfg_start_fraction=0.0)
 
 
 def measurements(o: Options) -> dict[str, Callable[[], Result]]:
@@ -152,8 +152,8 @@ def benchmark_steps(model: mcl.Model, config: mcl.SampleConfig, use_low_memory: 
     forward = partial(sampler.predict_noise, z, other_steps.TIMESTEP)
     guided = partial(sampler.predict_noise_and_gradient, z, other_steps.TIMESTEP)
     return {"forward pass": lambda: forward(text),
-            "unguided step": lambda: (forward(text), forward(null_text)),
-            "guided step": lambda: (guided(), forward(null_text))}
+            "unguided step": partial(sampler.classifier_free_guidance, 0, z),
+            "guided step": lambda: sampler.classifier_free_guidance(0, z, guided()[0])}
 
 
 class FlopCounter(TorchDispatchMode):

@@ -1,8 +1,12 @@
 """Device, precision and memory of the machine."""
 import contextlib
 import ctypes
+import os
 import re
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +16,8 @@ from .errors import InputError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Ends of the names that torch.cpu.get_capabilities gives to instructions for a type.
+HALF_SUFFIXES = {torch.bfloat16: ("bf16", "convert"), torch.float16: ("fp16", "arith", "convert")}
 # Features that a guided step of Stable Diffusion 1.5 stores for its gradient, and those that it
 # needs besides, in units of one feature map at the highest resolution (measured: BENCHMARKS.md).
 GUIDED_STEP_FEATURES = 215 + 60
@@ -40,6 +46,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return a data type; "auto" takes float32 on the CPU and float16 elsewhere.
 
+    Warns of a type that is slow on the CPU, once per process.
+
     Raises:
         InputError: If the data type is not known.
     """
@@ -48,6 +56,11 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     resolved = DTYPES.get(DTYPE_ALIASES.get(dtype, dtype)) if isinstance(dtype, str) else dtype
     if resolved is None or resolved not in DTYPES.values():
         raise InputError(f"dtype '{dtype}' is not known: use auto, {', '.join(DTYPES)}")
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()     # not in old versions
+    suffixes = HALF_SUFFIXES.get(resolved) if device.type == "cpu" and capabilities else None
+    if suffixes and not any(has and name.endswith(suffixes) for name, has in capabilities.items()):
+        warnings.warn(f"this processor has no instructions for {resolved}, which is up to 9 times "
+                      "slower than float32 here: use float32", stacklevel=1)     # shown once
     return resolved
 
 
@@ -76,6 +89,27 @@ def disable_malloc_trimming() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def share_cores() -> None:
+    """Make waiting threads sleep if other programs need a core. For processes of our own.
+
+    At the end of every operation, the threads of GNU OpenMP spin for milliseconds until all of them
+    are there. On a busy machine this takes the core from the thread that they wait for: a clip took
+    40 times as long. If there are more threads than cores, they soon sleep instead. A machine is
+    busy if more threads can run than it has cores; then an idle team of threads is added.
+    """
+    def watch() -> None:
+        excess = 0
+        while excess < 5:
+            time.sleep(0.1)
+            runnable = int(Path("/proc/loadavg").read_text("ascii").split()[3].partition("/")[0])
+            excess = max(0, excess + (1 if runnable - 1 > (os.cpu_count() or 1) else -1))
+        torch.ones(1 << 20).add_(1)             # large enough for a team of threads
+        threading.Event().wait()
+
+    if sys.platform == "linux":
+        threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

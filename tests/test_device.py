@@ -3,6 +3,7 @@ import dataclasses
 import platform
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -132,3 +133,21 @@ def test_offloaded_modules_return_to_their_device_after_an_error():
         assert module.devices == ["cpu"]
         raise KeyError
     assert module.devices == ["cpu", "meta"]
+
+
+@pytest.mark.parametrize("dtype, capabilities, is_slow", [
+    ("float16", {"avx512_f": True, "avx512_bf16": True, "avx512_fp16": False}, True),
+    ("bfloat16", {"avx512_f": True, "avx512_bf16": True}, False),
+    ("bfloat16", {"avx2": True, "avx512_bf16": False}, True),
+    ("bfloat16", {"neon": True, "bf16": True}, False), ("float16", {"neon": True}, True),
+    ("float16", {"amx_fp16": True}, False), ("float16", {}, False),
+    ("float32", {"avx2": True}, False)])
+def test_type_without_instructions_of_the_processor_is_warned_of(
+        dtype, capabilities, is_slow, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resolve_dtype(dtype, torch.device("cpu"))
+        resolve_dtype(dtype, torch.device("cuda"))
+    assert [str(w.message).partition(",")[0] for w in caught] == is_slow * [
+        f"this processor has no instructions for torch.{dtype}"]

@@ -95,9 +95,9 @@ def plan_conversion(name: str, parts: Mapping[str, DetectedCheckpoint], loras: S
     for path, reasons in ignored.items():
         for reason in {reason for reason in reasons.values() if reason.endswith(FOREIGN_PART_NOTE)}:
             warnings.warn(f"{path}: ignored tensors {reason}", stacklevel=3)
-    return ConversionPlan(
-        config, weights, {part: checkpoint.path for part, checkpoint in parts.items()}, shapes,
-        deltas, {path: Counter(reasons.values()) for path, reasons in ignored.items()})
+    paths = {part: checkpoint.path for part, checkpoint in parts.items()}
+    counts = {path: Counter(reasons.values()) for path, reasons in ignored.items()}
+    return ConversionPlan(config, weights, paths, shapes, deltas, counts)
 
 
 def part_of(name: str) -> str:

@@ -76,9 +76,9 @@ def output_clips(args: argparse.Namespace, config: SampleConfig) -> list[OutputC
     for seed in range(args.seed, args.seed + args.num_samples):
         suffix = f"-{seed}" if args.num_samples > 1 else ""
         out = with_suffix(args.out, suffix)
-        clips.append(OutputClip(args, config, seed, out, out.parent / f"{out.name}.json",
-                                with_suffix(out, "-compare") if args.compare else None,
-                                args.maps and with_suffix(args.maps, suffix)))
+        comparison = with_suffix(out, "-compare") if args.compare else None
+        maps = args.maps and with_suffix(args.maps, suffix)
+        clips.append(OutputClip(args, config, seed, out, Path(f"{out}.json"), comparison, maps))
     return clips
 
 

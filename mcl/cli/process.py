@@ -99,12 +99,9 @@ def print_line(text: object, file: TextIO | None = None) -> None:
 class OneLineErrorParser(argparse.ArgumentParser):
     """Argument parser that reports wrong usage as an InputError, with the closest option."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        """Create a parser without abbreviated options."""
-        super().__init__(*args, **kwargs | {"allow_abbrev": False})
-
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments. An option with one value that is given twice is an error."""
+        """Parse arguments. No option is abbreviated, or given twice if it has one value."""
+        self.allow_abbrev = False
         args = sys.argv[1:] if args is None else list(args)
         counts = Counter(word.partition("=")[0] for word in args if word.startswith("--"))
         for option, action in self._option_string_actions.items():

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .. import Clip, InputError, Model, Motion, Reference, SamplerStep, clone, read_reference
 from ..checkpoints import embeddings, lora, model_file
 from ..clone import control_condition, needs_checkpointing
-from ..device import disable_malloc_trimming
+from ..device import disable_malloc_trimming, share_cores
 from ..evaluation import html_report, report
 from ..ownership import sha256_of
 from ..video.decode import has_audio
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """Run the command as this process."""
+    share_cores()
     run_main(main)
 
 
@@ -168,8 +169,7 @@ def write_outputs(clip: OutputClip, result: Clip, reference: Reference, model: M
     metrics: dict[str, dict[str, float]] = {}
     if args.report or clip.maps is not None:
         control = control_condition(model, images, config)
-        num_steps = None if args.report else report.PREVIEW_STEPS
-        unguided = report.sample_unguided(model, args.prompt, config, clip.seed, control, num_steps,
+        unguided = report.sample_unguided(model, args.prompt, config, clip.seed, control,
                                           ProgressBars())
         latents = {"unguided": unguided, "clone": result.latents}
         if args.report and reference.frames is not None:

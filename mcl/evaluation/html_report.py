@@ -21,7 +21,7 @@ from ..inversion import InvertedReference
 from ..model import Model
 from ..motion import Motion, extract_motion
 from ..sampler import SamplerStep
-from .report import PREVIEW_STEPS, result_line
+from .report import result_line
 from .tracking import tracklets
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
@@ -60,8 +60,7 @@ def write_html_report(folder: Path, model: Model, prompt: str, config: SampleCon
         reference: The reference of the clone.
         latents_by_name: Scaled latents (1, c, f, h, w) of the clips "unguided" and "clone".
         steps: Steps of the clone's sampling.
-        record: What the page lists as settings; must have "prompt" and "fps". If it has a "report",
-            the unguided clip had all steps, and else PREVIEW_STEPS.
+        record: What the page lists as settings; must have "prompt" and "fps".
         control: Condition of SparseCtrl of the clips.
 
     Raises:
@@ -82,9 +81,7 @@ def write_html_report(folder: Path, model: Model, prompt: str, config: SampleCon
         full_motion = extract_motion(model, reference.latents, full,
                                      control=control_condition(model, images, config))
     clips = [ClipView("reference", note, frames, full_motion)]
-    num_steps = config.steps if record.get("report") else min(PREVIEW_STEPS, config.steps)
-    for name, origin in ("unguided", f"from the same noise, in {num_steps} steps "
-                         f"(clone: {config.steps}); "), ("clone", ""):
+    for name, origin in ("unguided", "from the same noise; "), ("clone", ""):
         z, settings = latents_by_name[name], dataclasses.replace(full, extraction_timestep=t)
         clips.append(ClipView(
             name, f"{origin}finished, then noised once to timestep {t}, without a prompt",

@@ -30,7 +30,6 @@ NAN_REASONS = dict.fromkeys(METRICS, "no point could be tracked in the clip or t
 NAN_REASONS |= {"corrected fidelity": f"fewer than {MIN_POINTS} points could be tracked",
                 "camera curves": "no camera motion explains the points of the reference",
                 "change centroids": "the reference has no subject in front of a still background"}
-PREVIEW_STEPS = 8               # steps of an unguided clip that is only shown, not measured
 
 
 def motion_magnitude(latents: Tensor) -> float:
@@ -96,8 +95,7 @@ def warn_if_unsuitable(model: Model, name: str, latents: Tensor) -> dict[str, fl
 
 
 def sample_unguided(model: Model, prompt: str, config: SampleConfig, seed: int,
-                    control: Tensor | None = None, num_steps: int | None = None,
-                    progress: Progress = no_progress) -> Tensor:
+                    control: Tensor | None = None, progress: Progress = no_progress) -> Tensor:
     """Return the latents (1, c, f, h, w) of a clip without guidance, from the noise of a seed.
 
     Args:
@@ -106,11 +104,8 @@ def sample_unguided(model: Model, prompt: str, config: SampleConfig, seed: int,
         config: Settings of the guided clip.
         seed: Seed of the guided clip.
         control: Condition of SparseCtrl, as for `sample`.
-        num_steps: Most steps, for a quick preview; None for all steps of the guided clip.
         progress: As for `clone`.
     """
-    if num_steps is not None:
-        config = dataclasses.replace(config, steps=min(num_steps, config.steps), guidance_steps=0)
     states = sample(model, prompt, None, config, control=control, generator=make_generator(seed))
     for state in progress(states, desc="unguided clip", total=config.steps):
         latents: Tensor = state.latents
@@ -202,9 +197,8 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
         return f"{title:22}" + "".join(f"{cell:>19}" for cell in cells)
 
     return "\n".join([
-        line("", rows),
-        *(line(f"{name} {arrow}", (f"{row[name]:z.3f}".replace("nan", "-") for row in
-                                   rows.values())) for name, arrow in METRICS.items()),
-        f"verdict: {verdict(rows)}",
+        line("", rows), *(line(f"{name} {arrow}", (
+            f"{r[name]:z.3f}".replace("nan", "-") for r in rows.values()))
+            for name, arrow in METRICS.items()), f"verdict: {verdict(rows)}",
         *(f"- {name}: {NAN_REASONS[name]}" for name in METRICS
           if any(math.isnan(row[name]) for row in rows.values()))])

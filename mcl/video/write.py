@@ -100,11 +100,10 @@ def _write_animation(path: Path, images: np.ndarray, fps: float) -> None:
                 duration=(np.diff(frame_boundaries) * tick).tolist())
 
 
-def _write_folder(path: Path, images: np.ndarray, fps: float) -> None:
+def _write_pngs(path: Path, images: np.ndarray, fps: float) -> None:
     """Write one PNG image per frame. A folder has no frame rate."""
     for index, image in enumerate(images):
         iio.imwrite(path.absolute() / f"{index:05d}.png", image, plugin="pillow")
 
 
-WRITERS = {".mp4": _write_mp4, ".gif": _write_animation, ".webp": _write_animation,
-           "": _write_folder}
+WRITERS = {".mp4": _write_mp4, ".gif": _write_animation, ".webp": _write_animation, "": _write_pngs}

@@ -36,7 +36,7 @@ def write_report(folder, model, prompt=PROMPT, source=REF, record=None, **settin
     config = build_config(model.config.sample, **QUICK | settings)
     reference = read_reference(model, source, config)
     clip = clone(reference, prompt, model=model, **QUICK | settings)
-    latents = {"unguided": sample_unguided(model, prompt, config, 0, num_steps=2),
+    latents = {"unguided": sample_unguided(model, prompt, config, 0),
                "clone": clip.latents}
     write_html_report(folder, model, prompt, config, reference, latents, clip.steps,
                       {"prompt": prompt, "fps": clip.fps, **(record or {})})

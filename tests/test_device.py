@@ -1,5 +1,6 @@
 """Device, precision and memory of the machine, and when a guided step recomputes activations."""
 import dataclasses
+import os
 import platform
 import subprocess
 import sys
@@ -151,3 +152,26 @@ def test_type_without_instructions_of_the_processor_is_warned_of(
         resolve_dtype(dtype, torch.device("cuda"))
     assert [str(w.message).partition(",")[0] for w in caught] == is_slow * [
         f"this processor has no instructions for torch.{dtype}"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_busy_machine_gets_an_idle_team_of_threads():
+    script = """
+import os, sys, time
+from pathlib import Path
+import torch
+from mcl.device import share_cores
+read_text = Path.read_text
+Path.read_text = lambda path, *args: (f"9 9 9 {sys.argv[1]}/99 9" if str(path) == "/proc/loadavg"
+                                      else read_text(path, *args))
+torch.ones(1 << 20).add_(1)
+before = len(os.listdir("/proc/self/task"))
+share_cores()
+time.sleep(1)
+print(len(os.listdir("/proc/self/task")) - before)"""
+    num_cores = os.cpu_count()
+    started = [subprocess.Popen([sys.executable, "-c", script, str(runnable)], text=True,
+                                stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "3"})
+               for runnable in (num_cores + 1, num_cores + 2)]     # one is the watching thread
+    quiet, busy = (int(process.communicate()[0]) for process in started)
+    assert quiet == 1 and busy > 1

@@ -149,9 +149,8 @@ def benchmark_steps(model: mcl.Model, config: mcl.SampleConfig, use_low_memory: 
     top = {name: probs.topk(1) for name, probs in maps.temporal.items()}
     values, indices = ({name: pair[i] for name, pair in top.items()} for i in (0, 1))
     sampler.guidance = [mcl.motion_guidance(mcl.Motion(values, indices))]
-    forward = partial(sampler.predict_noise, z, other_steps.TIMESTEP)
     guided = partial(sampler.predict_noise_and_gradient, z, other_steps.TIMESTEP)
-    return {"forward pass": lambda: forward(text),
+    return {"forward pass": partial(sampler.predict_noise, z, other_steps.TIMESTEP, text),
             "unguided step": partial(sampler.classifier_free_guidance, 0, z),
             "guided step": lambda: sampler.classifier_free_guidance(0, z, guided()[0])}
 

@@ -49,10 +49,11 @@ TINY = ModelConfig(
         hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4),
     # The second motion module of the block determines a camera's direction, the first hardly.
     sample=SampleConfig(
-        steps=32, guidance_steps=16, guidance_noise_range=0.25, guidance_warmup_steps=5,
-        guidance_cooldown_steps=5, cfg_scale=5.0, motion_weight=25000.0, extraction_timestep=200,
+        steps=18, guidance_steps=12, guidance_noise_range=0.25, guidance_warmup_steps=5,
+        guidance_cooldown_steps=5, cfg_scale=6.0, cfg_start_fraction=0.3, cfg_end_fraction=0.85,
+        motion_weight=29000.0, extraction_timestep=200, height=SIZE, width=SIZE,
         guidance_blocks=("up_blocks.1.motion_modules.0", "up_blocks.1.motion_modules.1"),
-        guidance_block_weights=(1.0, 4.0), height=SIZE, width=SIZE),
+        guidance_block_weights=(1.0, 4.0)),
     # The two limits were chosen on held-out references and real clips (BENCHMARKS.md).
     training_vocabulary=VOCABULARY, min_reference_motion=0.38, max_denoising_error=0.08)
 P_EMPTY_CAPTION = 0.1           # for classifier-free guidance

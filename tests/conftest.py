@@ -10,6 +10,7 @@ from torch import nn
 
 from mcl import Model, ModelConfig, load_model
 from mcl.config import CLIPTextConfig, SampleConfig, SparseCtrlConfig, UNetConfig, VAEConfig
+from tests.processes import ProcessStarter
 from weights.training.clip_metrics import render_template
 
 if "PYTEST_XDIST_WORKER" in os.environ:     # several workers share the cores
@@ -65,6 +66,14 @@ def small_rgb():
 @pytest.fixture(scope="session")
 def embedded():
     return load_model(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Return a function that starts a script in a process of its own, quickly."""
+    starter = ProcessStarter()
+    yield starter
+    starter.close()
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_a_clip_is_the_same_with_and_without_recomputation(small, monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is changed")
-def test_freed_memory_is_kept_for_the_next_tensor():
+def test_freed_memory_is_kept_for_the_next_tensor(start, tmp_path):
     program = """
 import torch
 from mcl.device import disable_malloc_trimming
@@ -113,8 +113,10 @@ disable_malloc_trimming()
 before = pages()
 torch.zeros(2 ** 25)
 print(pages() - before)"""
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert int(process.stdout) > 32000, process.stderr      # of the 32768 pages of 128 MB
+    with open(tmp_path / "pages.txt", "w") as stdout:
+        process = start(["-c", program], tmp_path, stdout)
+    assert process.stderr.read() == "" and process.wait() == 0
+    assert int((tmp_path / "pages.txt").read_text()) > 32000    # of the 32768 pages of 128 MB
 
 
 class RecordingLinear(torch.nn.Linear):

@@ -75,11 +75,16 @@ def test_only_the_command_line_parses_arguments():
             and not name.startswith("cli.")] == []
 
 
-def test_import_mcl_loads_no_converter_no_evaluation_and_no_command_line():
-    code = "import sys, mcl; print(*[m for m in sys.modules if m.startswith('mcl.')])"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True,
-                            capture_output=True, text=True).stdout.split()
-    assert "mcl.clone" in loaded
+def test_import_mcl_loads_no_converter_no_evaluation_no_command_line_and_no_compiler():
+    """Neither the import nor loading a model prints or warns anything."""
+    code = ("import sys, mcl; loaded = list(sys.modules); mcl.load_model(device='cpu')\n"
+            "print(*(name for name in loaded if name.startswith('mcl.')))\n"
+            "print(*(name for name in sys.modules if name.startswith('torch._dynamo')))")
+    process = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=PACKAGE.parent,
+                             capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+    loaded, compiler = map(str.split, process.stdout.splitlines())
+    assert "mcl.clone" in loaded and compiler == []
     assert [name for name in loaded if name.startswith(("mcl.evaluation", "mcl.cli"))] == []
     assert {name for name in loaded if name.startswith("mcl.checkpoints.")} == {
         "mcl.checkpoints.model_file", "mcl.checkpoints.from_state_dicts"}

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 
@@ -294,19 +293,16 @@ def test_a_wrong_output_is_reported_before_anything_is_downloaded(hub, tmp_path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-def test_an_interrupted_download_ends_in_one_line_and_leaves_no_file(hub, tmp_path):
+def test_an_interrupted_download_ends_in_one_line_and_leaves_no_file(start, hub, tmp_path):
     hub.cuts = 1
     hub.proceed.clear()
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "convert_weights.py", "--preset", "sd15-v3", "--out",
-         "a.safetensors"],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": f"{hub.home}/hub"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = start(
+        [ROOT / "convert_weights.py", "--preset", "sd15-v3", "--out", "a.safetensors"], tmp_path,
+        HF_ENDPOINT=hub.url, HF_HUB_CACHE=f"{hub.home}/hub")
     while hub.cuts:
-        assert process.poll() is None
+        os.kill(process.pid, 0)
         hub.proceed.wait(0.05)
-    process.send_signal(signal.SIGINT)
-    *_, last = process.communicate()[1].splitlines()
-    assert process.returncode == 130 and last == "interrupted; no unfinished file is left"
+    os.kill(process.pid, signal.SIGINT)
+    *_, last = process.stderr.read().splitlines()
+    assert process.wait() == 130 and last == "interrupted; no unfinished file is left"
     assert not blobs(hub) and list(tmp_path.iterdir()) == [hub.home]

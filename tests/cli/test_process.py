@@ -1,6 +1,6 @@
 """Exit codes, signals, and output streams that cannot be written."""
+import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,41 +17,34 @@ from tests.cli.conftest import REFERENCE, ROOT
 
 @pytest.fixture(scope="module")
 def argv(weights):
-    return [sys.executable, ROOT / "sample.py", "--weights", weights, "--ref", REFERENCE,
-            "--prompt", "a star"]
-
-
-def start(argv, number, folder, **options):
-    """Start a process that handles a signal in the default way, which pytest's parent may not."""
-    return subprocess.Popen(argv, cwd=folder, stderr=subprocess.PIPE, text=True, **options,
-                            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    return [ROOT / "sample.py", "--weights", weights, "--ref", REFERENCE, "--prompt", "a star"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize("name, code, word", [
     ("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated"), ("SIGHUP", 143, "terminated")])
-def test_signal_ends_in_one_line_and_leaves_no_file(argv, tmp_path, name, code, word):
-    number = getattr(signal, name)
+def test_signal_ends_in_one_line_and_leaves_no_file(start, argv, tmp_path, name, code, word):
     process = start([*argv, "--out", "a.mp4", "--steps", "1000", "--guidance-steps", "1000"],
-                    number, tmp_path)
+                    tmp_path)
     output = ""
     while "loss=" not in output:
         output += process.stderr.read(20)
-    process.send_signal(number)
-    *_, last = process.communicate()[1].splitlines()
-    assert process.returncode == code and last == f"{word}; no unfinished file is left"
+    os.kill(process.pid, getattr(signal, name))
+    *_, last = process.stderr.read().splitlines()
+    assert process.wait() == code and last == f"{word}; no unfinished file is left"
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-def test_second_signal_does_not_disturb_the_first(tmp_path):
+def test_second_signal_does_not_disturb_the_first(start, tmp_path):
     code = ("import os, signal, time; from mcl.cli.process import exit_code_of, run_main\n"
             "def action():\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n"
             "    finally:\n        os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
             "        print('cleaned up')\nrun_main(lambda: exit_code_of(action))")
-    process = start([sys.executable, "-c", code], signal.SIGINT, ROOT, stdout=subprocess.PIPE)
-    assert process.communicate() == ("cleaned up\n", "interrupted; no unfinished file is left\n")
-    assert process.returncode == 130
+    with open(tmp_path / "out.txt", "w") as stdout:
+        process = start(["-c", code], tmp_path, stdout)
+    assert process.stderr.read() == "interrupted; no unfinished file is left\n"
+    assert process.wait() == 130 and (tmp_path / "out.txt").read_text() == "cleaned up\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the folder of a process cannot be deleted")
@@ -82,29 +75,41 @@ def test_messages_are_single_lines_without_control_characters(capsys):
 def test_interrupt_while_pytorch_is_imported_prints_no_traceback(tmp_path, script):
     """A module that takes long stands in for PyTorch."""
     (tmp_path / "torch.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
-    process = start([sys.executable, ROOT / script], signal.SIGINT, tmp_path,
-                    stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    process = subprocess.Popen(         # pytest's parent may ignore the signal
+        [sys.executable, ROOT / script], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.communicate() == ("", "") and process.returncode == 130
 
 
+def closed_pipe():
+    """Return a file whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
-@pytest.mark.parametrize("streams", ["| head -c0", "2>/dev/full", ">/dev/full", ">&-"])
-def test_files_are_written_even_if_messages_cannot_be(argv, tmp_path, streams):
-    command = shlex.join(map(str, [*argv, "--steps", 1, "--guidance-steps", 0, "--num-samples", 2,
-                                   "--compare", "--out", "a.gif"]))
-    process = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {streams}"], cwd=tmp_path,
-                             capture_output=True, text=True)
-    assert process.returncode == 0 and len(list(tmp_path.glob("*.gif"))) == 4
-    assert "Traceback" not in process.stderr and "Exception" not in process.stderr
+@pytest.mark.parametrize("stdout, is_stderr_full", [
+    (closed_pipe, False), (lambda: open(os.devnull, "w"), True),
+    (lambda: open("/dev/full", "w"), False), (contextlib.nullcontext, False)],
+    ids=["closed pipe", "full stderr", "full stdout", "closed stdout"])
+def test_files_are_written_even_if_messages_cannot_be(start, argv, tmp_path, stdout,
+                                                      is_stderr_full):
+    with stdout() as file:
+        process = start([*argv, "--steps", 1, "--guidance-steps", 0, "--num-samples", 2,
+                         "--compare", "--out", "a.gif"], tmp_path, file, is_stderr_full)
+    output = process.stderr.read()
+    assert process.wait() == 0 and len(list(tmp_path.glob("*.gif"))) == 4
+    assert "Traceback" not in output and "Exception" not in output
 
 
-def test_wrong_usage_is_one_line_without_traceback(argv):
-    process = subprocess.run([sys.executable, ROOT / "sample.py", "--prompt", "x"],
-                             capture_output=True, text=True)
-    assert process.returncode == 2
-    assert process.stderr == "error: sample.py needs --ref, a video with the motion\n"
+def test_wrong_usage_is_one_line_without_traceback(start, tmp_path):
+    process = start([ROOT / "sample.py", "--prompt", "x"], tmp_path)
+    assert process.stderr.read() == "error: sample.py needs --ref, a video with the motion\n"
+    assert process.wait() == 2
 
 
 @pytest.mark.parametrize("error, line", [

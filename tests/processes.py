@@ -43,6 +43,7 @@ for file, target in zip(reversed(files), (2, 1)):
 if sys.argv[0] == "-c":
     exec(sys.argv.pop(1))
 else:
+    sys.path[0] = os.path.dirname(sys.argv[0])
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -76,12 +77,12 @@ class ProcessStarter:
         environment.
         """
         reader, writer = os.pipe()
-        message = json.dumps([str(folder), [str(argument) for argument in argv], variables]).encode()
+        message = json.dumps([str(folder), [str(argument) for argument in argv], variables])
         if is_stderr_full:
             os.close(writer)
             writer = os.open("/dev/full", os.O_WRONLY)
         files = [writer] if stdout is None else [stdout.fileno(), writer]
-        socket.send_fds(self.connection, [message], files)
+        socket.send_fds(self.connection, [message.encode()], files)
         os.close(writer)
         return Process(self.replies, open(reader, encoding="utf-8"))
 

@@ -6,12 +6,13 @@ from mcl import load_model, model_from_state_dicts, sparsectrl_condition
 from tests import foreign
 from tests.conftest import randn, randomize
 from tests.foreign import convert
+from tests.lazy import LazyModule
 from tests.networks.diffusers_oracle import max_error, use_animatediff_norms
 
-diffusers = pytest.importorskip("diffusers")
-sparse_unet = pytest.importorskip("diffusers.models.controlnets.controlnet_sparsectrl")
-motion_unet = pytest.importorskip("diffusers.models.unets.unet_motion_model")
-transformers = pytest.importorskip("transformers")
+diffusers = LazyModule("diffusers")
+sparse_unet = LazyModule("diffusers.models.controlnets.controlnet_sparsectrl")
+motion_unet = LazyModule("diffusers.models.unets.unet_motion_model")
+transformers = LazyModule("transformers")
 
 WIDTHS = (16, 24, 32, 32)
 CLIP_BATCH = 2

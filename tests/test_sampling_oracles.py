@@ -13,6 +13,7 @@ from mcl.networks.attention import AttentionMaps
 from mcl.sampler import Sampler
 from mcl.schedule import NoiseSchedule, ddim_step
 from tests.conftest import SMALL, randn, randomize
+from tests.lazy import LazyModule
 from tests.networks.diffusers_oracle import (
     diffusers_noise,
     max_error,
@@ -20,7 +21,7 @@ from tests.networks.diffusers_oracle import (
 )
 from tests.networks.test_oracles import V3, oracle_noise_and_maps, unets
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = LazyModule("diffusers")
 
 
 def scheduler(spacing="leading"):

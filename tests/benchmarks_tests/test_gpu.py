@@ -1,6 +1,5 @@
 """Tests of the benchmark of steps and clips, on the CPU at a small size."""
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -155,9 +154,11 @@ def test_random_model_has_the_requested_config_and_precision(small):
 
 
 @pytest.mark.parametrize("name", ["gpu", "paper_table", "full_size"])
-def test_scripts_run_by_path_and_by_module_name(name, tmp_path):
+def test_scripts_run_by_path_and_by_module_name(name, start, tmp_path):
+    module = f"import runpy; runpy.run_module('tests.benchmarks.{name}', run_name='__main__')"
     for argv, folder in (([ROOT / "tests" / "benchmarks" / f"{name}.py"], tmp_path),
-                         (["-m", f"tests.benchmarks.{name}"], ROOT)):
-        process = subprocess.run([sys.executable, *argv, "--help"], cwd=folder, capture_output=True,
-                                 text=True)
-        assert process.returncode == 0 and process.stdout.startswith("usage: "), process.stderr
+                         (["-c", module], ROOT)):
+        with open(tmp_path / "help.txt", "w") as stdout:
+            process = start([*argv, "--help"], folder, stdout)
+        assert process.wait() == 0, process.stderr.read()
+        assert (tmp_path / "help.txt").read_text().startswith("usage: ")

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -15,9 +14,11 @@ from mcl import InputError, write_video
 from mcl.checkpoints.model_file import DEFAULT_WEIGHTS
 from mcl.evaluation.report import METRICS
 from mcl.networks.tokenizer import Tokenizer
-from tests.benchmarks.paper_table import PAPER_RESULTS, clip_scores, format_table, load_clip, main
+from tests.lazy import LazyModule
 from weights.training.evaluate import student_t_95
 
+transformers = LazyModule("transformers")
+paper_table = LazyModule("tests.benchmarks.paper_table")
 ROOT = Path(__file__).parents[2]
 SMALL = {"text": 64, "text_layers": 2, "vision": 128, "layers": 2, "patch": 8, "grid": 4, "d": 24}
 
@@ -77,7 +78,8 @@ def test_clip_scores_equal_products_of_embeddings_of_normalized_crops(sizes, tmp
     a, b, c = expected.image_embeds
     assert max(a @ b, b @ c, a @ c) < 0.99              # the embeddings differ
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        scores = clip_scores(load_clip(path), "a red star on a navy background", to_frames(images))
+        scores = paper_table.clip_scores(paper_table.load_clip(path),
+                                         "a red star on a navy background", to_frames(images))
         assert scores == pytest.approx((float((a + b + c) @ expected.text_embeds[0] / 3),
                                         float((a @ b + b @ c) / 2)), abs=1e-5)
 
@@ -92,7 +94,7 @@ def test_damaged_clip_files_are_rejected(name, change, message, clip_file, tmp_p
     save_file(tensors if change is None else tensors | {name: change}, path, {"format": "pt"})
     (tmp_path / "config.json").write_text((clip_file.parent / "config.json").read_text())
     with pytest.raises(InputError, match=f"{path}.*{message}"):
-        load_clip(path)
+        paper_table.load_clip(path)
 
 
 def record(reference, prompt, seed=0, **metrics):
@@ -110,7 +112,8 @@ def test_table_has_means_over_references_and_prompts_with_intervals():
     records = [record("a", "x", flicker=(1.0, 0.5)), record("a", "x", 1, flicker=(3.0, 0.5)),
                record("b", "x", flicker=(4.0, None)), record("b", "y", flicker=(6.0, math.nan))]
     # The means 2, 4 and 6 have a deviation of 2; 4.3027 * 2 / sqrt(3) = 4.9683.
-    assert rows(format_table(records))["flicker"] == ["4.0000 ± 4.9683", "0.5000 (of 1)", ""]
+    table = rows(paper_table.format_table(records))
+    assert table["flicker"] == ["4.0000 ± 4.9683", "0.5000 (of 1)", ""]
 
 
 @pytest.mark.parametrize("degrees_of_freedom, t", [
@@ -137,15 +140,16 @@ def make_record(tmp_path):
 
 def test_table_is_made_from_the_records_of_clips(make_record, clip_file, capsys):
     paths, clips = zip(make_record("a", 0), make_record("b", 2), strict=True)
-    assert main(["--clip", str(clip_file), *map(str, paths)]) == 0
+    assert paper_table.main(["--clip", str(clip_file), *map(str, paths)]) == 0
     table = rows(capsys.readouterr().out)
-    assert list(table) == ["", "---", *PAPER_RESULTS, *METRICS]
+    assert list(table) == ["", "---", *paper_table.PAPER_RESULTS, *METRICS]
     assert table["flicker"] == ["2.0000", "1.5000", ""]         # seeds are averaged first
-    scores = [clip_scores(load_clip(clip_file), "a red star", frames) for frames in clips]
-    for name, values in zip(PAPER_RESULTS, zip(*scores, strict=True), strict=True):
+    scores = [paper_table.clip_scores(paper_table.load_clip(clip_file), "a red star", frames)
+              for frames in clips]
+    for name, values in zip(paper_table.PAPER_RESULTS, zip(*scores, strict=True), strict=True):
         clone, unguided, paper = table[name]
         assert float(clone) == pytest.approx(sum(values) / 2, abs=1e-4)
-        assert (unguided, paper) == ("- (of 0)", str(PAPER_RESULTS[name]))
+        assert (unguided, paper) == ("- (of 0)", str(paper_table.PAPER_RESULTS[name]))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -160,7 +164,7 @@ def test_files_that_are_no_records_are_reported_in_one_line(change, message, mak
     else:
         path.write_text(change if isinstance(change, str) else
                         json.dumps(json.loads(path.read_text()) | change))
-    assert main(["--clip", str(clip_file), str(path)]) == 2
+    assert paper_table.main(["--clip", str(clip_file), str(path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {path}: ")
     assert re.search(message, error)
@@ -168,7 +172,7 @@ def test_files_that_are_no_records_are_reported_in_one_line(change, message, mak
 
 def test_other_weights_are_not_taken_for_clip(make_record, capsys):
     path, _ = make_record("a", 0)
-    assert main(["--clip", str(DEFAULT_WEIGHTS), str(path)]) == 2
+    assert paper_table.main(["--clip", str(DEFAULT_WEIGHTS), str(path)]) == 2
     assert "not a CLIPModel" in capsys.readouterr().err
 
 

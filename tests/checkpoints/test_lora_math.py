@@ -3,27 +3,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from lycoris.modules.full import FullModule
-from lycoris.modules.glora import GLoRAModule
-from lycoris.modules.locon import LoConModule
-from lycoris.modules.loha import LohaModule
-from lycoris.modules.lokr import LokrModule
-from lycoris.modules.norms import NormModule
 from torch import nn
 
 from mcl import InputError
 from mcl.checkpoints.containers import Checkpoint, wrap_tensor
 from mcl.checkpoints.detect import detect
 from mcl.checkpoints.lora import Lora, apply_deltas, lora_deltas
+from tests.lazy import LazyModule
 
 LAYERS = {"linear": lambda: nn.Linear(12, 16), "1x1": lambda: nn.Conv2d(12, 16, 1),
           "3x3": lambda: nn.Conv2d(12, 16, 3, padding=1)}
 FORMS = {
-    "locon": (LoConModule, {}), "loha": (LohaModule, {}), "glora": (GLoRAModule, {}),
-    "lokr, second factored": (LokrModule, {"lora_dim": 1, "alpha": 3, "factor": 4}),
-    "lokr, both factored": (LokrModule, {"lora_dim": 1, "alpha": 3, "factor": 4,
-                                         "decompose_both": True}),
-    "lokr, both whole": (LokrModule, {"lora_dim": 100, "factor": 4})}
+    "locon": ("locon.LoConModule", {}), "loha": ("loha.LohaModule", {}),
+    "glora": ("glora.GLoRAModule", {}),
+    "lokr, second factored": ("lokr.LokrModule", {"lora_dim": 1, "alpha": 3, "factor": 4}),
+    "lokr, both factored": ("lokr.LokrModule", {"lora_dim": 1, "alpha": 3, "factor": 4,
+                                                  "decompose_both": True}),
+    "lokr, both whole": ("lokr.LokrModule", {"lora_dim": 100, "factor": 4})}
 DORA = {"": {}, "rows": {"weight_decompose": True, "wd_on_out": True},
            "columns": {"weight_decompose": True, "wd_on_out": False}}
 CASES = [(form, layer, dora, tucker) for form in FORMS for layer in LAYERS for dora in DORA
@@ -46,6 +42,8 @@ def merge(state, layer, scale=1.0):
 
 def trained(kind, layer, **options):
     """Return a LyCORIS module with weights unlike its initial ones, and its state."""
+    file, name = kind.split(".")
+    kind = getattr(LazyModule(f"lycoris.modules.{file}"), name)
     module = kind("x", layer, 1.0, **{"lora_dim": 4, "alpha": 2} | options)
     for name, p in module.named_parameters():
         if not name.startswith("org_module"):
@@ -72,13 +70,14 @@ def test_each_form_equals_lycoris(form, layer, dora, tucker):
 
 
 @pytest.mark.parametrize("kind, layer", [
-    (FullModule, LAYERS["linear"]), (FullModule, LAYERS["3x3"]),
-    (NormModule, lambda: nn.LayerNorm(12)), (NormModule, lambda: nn.GroupNorm(4, 12))])
+    ("full.FullModule", LAYERS["linear"]), ("full.FullModule", LAYERS["3x3"]),
+    ("norms.NormModule", lambda: nn.LayerNorm(12)),
+    ("norms.NormModule", lambda: nn.GroupNorm(4, 12))])
 def test_full_matrices_biases_and_norms_equal_lycoris(kind, layer):
     torch.manual_seed(0)
     layer = layer()
     module, state = trained(kind, layer)
-    if kind is FullModule:
+    if kind == "full.FullModule":
         state = dict(zip(("diff", "diff_b"), module.get_diff_weight()))
         module._org_weight, module.org_bias = [layer.weight.data], [layer.bias.data]
     expected = module.get_merged_weight(1.0)
@@ -92,7 +91,7 @@ def test_full_matrices_biases_and_norms_equal_lycoris(kind, layer):
 def test_glora_with_the_swapped_names_of_before_2024():
     torch.manual_seed(0)
     layer = LAYERS["linear"]()
-    _, state = trained(GLoRAModule, layer)
+    _, state = trained("glora.GLoRAModule", layer)
     current, _ = merge(state, layer)
     swap = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
     former, _ = merge({swap.get(name[:2], name[:2]) + name[2:]: t for name, t in state.items()},

@@ -1,14 +1,13 @@
 """diffusers' networks with this project's weights and AnimateDiff's group norms, for comparison."""
-import pytest
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from mcl.config import UNetConfig
 from mcl.networks.unet import UNet3D
+from tests.lazy import LazyModule
 
-pytest.importorskip("diffusers")
-motion_unet = pytest.importorskip("diffusers.models.unets.unet_motion_model")
+motion_unet = LazyModule("diffusers.models.unets.unet_motion_model")
 
 
 def max_error(actual, expected):

@@ -16,6 +16,7 @@ from mcl.networks.tokenizer import Tokenizer
 from mcl.networks.unet import UNet3D
 from mcl.networks.vae import AutoencoderKL
 from tests.conftest import SMALL, randn, randomize
+from tests.lazy import LazyModule
 from tests.networks.diffusers_oracle import (
     diffusers_name,
     diffusers_noise,
@@ -26,9 +27,9 @@ from tests.networks.diffusers_oracle import (
     use_animatediff_norms,
 )
 
-diffusers = pytest.importorskip("diffusers")
-sparse_unet = pytest.importorskip("diffusers.models.controlnets.controlnet_sparsectrl")
-transformers = pytest.importorskip("transformers")
+diffusers = LazyModule("diffusers")
+sparse_unet = LazyModule("diffusers.models.controlnets.controlnet_sparsectrl")
+transformers = LazyModule("transformers")
 
 # SD1.5's four levels and two layers. The numbers of the two kinds of attention heads differ.
 V3 = UNetConfig(block_out_channels=(16, 24, 32, 32), layers_per_block=2, num_attention_heads=2,

@@ -78,6 +78,7 @@ def test_all_commands_of_the_readme_are_tested():
 @pytest.mark.parametrize("argv", DEMO, ids=range(len(DEMO)))
 def test_command_for_the_demo_model_runs(folder, capsys, argv):
     few = ["--inversion-steps", "2"] if "inversion" in argv else []
+    few += [] if "--num-frames" in argv else ["--num-frames", "8"]
     few += ["--steps", "2", "--guidance-steps", "1", "--size", "64x64"]
     assert sample.main(argv + few) == 0
     assert Path(capsys.readouterr().out.splitlines()[-1]).exists()
@@ -121,6 +122,7 @@ def check_results(folder, lines):
 # Runs the commands of the installed package, like the scripts that pip writes.
 INSTALLED_COMMANDS = """
 import runpy
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 def run_command(name, *argv):

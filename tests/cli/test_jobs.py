@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,22 @@ def test_failed_job_stops_no_other_and_only_it_is_run_again(run_jobs, capsys, lo
     assert run_jobs() == 0 and not loads
 
 
+@pytest.fixture(scope="module")
+def finished(weights, tmp_path_factory):
+    """Return the folder of a finished job."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.chdir(tmp_path_factory.mktemp("finished"))
+        shutil.copy(REFERENCE, "ref.mp4")
+        write_jobs({"out": "b.gif"})
+        assert run("--weights", weights, *COMMON) == 0
+        return Path.cwd()
+
+
+def test_finished_job_is_not_run_again(finished, run_jobs, loads):
+    shutil.copytree(finished, ".", dirs_exist_ok=True)
+    assert run_jobs() == 0 and not loads
+
+
 @pytest.mark.parametrize("change", [
     lambda: write_jobs({"out": "b.gif", "seed": 1}),
     lambda: write_jobs({"out": "b.gif", "compare": True}),
@@ -154,9 +171,8 @@ def test_failed_job_stops_no_other_and_only_it_is_run_again(run_jobs, capsys, lo
     lambda: shutil.copy(ROOT / "examples" / "zigzag.mp4", "ref.mp4")],
     ids=["seed", "compare", "report", "maps", "save_motion", "dtype", "changed clip", "no clip",
          "reference"])
-def test_changed_job_or_file_is_run_again(change, run_jobs, loads):
-    write_jobs({"out": "b.gif"})
-    assert run_jobs() == 0
+def test_changed_job_or_file_is_run_again(change, finished, run_jobs, loads):
+    shutil.copytree(finished, ".", dirs_exist_ok=True)
     change()
     loads.clear()
     assert run_jobs() == 0 and loads

@@ -73,8 +73,8 @@ def test_page_holds_the_steps_the_masks_and_the_record_without_folders(report):
 
 
 @pytest.mark.parametrize("settings", [
-    {"method": "inversion", "inversion_steps": 2, "top_k": 0},
-    {"motion_weight": 0.0, "guidance_steps": 0},
+    {"method": "inversion", "inversion_steps": 2, "top_k": 0, "num_frames": 4},
+    {"motion_weight": 0.0, "guidance_steps": 0, "num_frames": 4},
     {"height": 56, "width": 80, "num_frames": 5},
     {"num_frames": 1}, {"num_frames": 20, "height": 32, "width": 32, "closed_loop": True},
     {"num_frames": 3, "height": 32, "width": 32}], ids=lambda settings: " ".join(settings))
@@ -94,9 +94,10 @@ def test_page_has_a_result_if_the_clips_were_measured(tmp_path, embedded):
 
 
 def test_page_of_a_motion_file_shows_the_values_in_the_file(tmp_path, embedded):
-    config = build_config(embedded.config.sample, **QUICK, top_k=3)
+    config = build_config(embedded.config.sample, **QUICK, top_k=3, num_frames=6)
     motion = read_reference(embedded, REF, config).motion
-    page, *_ = write_report(tmp_path / "maps", embedded, source=motion, top_k=3)
+    page, *_ = write_report(tmp_path / "maps", embedded, source=motion, top_k=3,
+                            num_frames=6)
     data, maps = data_of(page)
     assert data["clips"][0]["sprite"] == "" and data["clips"][1]["sprite"]
     assert ((maps[-1] > 0).sum(axis=-1) == 3).all() and not maps[0][maps[-1] == 0].any()

@@ -371,7 +371,7 @@ def test_help_fits_one_screen_and_help_all_lists_every_setting(start, tmp_path):
     lines = help_text(start, tmp_path, ROOT / "sample.py", "--help").splitlines()
     assert len(lines) <= 60 and max(map(len, lines[:-4])) <= 80
     assert lines[0] == "usage: sample.py --ref VIDEO --prompt TEXT [options]"
-    assert "  --steps N                     sampling steps [32]" in lines
+    assert "  --steps N                     sampling steps [18]" in lines
     module = "import runpy; runpy.run_module('mcl', run_name='__main__')"
     complete = help_text(start, tmp_path, "-c", module, "--help-all")
     for field in dataclasses.fields(SampleConfig):

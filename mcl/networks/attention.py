@@ -96,7 +96,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, return_map: bool = Fa
         return rearrange(scaled_dot_product_attention(q, k, v, mask),
                          "b heads n d -> b n (heads d)"), None
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         scores = q.to(compute_dtype) * q.shape[-1] ** -0.5 @ k.to(compute_dtype).transpose(-1, -2)
         attention_probs = scores.softmax(dim=-1)
         out = attention_probs.to(v.dtype) @ v

@@ -151,7 +151,7 @@ def test_images_control_the_clip(small_rgb, tmp_path):
 
 
 @pytest.mark.parametrize("weight, message", [
-    (1.28, ["motion_weight has hardly any effect below 250"]),
+    (1.28, ["motion_weight has hardly any effect below 290"]),
     (10000, []), (0, [])])
 def test_motion_weight_without_effect_is_reported(weight, message):
     with warnings.catch_warnings(record=True) as caught:

@@ -20,7 +20,7 @@ METRICS = {"motion fidelity": "↑", "corrected fidelity": "↑", "camera curves
 # A clone follows if one of these metrics reaches its threshold and is better than the unguided
 # clip's by the margin. Chosen on clones of real videos, labeled by eye: tests/data/real_clones.csv
 FOLLOW_THRESHOLD, FOLLOW_MARGIN = 0.8, 0.25
-DECISIVE_METRICS = {"corrected fidelity": FOLLOW_THRESHOLD, "camera curves": FOLLOW_THRESHOLD,
+DECISIVE_METRICS = {"corrected fidelity": FOLLOW_THRESHOLD, "camera curves": 0.9,
                     "change centroids": 0.5}
 # Tracked points that the corrected fidelity needs; share of them that a camera must explain.
 MIN_POINTS, MIN_CAMERA_INLIERS = 4, 0.5

@@ -59,7 +59,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()     # not in old versions
     suffixes = HALF_SUFFIXES.get(resolved) if device.type == "cpu" and capabilities else None
     if suffixes and not any(has and name.endswith(suffixes) for name, has in capabilities.items()):
-        warnings.warn(f"this processor has no instructions for {resolved}, which is up to 9 times "
+        warnings.warn(f"this processor has no instructions for {resolved}, which is several times "
                       "slower than float32 here: use float32", stacklevel=1)     # shown once
     return resolved
 
@@ -108,7 +108,7 @@ def share_cores() -> None:
         torch.ones(1 << 20).add_(1)             # large enough for a team of threads
         threading.Event().wait()
 
-    if sys.platform == "linux":
+    if os.access("/proc/loadavg", os.R_OK):     # Linux
         threading.Thread(target=watch, daemon=True).start()
 
 

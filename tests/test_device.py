@@ -169,11 +169,14 @@ Path.read_text = lambda path, *args: (f"9 9 9 {sys.argv[1]}/99 9" if str(path) =
 torch.ones(1 << 20).add_(1)
 before = len(os.listdir("/proc/self/task"))
 share_cores()
-time.sleep(1)
-print(len(os.listdir("/proc/self/task")) - before)"""
+end = time.monotonic() + float(sys.argv[2])
+while (started := len(os.listdir("/proc/self/task")) - before) < 2 and time.monotonic() < end:
+    time.sleep(0.1)
+print(started)"""
     num_cores = os.cpu_count()
-    started = [subprocess.Popen([sys.executable, "-c", script, str(runnable)], text=True,
-                                stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "3"})
-               for runnable in (num_cores + 1, num_cores + 2)]     # one is the watching thread
+    started = [subprocess.Popen([sys.executable, "-c", script, str(runnable), str(seconds)],
+                                text=True, stdout=subprocess.PIPE,
+                                env={**os.environ, "OMP_NUM_THREADS": "3"})
+               for runnable, seconds in ((num_cores + 1, 1), (num_cores + 2, 60))]
     quiet, busy = (int(process.communicate()[0]) for process in started)
     assert quiet == 1 and busy > 1

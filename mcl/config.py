@@ -179,7 +179,7 @@ class SampleConfig(ValidatedConfig):
     timestep_spacing: str = bounded("motionclone", help="timestep spacing", choices=SPACINGS)
     sampler: str = bounded("ddim", choices=("ddim", "lcm"), help="DDIM or consistency sampling")
     cfg_scale: float = bounded(8.5, 0, 1000, "classifier-free guidance scale")
-    cfg_start_fraction: float = bounded(0.0, 0, 1, "fraction of the steps before those with CFG")
+    cfg_start_fraction: float = bounded(0.0, 0, 1, "fraction of the steps after which CFG starts")
     cfg_end_fraction: float = bounded(1.0, 0, 1, "fraction of the steps after which CFG ends")
     negative_prompt: str = bounded("", help="what the clip should not show")
 

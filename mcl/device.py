@@ -94,10 +94,11 @@ def disable_malloc_trimming() -> None:
 def share_cores() -> None:
     """Make waiting threads sleep if other programs need a core. For processes of our own.
 
-    At the end of every operation, the threads of GNU OpenMP spin for milliseconds until all of them
-    are there. On a busy machine this takes the core from the thread that they wait for: a clip took
-    40 times as long. If there are more threads than cores, they soon sleep instead. A machine is
-    busy if more threads can run than it has cores; then an idle team of threads is added.
+    After every operation, the threads of GNU OpenMP spin for milliseconds while they wait for each
+    other. On a busy machine, a spinning thread occupies the core that the awaited thread needs: a
+    clip took 40 times as long. GNU OpenMP lets waiting threads sleep soon if it has more threads
+    than cores. This function adds an idle team of threads when more threads can run than the
+    machine has cores. The clip stays the same, because the working threads do.
     """
     def watch() -> None:
         excess = 0

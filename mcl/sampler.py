@@ -57,7 +57,8 @@ def sample(model: Model, prompt: str | Tensor, motion: Motion | None = None,
         generator: CPU generator for all random numbers, so that a seed means the same on every
             device.
         control: Condition of SparseCtrl, from `sparsectrl_condition`.
-        gradient_checkpointing: Whether guided steps recompute activations to save memory.
+        gradient_checkpointing: Whether to save memory: guided steps recompute activations, and
+            the two passes of classifier-free guidance are never one batch.
 
     Raises:
         InputError: If the size is not possible, the motion belongs to another model, size or
@@ -85,7 +86,7 @@ def sampling_loop(sampler: "Sampler", z: Tensor) -> Iterator[SamplerStep]:
             if takes_gradient:
                 eps, g, grad_g = sampler.predict_noise_and_gradient(z, t)
 
-            # 2. Classifier-free guidance; it predicts what is missing.
+            # 2. Classifier-free guidance, which predicts the noise that is not known yet.
             eps = sampler.classifier_free_guidance(i, z, eps if takes_gradient else None)
 
             # 3. DDIM step. The gradient of lambda * g changes only its direction (eq. 1).
@@ -113,7 +114,7 @@ class Sampler:
         control: Condition of SparseCtrl, or None.
         generator: CPU generator for the noise that is drawn during sampling.
         guidance: Guidance with full layer names (`resolve_guidance`).
-        gradient_checkpointing: Whether guided steps recompute activations to save memory.
+        gradient_checkpointing: Whether to save memory, as for `sample`.
         windows: The context windows of the clip.
         window_elements: f*h*w of the latents of one context window.
         timestep_pairs: Each timestep and the one that its step leads to; the last leads to -1.
@@ -147,7 +148,7 @@ class Sampler:
             raise InputError(f"control has shape {tuple(control.shape)}: expected {shape}")
 
     def predict_noise(self, z: Tensor, t: int, text: Tensor) -> Tensor:
-        """Return the noise estimate for a text, blended over all context windows."""
+        """Return the noise of clips (b, c, f, h, w) for texts (b, n, d), blended over windows."""
         return blend_windows([
             self.predict_window(z[:, :, self.windows.frame_indices(offset)], t, text, offset)[0]
             for offset in self.windows.offsets], self.windows)
@@ -181,8 +182,8 @@ class Sampler:
     def classifier_free_guidance(self, i: int, z: Tensor, eps: Tensor | None = None) -> Tensor:
         """Return the noise estimate of step i, uncond + s * (cond - uncond).
 
-        Outside of the interval from cfg_start_fraction to cfg_end_fraction of the steps it is cond
-        (arXiv 2404.07724), at half of the cost.
+        Outside of the interval from cfg_start_fraction to cfg_end_fraction of the steps, the
+        estimate is cond, at half of the cost (arXiv 2404.07724).
 
         Args:
             i: Index of the step.

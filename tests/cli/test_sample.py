@@ -13,6 +13,7 @@ import torch
 import mcl
 from mcl import Motion, SampleConfig, extract_motion, load_model, read_video, save_model
 from mcl.cli.arguments import local_rank_device, parse_args, validate_args
+from mcl.cli.sample import command, main
 from mcl.motion import REFERENCE_SEED
 from tests.cli.conftest import PROMPT, REFERENCE, ROOT, run
 
@@ -383,3 +384,11 @@ def help_text(start, folder, *argv):
         process = start(argv, folder, stdout, COLUMNS="80")
     assert process.wait() == 0
     return (folder / "help.txt").read_text()
+
+
+def test_process_of_the_command_shares_the_cores(monkeypatch):
+    calls = []
+    monkeypatch.setattr("mcl.cli.sample.share_cores", lambda: calls.append("share_cores"))
+    monkeypatch.setattr("mcl.cli.sample.run_main", calls.append)
+    command()
+    assert calls == ["share_cores", main]

@@ -79,8 +79,8 @@ class Options:
 def measurements(o: Options) -> dict[str, Callable[[], Result]]:
     """Return the function of each measurement by its name."""
     size, dtype = o.sizes[0], o.dtypes[0]
-    others = {"diffusers": other_steps.diffusers_steps, "compiled": compiled} | (
-        {"published": partial(other_steps.published_steps, o.published)} if o.published else {})
+    others = ({"published": partial(other_steps.published_steps, o.published)} if o.published
+              else {}) | {"diffusers": other_steps.diffusers_steps, "compiled": compiled}
     return {**{f"{size}, {dtype}, {memory} memory": partial(measure, o, size, dtype, memory)
                for size in o.sizes for dtype in o.dtypes for memory in ("high", "low")},
             **{f"built-in model, {dtype}": partial(agreement, o, dtype) for dtype in o.dtypes},

@@ -15,7 +15,8 @@ def diffusers_steps(model: Model, config: SampleConfig, steps: dict[str, Any]) -
     """Return the forward pass of a model's UNet, and that of diffusers' UNetMotionModel."""
     from .diffusers_oracle import diffusers_noise, diffusers_unet
 
-    oracle = diffusers_unet(model.unet, model.config.unet).to(model.device, model.dtype)
+    with torch.device(model.device):
+        oracle = diffusers_unet(model.unet, model.config.unet).to(model.dtype)
     z, text = inputs(model, config)
     passes = {"forward pass": lambda: model.unet(z, TIMESTEP, text),
               "diffusers' pass": lambda: diffusers_noise(oracle, z, TIMESTEP, text)}

@@ -42,7 +42,7 @@ def wait_for(condition, seconds=30):
             if value := condition():
                 return value
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def find(browser, css):

@@ -1,5 +1,6 @@
 """Fixtures of the tests: small random models, and the built-in demo model."""
 import dataclasses
+import gc
 import os
 from zlib import crc32
 
@@ -16,6 +17,8 @@ from weights.training.clip_metrics import render_template
 if "PYTEST_XDIST_WORKER" in os.environ:     # several workers share the cores
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"     # for the programs that tests start
+
+gc.set_threshold(100_000, 20, 100)          # PyTorch and others have many objects that live long
 
 SMALL = ModelConfig(
     name="small",

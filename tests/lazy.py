@@ -14,4 +14,6 @@ class LazyModule:
         self.name = name
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("_"):       # pytest asks every name of a file for some of these
+            raise AttributeError(attribute)
         return getattr(pytest.importorskip(self.name), attribute)

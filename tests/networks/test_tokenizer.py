@@ -206,10 +206,10 @@ def damaged_files():
     lines = gzip.decompress(module.MERGES.read_bytes()).split(b"\n")
     yield "truncated", module.MERGES.read_bytes()[:100000]
     yield "not gzip", b"version https://git-lfs.github.com/spec/v1\n"
-    yield "short", gzip.compress(b"\n".join(lines[:1000]))
-    yield "shifted", gzip.compress(b"\n".join(lines[1:]))
-    yield "reordered", gzip.compress(b"\n".join([lines[0], lines[2], lines[1], *lines[3:]]))
-    yield "repeated", gzip.compress(b"\n".join([*lines[:48000], lines[2], *lines[48001:]]))
+    yield "short", gzip.compress(b"\n".join(lines[:1000]), 1)
+    yield "shifted", gzip.compress(b"\n".join(lines[1:]), 1)
+    yield "reordered", gzip.compress(b"\n".join([lines[0], lines[2], lines[1], *lines[3:]]), 1)
+    yield "repeated", gzip.compress(b"\n".join([*lines[:48000], lines[2], *lines[48001:]]), 1)
     yield "three columns", gzip.compress(b"header\na b c\n")
     yield "no text", gzip.compress(b"header\n\xff\xfe\n")
     flipped = bytearray(module.MERGES.read_bytes())

@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 
+import einops
 import pytest
 import torch
 from torch import nn
@@ -124,6 +125,8 @@ def test_torch_func_grad_gives_the_same_gradient(small):
 
 
 def test_unet_compiles_to_one_graph():
+    for operation in (einops.rearrange, einops.repeat, einops.reduce):  # else it traces their code
+        torch.compiler.allow_in_graph(operation)
     unet = randomize(UNet3D(dataclasses.replace(SMALL.unet, block_out_channels=(8, 12),
                                                 cross_attention_levels=(0,))))
     z, text = inputs(num_frames=2, h=4, w=4)

@@ -44,7 +44,8 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     for i in range(40):
         small = Image.fromarray(rng.integers(0, 90 + i, (9, 12, 3)).astype(np.uint8))
-        small.resize((400, 300), Image.Resampling.BICUBIC).save(folder / f"p{i}.png")
+        small.resize((400, 300), Image.Resampling.BICUBIC).save(folder / f"p{i}.png",
+                                                                 compress_level=1)
     return folder
 
 
@@ -57,7 +58,7 @@ def test_training_and_evaluation_share_no_photo_whatever_its_size(folder, tmp_pa
         picture.resize((80, 60)).save(tmp_path / f"{file.stem}-small.png")
         nested = tmp_path / file.stem.upper() / "contents" / "images"
         nested.mkdir(parents=True)
-        picture.resize((800, 600)).save(nested / "800x600.png")
+        picture.resize((800, 600)).save(nested / "800x600.png", compress_level=1)
     for is_held_out, files in ((False, training), (True, held_out)):
         largest = find_photos([folder, tmp_path], is_held_out)
         assert {f.parts[-4].lower() for f in largest} == {f.stem for f in files}
@@ -70,7 +71,7 @@ def test_scene_depends_on_the_seed_and_on_training_photos_only(
     monkeypatch.setattr("weights.training.photos.read_photo",
                         lambda file: files.add(file) or original(file))
     kinds = set()
-    for seed in range(60):
+    for seed in range(40):
         scene, same = (random_photo_scene(np.random.default_rng(seed), 4, photos)
                        for _ in range(2))
         assert torch.equal(render(scene, 32), render(same, 32))
@@ -200,7 +201,7 @@ def test_camera_shake_moves_the_background_by_its_curves(folder):
 
 @pytest.mark.parametrize("motion", [PATHS[0], *CAMERAS])
 def test_perfect_clone_of_a_reference_over_a_photo_has_perfect_metrics(folder, motion):
-    case, = held_out_cases((motion,), 1, 16, 40, photos=find_photos([folder], held_out=True))
+    case, = held_out_cases((motion,), 1, 8, 40, photos=find_photos([folder], held_out=True))
     background = BACKGROUNDS[case.background]
     texture = next((t for t in TEXTURES if t in case.prompt), "plain")
     assert (texture == "plain") == bool(case.scene.shape)
@@ -208,9 +209,9 @@ def test_perfect_clone_of_a_reference_over_a_photo_has_perfect_metrics(folder, m
         case.scene, shape=case.shape, color=COLORS[case.color], photo=None, texture=texture,
         background=background, second_color=shade(background)), 128)
     follows = "direction" if case.scene.shape else "camera"
-    assert measure(frames, case)[follows] > 0.97
+    values = measure(frames, case)
+    assert values[follows] > 0.97 and values["ground"] == values["colour"] == 1
     assert measure(frames.flip(0), case)[follows] < 0
-    assert measure(frames, case)["ground"] == measure(frames, case)["colour"] == 1
 
 
 def test_missing_photos_are_reported_with_the_command_that_installs_them(tmp_path, capsys):

@@ -149,8 +149,8 @@ def test_installed_wheel_runs_the_python_code_and_the_commands(folder):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir",
-                    folder, source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
+                    "--no-build-isolation", "--wheel-dir", folder, source], check=True)
     wheel, = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
     shutil.rmtree(source)

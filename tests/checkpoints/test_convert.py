@@ -299,8 +299,7 @@ def test_a_model_with_sparsectrl_takes_images(kind, form, folder, tmp_path, monk
     record("extract_motion")
     model = load_model(out, "cpu")
     clips = {}
-    for indices, occupied in {(): [], (0,): [1, 0, 0, 0], (-1,): [0, 0, 0, 1],
-                              (0, 3): [1, 0, 0, 1]}.items():
+    for indices, occupied in {(): [], (-1,): [0, 0, 0, 1], (0, 3): [1, 0, 0, 1]}.items():
         clips[indices] = clone(REF, "a cat", model=model, control=dict.fromkeys(indices, image),
                                width=64, height=64, num_frames=4, steps=1, guidance_steps=1).frames
         # The new clip shows the images, the reference its own frames at the same indices.

@@ -26,6 +26,12 @@ from tests.evaluation.conftest import (
 )
 
 
+@pytest.fixture(autouse=True)
+def still_tracks(monkeypatch):
+    """Track no points, except in the report that all tests share."""
+    monkeypatch.setattr(html_report, "tracklets", lambda frames: torch.zeros(1, len(frames), 2))
+
+
 def data_of(page):
     """Return the data of a page, and its maps (table, layer, position, head, f, f)."""
     data = json.loads(re.search('id="data">(.*?)</script>', page.read_text("utf-8"), re.S)[1])

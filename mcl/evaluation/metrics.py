@@ -93,10 +93,14 @@ def pixel_centers(n: int) -> Tensor:
     return (torch.arange(n) + 0.5) / n * 2 - 1
 
 
-def curve_correlation(a: Tensor, b: Tensor) -> float:
-    """Return Pearson's correlation of two sets of curves (f, n), each about its own mean."""
+def curve_correlation(a: Tensor, b: Tensor, max_ratio: float = math.inf) -> float:
+    """Return Pearson's correlation of two sets of curves (f, n), each about its own mean.
+
+    Curves of which one is more than `max_ratio` times as large as the other have correlation 0.
+    """
     a, b = a - a.mean(dim=0), b - b.mean(dim=0)
-    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-8))
+    small, large = sorted((float(a.norm()), float(b.norm())))
+    return float((a * b).sum()) / max(small * large, 1e-8) if large <= max_ratio * small else 0.0
 
 
 def tracklet_fidelity(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -133,9 +137,8 @@ def pairwise_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 def symmetric_best_match(similarity: Tensor) -> float:
     """Return the mean of the best match of each row and each column of (n, m); nan if empty."""
-    if not similarity.numel():
-        return math.nan
-    return float(similarity.amax(dim=0).mean() + similarity.amax(dim=1).mean()) / 2
+    return (float(similarity.amax(dim=0).mean() + similarity.amax(dim=1).mean()) / 2
+            if similarity.numel() else math.nan)
 
 
 def change_centroids(frames: Tensor) -> tuple[Tensor, float]:

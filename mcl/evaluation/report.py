@@ -24,8 +24,9 @@ DECISIVE_METRICS = {"corrected fidelity": FOLLOW_THRESHOLD, "camera curves": 0.9
                     "change centroids": 0.5}
 # Tracked points that the corrected fidelity needs; share of them that a camera must explain.
 MIN_POINTS, MIN_CAMERA_INLIERS = 4, 0.5
-MAX_SUBJECT_SPREAD = 0.7        # a wider change is that of a camera, not of a subject
-CAMERA_ERROR_FACTOR = 0.65      # of the largest denoising error at which camera motion is followed
+# A wider change is that of a camera. Camera motion is followed up to a smaller denoising error.
+MAX_SUBJECT_SPREAD, CAMERA_ERROR_FACTOR = 0.7, 0.65
+MAX_RATIOS = math.inf, 2.0         # of camera curves and of change centroids that can agree
 NAN_REASONS = dict.fromkeys(METRICS, "no point could be tracked in the clip or the reference")
 NAN_REASONS |= {"corrected fidelity": f"fewer than {MIN_POINTS} points could be tracked",
                 "camera curves": "no camera motion explains the points of the reference",
@@ -134,11 +135,11 @@ def measure_clip(reference: Tensor, clip: Tensor) -> dict[str, float]:
     """
     a, b = tracklets(reference), tracklets(clip)
     fidelity, corrected = metrics.tracklet_fidelity(a, b)
-    curves = zip(camera_or_subject(reference, a), camera_or_subject(clip), strict=True)
+    curves = zip(camera_or_subject(reference, a), camera_or_subject(clip), MAX_RATIOS, strict=True)
     return dict(zip(METRICS, (
         fidelity, corrected if min(len(a), len(b)) >= MIN_POINTS else math.nan,
-        *(math.nan if x is None else 0.0 if y is None else metrics.curve_correlation(x, y)
-          for x, y in curves),
+        *(math.nan if x is None else 0.0 if y is None else metrics.curve_correlation(x, y, n)
+          for x, y, n in curves),
         metrics.flicker(clip)), strict=True))
 
 

@@ -68,6 +68,14 @@ def test_reversed_pan_has_opposite_motion():
     assert curve_correlation(a[:, :2], b[:, :2]) == pytest.approx(-1, abs=0.02)
 
 
+def test_curves_of_other_sizes_have_no_correlation_if_the_ratio_is_limited():
+    curves = torch.stack([torch.linspace(0, 1, 8), torch.linspace(1, 0, 8) ** 2], dim=-1)
+    for ratio, expected in ((1.9, 1), (-1.9, -1), (2.1, 0), (1 / 1.9, 1), (1 / 2.1, 0)):
+        assert curve_correlation(curves, 5 + ratio * curves, 2.0) == pytest.approx(expected)
+        assert curve_correlation(curves, ratio * curves) == pytest.approx(1 if ratio > 0 else -1)
+    assert curve_correlation(curves, torch.ones(8, 2)) == 0
+
+
 def test_still_clips_give_numbers_and_blank_clips_nan():
     still, moving = make_clip(None), make_clip(make_path("circle"))
     assert motion_fidelity(still, still)[0] == pytest.approx(1)

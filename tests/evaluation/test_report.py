@@ -71,9 +71,20 @@ def test_still_camera_with_one_moving_subject_gets_no_camera_verdict():
         assert math.isnan(row["camera curves"]) and row["change centroids"] == pytest.approx(1)
 
 
-def make_pan():
+def test_path_of_another_size_is_not_followed_but_a_camera_may_move_farther():
+    circle = make_path("circle")
+    center = circle.mean(dim=0)
+    reference, near, far = (make_clip(center + size * (circle - center), 64)
+                            for size in (1, 0.7, 0.3))
+    assert measure_clip(reference, near)["change centroids"] > 0.9
+    for a, b in ((reference, far), (far, reference)):
+        assert measure_clip(a, b)["change centroids"] == 0
+    assert measure_clip(make_pan(), make_pan(0.15))["camera curves"] > 0.9
+
+
+def make_pan(distance=0.4):
     """Render six frames of a camera that pans over a texture."""
-    pan = torch.stack([torch.linspace(-.4, .4, FRAMES), STILL], dim=-1)
+    pan = torch.stack([torch.linspace(-distance, distance, FRAMES), STILL], dim=-1)
     return make_clip(None, 64, texture="checkered", pan=pan)[:6]
 
 

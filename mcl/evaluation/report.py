@@ -26,7 +26,8 @@ DECISIVE_METRICS = {"corrected fidelity": FOLLOW_THRESHOLD, "camera curves": 0.9
 MIN_POINTS, MIN_CAMERA_INLIERS = 4, 0.5
 # A wider change is that of a camera. Camera motion is followed up to a smaller denoising error.
 MAX_SUBJECT_SPREAD, CAMERA_ERROR_FACTOR = 0.7, 0.65
-MAX_RATIOS = math.inf, 2.0         # of camera curves and of change centroids that can agree
+# Camera curves may differ in size; of two paths one may be at most twice as large as the other.
+MAX_RATIOS = math.inf, 2.0
 NAN_REASONS = dict.fromkeys(METRICS, "no point could be tracked in the clip or the reference")
 NAN_REASONS |= {"corrected fidelity": f"fewer than {MIN_POINTS} points could be tracked",
                 "camera curves": "no camera motion explains the points of the reference",

@@ -323,7 +323,7 @@ def test_a_model_with_sparsectrl_takes_images(kind, form, folder, tmp_path, monk
     (lambda s: s["model.diffusion_model.out.2.bias"].fill_(float("nan")),
      "base.safetensors: the tensor unet.conv_out.bias is not finite in torch.float16"),
     (lambda s: s["model.diffusion_model.out.2.bias"].fill_(70000.0),
-     "unet.conv_out.bias is not finite in torch.float16. Use float32"),
+     "unet.conv_out.bias is not finite in torch.float16. Use another file, or float32"),
 ])
 def test_an_incomplete_or_damaged_base_is_rejected(change, message, folder, tmp_path, capsys):
     state = {name: t.clone() if name.endswith("out.2.bias") else t for name, t in ldm().items()}

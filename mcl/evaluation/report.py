@@ -123,25 +123,27 @@ def measure_clips(model: Model, reference: Tensor, latents_by_name: Mapping[str,
         reference: Frames (f, 3, H, W) of the reference in [-1, 1].
         latents_by_name: Scaled latents (1, c, f, h, w) of the clips.
     """
-    return {name: measure_clip(reference, model.vae.decode(latents).float().cpu())
+    curves = camera_or_subject(reference, tracks := tracklets(reference))
+    return {name: measure_clip(tracks, curves, model.vae.decode(latents).float().cpu())
             for name, latents in latents_by_name.items()}
 
 
-def measure_clip(reference: Tensor, clip: Tensor) -> dict[str, float]:
+def measure_clip(tracks: Tensor, curves: tuple[Tensor | None, ...], clip: Tensor
+                 ) -> dict[str, float]:
     """Return all METRICS of a clip; nan for those that cannot be measured (NAN_REASONS).
 
     Args:
-        reference: Frames (f, 3, H, W) of the reference in [-1, 1].
-        clip: Frames of the clip, of the same shape.
+        tracks: Tracklets (n, f, 2) of the reference.
+        curves: Camera motion or path of the subject of the reference (`camera_or_subject`).
+        clip: Frames (f, 3, H, W) of the clip in [-1, 1].
     """
-    a, b = tracklets(reference), tracklets(clip)
-    fidelity, corrected = metrics.tracklet_fidelity(a, b)
-    curves = zip(camera_or_subject(reference, a), camera_or_subject(clip), MAX_RATIOS, strict=True)
+    clip_tracks = tracklets(clip)
+    fidelity, corrected = metrics.tracklet_fidelity(tracks, clip_tracks)
+    pairs = zip(curves, camera_or_subject(clip), MAX_RATIOS, strict=True)
     return dict(zip(METRICS, (
-        fidelity, corrected if min(len(a), len(b)) >= MIN_POINTS else math.nan,
+        fidelity, corrected if min(len(tracks), len(clip_tracks)) >= MIN_POINTS else math.nan,
         *(math.nan if x is None else 0.0 if y is None else metrics.curve_correlation(x, y, n)
-          for x, y, n in curves),
-        metrics.flicker(clip)), strict=True))
+          for x, y, n in pairs), metrics.flicker(clip)), strict=True))
 
 
 def camera_or_subject(frames: Tensor, tracks: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -198,9 +200,8 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     def line(title: str, cells: Iterable[str]) -> str:
         return f"{title:22}" + "".join(f"{cell:>19}" for cell in cells)
 
-    return "\n".join([
-        line("", rows), *(line(f"{name} {arrow}", (
-            f"{r[name]:z.3f}".replace("nan", "-") for r in rows.values()))
-            for name, arrow in METRICS.items()), f"verdict: {verdict(rows)}",
-        *(f"- {name}: {NAN_REASONS[name]}" for name in METRICS
-          if any(math.isnan(row[name]) for row in rows.values()))])
+    return "\n".join([line("", rows), *(
+        line(f"{name} {arrow}", (f"{r[name]:z.3f}".replace("nan", "-") for r in rows.values()))
+        for name, arrow in METRICS.items()), f"verdict: {verdict(rows)}", *(
+        f"- {name}: {NAN_REASONS[name]}" for name in METRICS
+        if any(math.isnan(row[name]) for row in rows.values()))])

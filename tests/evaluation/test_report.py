@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from mcl.evaluation.report import (
     camera_or_subject,
     denoising_error,
     format_table,
-    measure_clip,
     measure_clips,
     motion_magnitude,
     result_line,
@@ -33,12 +33,18 @@ from tests.evaluation.test_metrics import FRAMES, STILL, make_clip, make_path
 NOTHING = dict.fromkeys(METRICS, math.nan)
 
 
+def measure(reference, clip):
+    """Return the metrics of one clip, given as frames."""
+    model = SimpleNamespace(vae=SimpleNamespace(decode=lambda frames: frames))
+    return measure_clips(model, reference, {"clip": clip})["clip"]
+
+
 def test_verdict_distinguishes_equal_from_other_motion():
     reference, other = make_clip(make_path("zigzag")), make_clip(make_path("circle"))
     for kind, expected in (("zigzag", "follows (corrected fidelity, change centroids)"),
                            ("spiral", "does not follow")):
         clip = make_clip(make_path(kind), color="blue", shape="cross")
-        rows = {"clone": measure_clip(reference, clip), "unguided": measure_clip(reference, other)}
+        rows = {"clone": measure(reference, clip), "unguided": measure(reference, other)}
         assert verdict(rows) == expected
 
 
@@ -67,7 +73,7 @@ def test_still_camera_with_one_moving_subject_gets_no_camera_verdict():
     """The camera fit follows the subject: its curves of a clip and its copy are equal."""
     for texture in ("plain", "dotted"):
         clip = make_clip(make_path("circle"), texture=texture)
-        row = measure_clip(clip, clip)
+        row = measure(clip, clip)
         assert math.isnan(row["camera curves"]) and row["change centroids"] == pytest.approx(1)
 
 
@@ -76,10 +82,10 @@ def test_path_of_another_size_is_not_followed_but_a_camera_may_move_farther():
     center = circle.mean(dim=0)
     reference, near, far = (make_clip(center + size * (circle - center), 64)
                             for size in (1, 0.7, 0.3))
-    assert measure_clip(reference, near)["change centroids"] > 0.9
+    assert measure(reference, near)["change centroids"] > 0.9
     for a, b in ((reference, far), (far, reference)):
-        assert measure_clip(a, b)["change centroids"] == 0
-    assert measure_clip(make_pan(), make_pan(0.15))["camera curves"] > 0.9
+        assert measure(a, b)["change centroids"] == 0
+    assert measure(make_pan(), make_pan(0.15))["camera curves"] > 0.9
 
 
 def make_pan(distance=0.4):
@@ -90,10 +96,10 @@ def make_pan(distance=0.4):
 
 def test_moving_camera_is_compared_only_with_a_moving_camera():
     camera, subject = make_pan(), make_clip(make_path("circle"), 64)[:6]
-    assert measure_clip(camera, camera)["camera curves"] == pytest.approx(1)
-    row = measure_clip(camera, subject)
+    assert measure(camera, camera)["camera curves"] == pytest.approx(1)
+    row = measure(camera, subject)
     assert row["camera curves"] == 0 and math.isnan(row["change centroids"])
-    row = measure_clip(subject, camera)
+    row = measure(subject, camera)
     assert row["change centroids"] == 0 and math.isnan(row["camera curves"])
 
 
@@ -101,10 +107,10 @@ def test_moving_camera_is_compared_only_with_a_moving_camera():
 def test_still_reference_has_no_motion_to_compare(texture):
     still, subject = (make_clip(path, 64, texture=texture)[:4]
                       for path in (None, make_path("hops")))
-    row = measure_clip(still, subject)
+    row = measure(still, subject)
     assert math.isnan(row["camera curves"]) and math.isnan(row["change centroids"])
-    assert measure_clip(subject, still)["change centroids"] == 0
-    row = measure_clip(subject[:1], subject[:1])
+    assert measure(subject, still)["change centroids"] == 0
+    row = measure(subject[:1], subject[:1])
     assert verdict({"clone": row, "unguided": row}) == "cannot be measured"
 
 
@@ -123,12 +129,12 @@ def test_corrected_fidelity_needs_enough_points(monkeypatch):
     tracks = tracklets(clip)
     for number, is_known in ((MIN_POINTS, True), (MIN_POINTS - 1, False)):
         monkeypatch.setattr("mcl.evaluation.report.tracklets", lambda _, n=number: tracks[:n])
-        assert math.isnan(measure_clip(clip, clip)["corrected fidelity"]) is not is_known
+        assert math.isnan(measure(clip, clip)["corrected fidelity"]) is not is_known
 
 
 def test_table_has_a_column_per_clip_the_verdict_and_a_dash_with_its_reason():
     moving = make_clip(make_path("zigzag"), 64)[:3]
-    rows = {name: measure_clip(moving, frames)
+    rows = {name: measure(moving, frames)
             for name, frames in (("clone", moving), ("unguided", torch.zeros_like(moving)))}
     lines = format_table(rows).splitlines()
     assert max(map(len, lines)) <= 80
@@ -149,7 +155,7 @@ def test_table_has_a_column_per_clip_the_verdict_and_a_dash_with_its_reason():
 
 def test_clips_are_measured_by_their_frames(small):
     reference, latents = randn(4, 3, 32, 32).clamp(-1, 1), randn(1, 4, 4, 8, 8, seed=1)
-    row = measure_clip(reference, small.vae.decode(latents))
+    row = measure(reference, small.vae.decode(latents))
     assert list(row) == list(METRICS)
     measured = measure_clips(small, reference, {"clone": latents})
     assert measured == {"clone": pytest.approx(row, nan_ok=True)}

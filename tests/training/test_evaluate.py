@@ -128,6 +128,14 @@ def test_damaged_records_are_rejected(tmp_path):
             read_records(path, {"row"})
 
 
+def load_for_few_frames(*args, **kwargs):
+    """Load a model whose own settings have few frames."""
+    model = mcl.load_model(*args, **kwargs)
+    model.config = dataclasses.replace(model.config, sample=dataclasses.replace(
+        model.config.sample, num_frames=8))
+    return model
+
+
 def test_measured_clips_are_not_measured_again(tmp_path, monkeypatch, capsys):
     calls = []
 
@@ -136,7 +144,7 @@ def test_measured_clips_are_not_measured_again(tmp_path, monkeypatch, capsys):
         return perfect(case) if is_guided else perfect(case).flip(0, -1, -2)
 
     monkeypatch.setattr(evaluate, "clone_case", clone_case)
-    monkeypatch.setattr(evaluate, "load_model", functools.cache(evaluate.load_model))
+    monkeypatch.setattr(evaluate, "load_model", functools.cache(load_for_few_frames))
     command = ["--seed", "200", "--clips", "2", "--camera-clips", "0", "--still-clips", "0",
                "--out", str(tmp_path / "f.jsonl")]
     assert evaluate.main(command) == 0
@@ -149,12 +157,12 @@ def test_measured_clips_are_not_measured_again(tmp_path, monkeypatch, capsys):
     assert evaluate.main([*command, "--seeds", "2", "--guided-only"]) == 0
     assert sorted(calls[4:]) == [("figure eight", True, 1), ("square", True, 1)]
     capsys.readouterr()
-    assert evaluate.main([*command, "--set", "top_k=8", "num_frames=8"]) == 0
+    assert evaluate.main([*command, "--set", "top_k=4", "num_frames=6"]) == 0
     assert sorted(calls[6:]) == expected
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in rows[2:6]] == [
-        "| default", "| default, unguided", "| top_k = 8, num_frames = 8",
-        "| top_k = 8, num_frames = 8, unguided"]
+        "| default", "| default, unguided", "| top_k = 4, num_frames = 6",
+        "| top_k = 4, num_frames = 6, unguided"]
     assert evaluate.main([*command, "--dtype", "bfloat16"]) == 2
     assert "records of another model or dtype" in capsys.readouterr().err
 

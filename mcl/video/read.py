@@ -76,9 +76,9 @@ def read_video(path: str | os.PathLike, num_frames: int, size: tuple[int, int], 
         warnings.warn(f"{path}: {num_frames} frames are {step:.2f} s apart; the model was trained "
                       f"with {1 / model_fps:.3g} s. Use duration = {num_frames / model_fps:.3g}",
                       stacklevel=2)
-    if len(set(indices)) < num_frames:
-        warnings.warn(f"{path}: there are only {len(set(indices))} different frames for "
-                      f"{num_frames}; some are repeated", stacklevel=2)
+    if (num_available := len(start_times) - indices[0]) < num_frames:
+        warnings.warn(f"{path}: there are only {num_available} different frames for {num_frames}; "
+                      "some are repeated", stacklevel=2)
     timed_frames = zip(range(indices[-1] + 1), iter_frames(path), strict=False)
     frames = {index: _resize(_composite_on_black(frame.decode()), size, fit, frame.pixel_aspect)
               for index, frame in timed_frames if index in indices}

@@ -1,6 +1,7 @@
 """Videos of other programs: choice of the stream, times, pixel shapes, interlacing, cut files."""
 import io
 import struct
+import warnings
 from fractions import Fraction
 
 import av
@@ -134,6 +135,9 @@ def test_an_avi_with_pauses_has_the_times_of_the_same_packets_in_mkv(tmp_path, c
         assert [frame.start * 25 for frame in frames] == pytest.approx(pts, abs=0.02)
         levels = [frame.decode()[..., 0].mean() / 10 for frame in frames]
         assert levels == pytest.approx(range(len(pts)), abs=0.8)
+        with warnings.catch_warnings(action="error"):       # a pause is no lack of frames
+            frames = read_video(tmp_path / name, 20, (16, 16))
+        assert len(frames.unique(dim=0)) < 20 < len(pts)
 
 
 def test_an_avi_that_ends_with_a_pause_is_whole_unless_its_file_is_cut(tmp_path):

@@ -14,6 +14,6 @@ class LazyModule:
         self.name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("_"):       # pytest asks every name of a file for some of these
+        if attribute.startswith("_"):       # pytest reads some of these of every name in a file
             raise AttributeError(attribute)
         return getattr(pytest.importorskip(self.name), attribute)

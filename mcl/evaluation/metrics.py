@@ -96,7 +96,7 @@ def pixel_centers(n: int) -> Tensor:
 def curve_correlation(a: Tensor, b: Tensor, max_ratio: float = math.inf) -> float:
     """Return Pearson's correlation of two sets of curves (f, n), each about its own mean.
 
-    Curves of which one is more than `max_ratio` times as large as the other have correlation 0.
+    It is 0 if one set is more than `max_ratio` times as large as the other, about its mean.
     """
     a, b = a - a.mean(dim=0), b - b.mean(dim=0)
     small, large = sorted((float(a.norm()), float(b.norm())))

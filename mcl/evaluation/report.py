@@ -24,9 +24,9 @@ DECISIVE_METRICS = {"corrected fidelity": FOLLOW_THRESHOLD, "camera curves": 0.9
                     "change centroids": 0.5}
 # Tracked points that the corrected fidelity needs; share of them that a camera must explain.
 MIN_POINTS, MIN_CAMERA_INLIERS = 4, 0.5
-# A wider change is that of a camera. Camera motion is followed up to a smaller denoising error.
+# A wider change is that of a camera, for which the limit of the denoising error is lower.
 MAX_SUBJECT_SPREAD, CAMERA_ERROR_FACTOR = 0.7, 0.65
-# Camera curves may differ in size; of two paths one may be at most twice as large as the other.
+# Largest ratio of the sizes at which two camera curves, and two paths, can still agree.
 MAX_RATIOS = math.inf, 2.0
 NAN_REASONS = dict.fromkeys(METRICS, "no point could be tracked in the clip or the reference")
 NAN_REASONS |= {"corrected fidelity": f"fewer than {MIN_POINTS} points could be tracked",
@@ -142,8 +142,8 @@ def measure_clip(tracks: Tensor, curves: tuple[Tensor | None, ...], clip: Tensor
     pairs = zip(curves, camera_or_subject(clip), MAX_RATIOS, strict=True)
     return dict(zip(METRICS, (
         fidelity, corrected if min(len(tracks), len(clip_tracks)) >= MIN_POINTS else math.nan,
-        *(math.nan if x is None else 0.0 if y is None else metrics.curve_correlation(x, y, n)
-          for x, y, n in pairs), metrics.flicker(clip)), strict=True))
+        *(math.nan if x is None else 0.0 if y is None else metrics.curve_correlation(x, y, ratio)
+          for x, y, ratio in pairs), metrics.flicker(clip)), strict=True))
 
 
 def camera_or_subject(frames: Tensor, tracks: Tensor | None = None) -> tuple[Tensor | None, ...]:

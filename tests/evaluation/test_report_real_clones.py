@@ -11,8 +11,8 @@ were added last, all to half B.
 
 The limit of the size of paths was added because of wrong verdicts in half B. It is the smallest
 round number that rejects no clone that follows in half A: 2, where their largest ratio is 1.95. It
-was measured on all clones of which a path decided, and on those with seeds from 100 on. The others
-have the correlations without this limit, which changes no verdict about them.
+was applied to all clones whose verdict a path decided, and to those with seeds from 100 on. The
+correlations of the others were stored without it; it would change none of their verdicts.
 """
 import csv
 import math

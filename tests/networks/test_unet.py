@@ -125,7 +125,7 @@ def test_torch_func_grad_gives_the_same_gradient(small):
 
 
 def test_unet_compiles_to_one_graph():
-    for operation in (einops.rearrange, einops.repeat, einops.reduce):  # else it traces their code
+    for operation in (einops.rearrange, einops.repeat, einops.reduce):      # tracing them is slow
         torch.compiler.allow_in_graph(operation)
     unet = randomize(UNet3D(dataclasses.replace(SMALL.unet, block_out_channels=(8, 12),
                                                 cross_attention_levels=(0,))))

@@ -84,6 +84,8 @@ def test_a_short_clip_repeats_frames_with_a_warning(tmp_path):
     write_video(tmp_path / "a.mp4", numbered_frames([1, 2, 3]), fps=8)
     with pytest.warns(UserWarning, match="a.mp4: there are only 3 different frames for 6"):
         assert frame_numbers(read_video(tmp_path / "a.mp4", 6, (16, 16))) == [1, 1, 2, 2, 3, 3]
+    with pytest.warns(UserWarning, match="a.mp4: there are only 2 different frames for 3"):
+        assert frame_numbers(read_video(tmp_path / "a.mp4", 3, (16, 16), start=0.13)) == [2, 2, 3]
 
 
 @pytest.mark.parametrize("is_portrait", [False, True])

@@ -167,10 +167,10 @@ def lazy_tensor(path: Path, name: str, start: int, dtype: str, shape: Sequence[i
 
     torch_dtype, size = SAFETENSORS_DTYPES[dtype], data_offsets[1] - data_offsets[0]
 
-    @report_corruption(path)
     def read() -> torch.Tensor:
-        data = torch.from_numpy(np.fromfile(path, np.uint8, size, offset=start + data_offsets[0]))
-        return (data.view(torch_dtype) if size else data.to(torch_dtype)).reshape(tuple(shape))
+        with report_corruption(path):
+            data = torch.from_numpy(np.fromfile(path, np.uint8, size, "", start + data_offsets[0]))
+            return (data.view(torch_dtype) if size else data.to(torch_dtype)).reshape(tuple(shape))
     return LazyTensor(tuple(shape), torch_dtype, read)
 
 

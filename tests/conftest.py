@@ -1,5 +1,6 @@
 """Fixtures of the tests: small random models, and the built-in demo model."""
 import dataclasses
+import functools
 import gc
 import os
 from zlib import crc32
@@ -19,6 +20,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:     # several workers share the cores
     os.environ["OMP_NUM_THREADS"] = "1"     # for the programs that tests start
 
 gc.set_threshold(100_000, 20, 100)      # the libraries have many objects, which are slow to search
+
+
+def skip_on_meta(function):
+    """Return a function of torch.nn.init that spends no time on tensors without values."""
+    @functools.wraps(function)
+    def wrapper(tensor, *args, **kwargs):
+        return tensor if tensor.is_meta else function(tensor, *args, **kwargs)
+    return wrapper
+
+
+for name in ("kaiming_uniform_", "normal_", "uniform_"):
+    setattr(nn.init, name, skip_on_meta(getattr(nn.init, name)))
+
 
 SMALL = ModelConfig(
     name="small",

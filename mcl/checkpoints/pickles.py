@@ -129,11 +129,11 @@ class TensorUnpickler:
         if not 0 <= start <= start + count <= storage.size or view.nbytes > max(count, MAX_STORAGE):
             raise ValueError(f"its storage cannot hold a tensor of shape {tuple(view.shape)}")
 
-        @report_corruption(self.path)
         def read() -> torch.Tensor:
-            data = self.read_bytes(storage.key, start, count) if count else bytes(view.itemsize)
-            flat = torch.frombuffer(bytearray(data), dtype=view.dtype)
-            return flat.as_strided(view.shape, view.stride())
+            with report_corruption(self.path):
+                data = self.read_bytes(storage.key, start, count) if count else bytes(view.itemsize)
+                flat = torch.frombuffer(bytearray(data), dtype=view.dtype)
+                return flat.as_strided(view.shape, view.stride())
         return LazyTensor(tuple(view.shape), view.dtype, read)
 
 

@@ -23,8 +23,9 @@ def test_saved_model_is_loaded_unchanged(small, tmp_path):
     save_model(small, tmp_path / "w.safetensors", torch.float32, {})
     loaded = load_model(tmp_path / "w.safetensors", device="cpu")
     assert loaded.config == small.config
+    weights = loaded.state_dict()
     for name, weight in small.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], weight)
+        assert torch.equal(weights[name], weight)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPImageProcessorPil, CLIPModel
 
 if not __package__:     # run as a file
     sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -35,7 +35,7 @@ PAPER_RESULTS = {"CLIP text alignment": 0.3187, "CLIP temporal consistency": 0.9
 Record = dict[str, Any]
 
 
-def load_clip(path: Path) -> CLIPModel:
+def load_clip(path: Path) -> "transformers.CLIPModel":
     """Load CLIP, in float32, from local files only.
 
     Args:
@@ -44,7 +44,7 @@ def load_clip(path: Path) -> CLIPModel:
     Raises:
         InputError: If the files are missing, damaged, incomplete or of another kind.
     """
-    loader: Any = CLIPModel         # its type hints do not know output_loading_info
+    loader: Any = transformers.CLIPModel         # its type hints do not know output_loading_info
     try:
         model, info = loader.from_pretrained(
             path if path.is_dir() else path.parent, local_files_only=True, use_safetensors=True,
@@ -58,7 +58,7 @@ def load_clip(path: Path) -> CLIPModel:
 
 
 @torch.no_grad()
-def clip_scores(clip: CLIPModel, prompt: str, frames: Tensor) -> tuple[float, float]:
+def clip_scores(clip: "transformers.CLIPModel", prompt: str, frames: Tensor) -> tuple[float, float]:
     """Return CLIP's text alignment and temporal consistency of a clip.
 
     They are the mean cosine similarity of the frames with the prompt, and of each frame with the
@@ -70,7 +70,7 @@ def clip_scores(clip: CLIPModel, prompt: str, frames: Tensor) -> tuple[float, fl
         frames: Frames (f, 3, H, W) in [-1, 1].
     """
     size = clip.vision_model.config.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
     output = clip(input_ids=Tokenizer()(prompt),
                   **processor(list(to_uint8(frames)), return_tensors="pt"))
     images, text = output.image_embeds, output.text_embeds          # unit vectors (b, d)
@@ -78,7 +78,7 @@ def clip_scores(clip: CLIPModel, prompt: str, frames: Tensor) -> tuple[float, fl
     return float((images @ text.T).mean()), float(consistency)
 
 
-def read_record(path: Path, clip: CLIPModel) -> Record:
+def read_record(path: Path, clip: "transformers.CLIPModel") -> Record:
     """Return the record of a clip, with the paper's metrics among those of its report.
 
     Raises:

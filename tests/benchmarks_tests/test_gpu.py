@@ -1,4 +1,6 @@
 """Tests of the benchmark of steps and clips, on the CPU at a small size."""
+import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mcl
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu import FlopCounter, main, random_model, run_alone
 from tests.conftest import SMALL
@@ -55,8 +58,9 @@ def test_products_and_their_gradients_are_counted():
 
 @pytest.fixture(autouse=True)
 def smaller_model(monkeypatch):
-    """Replace the demo model's sizes, except in processes of their own."""
-    monkeypatch.setitem(gpu.CONFIGS, "tiny", SMALL)
+    """Replace the demo model's config, except in processes of their own."""
+    monkeypatch.setitem(gpu.CONFIGS, "tiny", dataclasses.replace(SMALL, unet=dataclasses.replace(
+        SMALL.unet, block_out_channels=(16, 24), cross_attention_levels=(1,))))
 
 
 def argv(**options):
@@ -86,7 +90,9 @@ def test_the_arithmetic_of_steps_is_counted(capsys):
     assert tflops["guided step"] > 1.2 * tflops["unguided step"]
 
 
-def test_the_clone_on_the_device_is_compared_with_the_cpu(capsys):
+def test_the_clone_on_the_device_is_compared_with_the_cpu(capsys, small, monkeypatch):
+    monkeypatch.setattr(mcl, "load_model", lambda path, device, dtype: (
+        copy.deepcopy(small).to(device, getattr(torch, dtype))))
     assert 20 < result(capsys, "built-in model, bfloat16", dtypes="bfloat16")["PSNR, dB"] < 80
 
 

@@ -42,7 +42,7 @@ SMALL = ModelConfig(
     vae=VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4),
     text_encoder=CLIPTextConfig(hidden_size=12, intermediate_size=24, num_hidden_layers=1,
                                 num_attention_heads=2),
-    sample=SampleConfig(steps=6, guidance_steps=3, num_frames=4, height=32, width=32,
+    sample=SampleConfig(steps=4, guidance_steps=3, num_frames=4, height=32, width=32,
                         guidance_warmup_steps=2, guidance_cooldown_steps=2))
 
 

@@ -20,9 +20,9 @@ from mcl.networks.sparsectrl import SparseCtrl
 DATA = Path(__file__).parent / "data"
 MINI = ModelConfig(
     name="mini",
-    unet=UNetConfig(block_out_channels=(32, 64, 32, 32), cross_attention_dim=12,
+    unet=UNetConfig(block_out_channels=(32, 64, 96, 96), cross_attention_dim=12,
                     motion_mid_block=True),
-    vae=VAEConfig(block_out_channels=(32, 64, 32, 32)),
+    vae=VAEConfig(block_out_channels=(32, 64, 96, 96)),
     text_encoder=CLIPTextConfig(hidden_size=12, intermediate_size=24),
     sample=SampleConfig())
 PARTS = ("unet", "vae", "text_encoder")

@@ -21,6 +21,25 @@ from mcl.schedule import ddim_step
 from tests.conftest import randn
 
 REQUEST = AttentionRequest(temporal=("up_blocks.1",))
+STEPS = {"steps": 6, "guidance_steps": 3, "guidance_warmup_steps": 2, "guidance_cooldown_steps": 2}
+
+
+def with_six_steps(model):
+    """Return a model whose own settings have six steps."""
+    model = copy.copy(model)
+    model.config = dataclasses.replace(
+        model.config, sample=dataclasses.replace(model.config.sample, **STEPS))
+    return model
+
+
+@pytest.fixture(scope="module", name="small")
+def small_with_six_steps(small):
+    return with_six_steps(small)
+
+
+@pytest.fixture(scope="module", name="small_rgb")
+def small_rgb_with_six_steps(small_rgb):
+    return with_six_steps(small_rgb)
 
 
 def clip(seed=0):

@@ -30,7 +30,7 @@ def restore_warnings():
 
 @pytest.fixture(scope="session")
 def weights(small, tmp_path_factory):
-    """Return the file of a small random model: 4 frames of 32x32, 6 steps, 3 of them guided."""
+    """Return the file of a small random model: 4 frames of 32x32, 4 steps, 3 of them guided."""
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
     save_model(small, path, torch.float32, {})
     return path

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mcl import Model, ModelConfig, load_model
+from mcl.checkpoints import convert
 from mcl.config import CLIPTextConfig, SampleConfig, SparseCtrlConfig, UNetConfig, VAEConfig
 from tests.processes import ProcessStarter
 from weights.training.clip_metrics import render_template
@@ -32,6 +33,7 @@ def skip_on_meta(function):
 
 for name in ("kaiming_uniform_", "normal_", "uniform_"):
     setattr(nn.init, name, skip_on_meta(getattr(nn.init, name)))
+convert.build_on_meta = functools.cache(convert.build_on_meta)      # a plan reads only its shapes
 
 
 SMALL = ModelConfig(

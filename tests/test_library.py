@@ -92,9 +92,11 @@ def test_the_whole_pipeline_runs_on_another_device(monkeypatch):
     """The meta device has shapes but no values: a tensor that stays on the CPU raises an error."""
     monkeypatch.setattr(torch, "isfinite", lambda values: torch.ones(1))
     config = dataclasses.replace(
-        SMALL, sparsectrl=SparseCtrlConfig(kind="rgb", motion_num_attention_heads=2),
-        sample=dataclasses.replace(SMALL.sample, semantic_scale=1.0, mask_threshold=0.5,
-                                   inversion_steps=2))
+        SMALL, unet=dataclasses.replace(SMALL.unet, block_out_channels=(16, 24)),
+        sparsectrl=SparseCtrlConfig(kind="rgb", motion_num_attention_heads=2),
+        sample=dataclasses.replace(SMALL.sample, steps=2, guidance_steps=1, inversion_steps=1,
+                                   semantic_scale=1.0, semantic_blocks=("up_blocks.1",),
+                                   mask_threshold=0.5))
     with torch.device("meta"):
         model = Model(config).requires_grad_(False).eval()
     model.file_sha256 = "no file"

@@ -299,7 +299,7 @@ def test_a_model_with_sparsectrl_takes_images(kind, form, folder, tmp_path, monk
     record("extract_motion")
     model = load_model(out, "cpu")
     clips = {}
-    for indices, occupied in {(): [], (-1,): [0, 0, 0, 1], (0, 3): [1, 0, 0, 1]}.items():
+    for indices, occupied in {(): [], (0, 3): [1, 0, 0, 1]}.items():
         clips[indices] = clone(REF, "a cat", model=model, control=dict.fromkeys(indices, image),
                                width=64, height=64, num_frames=4, steps=1, guidance_steps=1).frames
         # The new clip shows the images, the reference its own frames at the same indices.
@@ -307,7 +307,7 @@ def test_a_model_with_sparsectrl_takes_images(kind, form, folder, tmp_path, monk
         for condition in conditions.values():
             mask = [] if condition is None else condition[0, -1].flatten(1).amax(dim=1).tolist()
             assert mask == occupied
-    assert not any(torch.equal(clips[a], clips[b]) for a in clips for b in clips if a != b)
+    assert not torch.equal(*clips.values())
     frames = read_video(REF, 4, (64, 64))[[0, 3]]
     expected = (frames + 1) / 2 if kind == "scribble" else model.vae.encode(frames)[0].movedim(0, 1)
     assert torch.equal(conditions["extract_motion"][0, :-1, [0, 3]].movedim(0, 1), expected)

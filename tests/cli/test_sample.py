@@ -141,7 +141,8 @@ def test_long_clip_has_a_report_and_a_page_of_its_attention(clone, weights, tmp_
 def test_images_control_the_clip(small_rgb, tmp_path):
     save_model(small_rgb, tmp_path / "rgb.safetensors", torch.float32, {})
     iio.imwrite(tmp_path / "a.png", np.full((40, 40, 3), (250, 20, 20), np.uint8))
-    argv = ["--weights", tmp_path / "rgb.safetensors", "--ref", REFERENCE, "--prompt", PROMPT]
+    argv = ["--weights", tmp_path / "rgb.safetensors", "--ref", REFERENCE, "--prompt", PROMPT,
+            "--steps", 2, "--guidance-steps", 1]
     images = [[], ["--image", tmp_path / "a.png"], ["--image", f"{tmp_path}/a.png@-1"],
               ["--image", f"{tmp_path}/a.png@0", f"{tmp_path}/a.png@3"]]
     for i, options in enumerate(images):

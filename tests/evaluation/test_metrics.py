@@ -17,7 +17,7 @@ from mcl.evaluation.tracking import tracklets
 from weights.training.held_out import held_out_path
 from weights.training.scenes import BACKGROUNDS, COLORS, Scene, render
 
-FRAMES = 16
+FRAMES = 8
 STILL = torch.zeros(FRAMES)
 
 
@@ -31,7 +31,7 @@ def make_clip(path, size=128, color="red", ground="gray", shape="star", texture=
 
 
 def make_path(kind):
-    return held_out_path(kind, FRAMES, 0.6)
+    return held_out_path(kind, FRAMES, 0.4)
 
 
 def motion_fidelity(reference, clip):

@@ -23,6 +23,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:     # several workers share the cores
 gc.set_threshold(100_000, 20, 100)      # the libraries have many objects, which are slow to search
 
 
+def pytest_sessionfinish():
+    """Do not search what is left for garbage while the process ends."""
+    gc.freeze()
+
+
 def skip_on_meta(function):
     """Return a function of torch.nn.init that spends no time on tensors without values."""
     @functools.wraps(function)

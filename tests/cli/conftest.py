@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from mcl import save_model
+from mcl.checkpoints import model_file
 from mcl.cli.sample import main
+from mcl.ownership import file_state
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "examples" / "figure_eight.mp4"
@@ -25,6 +27,24 @@ def run(*argv):
 def restore_warnings():
     """Undo that the command prints warnings in its own way."""
     with warnings.catch_warnings():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="package")
+def model_files_are_read_once():
+    """Keep each model that the command loads, because most tests load the same one."""
+    load_model, models = model_file.load_model, {}
+
+    def load_once(path, device, dtype, transform):
+        if transform is not None:
+            return load_model(path, device, dtype, transform)
+        key = path, file_state(path), device, dtype
+        if key not in models:
+            models[key] = load_model(path, device, dtype)
+        return models[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_file, "load_model", load_once)
         yield
 
 

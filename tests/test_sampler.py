@@ -181,15 +181,15 @@ def test_classifier_free_guidance_is_the_common_form(small, scale):
 
 
 def test_classifier_free_guidance_is_limited_to_an_interval_of_the_steps(small):
-    def differ(config, other):
-        pairs = zip(states(small, None, **config), states(small, None, **other), strict=True)
+    def differ(other, **config):
+        pairs = zip(states(small, None, **config), other, strict=True)
         return [not torch.equal(a.latents, b.latents) for a, b in pairs]
 
-    off = {"cfg_scale": 1.0}
-    assert differ({"cfg_end_fraction": 0.5}, {}) == [False] * 3 + [True] * 3
-    assert differ({"cfg_start_fraction": 0.5}, off) == [False] * 3 + [True] * 3
+    on, off = states(small, None), states(small, None, cfg_scale=1.0)
+    assert differ(on, cfg_end_fraction=0.5) == [False] * 3 + [True] * 3
+    assert differ(off, cfg_start_fraction=0.5) == [False] * 3 + [True] * 3
     for start, end in ((0.0, 0.0), (0.5, 0.5), (0.6, 0.4), (1.0, 1.0)):
-        assert not any(differ({"cfg_start_fraction": start, "cfg_end_fraction": end}, off))
+        assert not any(differ(off, cfg_start_fraction=start, cfg_end_fraction=end))
 
 
 @pytest.mark.parametrize("case", ["one window", "long", "control", "short text"])

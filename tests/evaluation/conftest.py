@@ -16,7 +16,7 @@ from mcl.presets import build_config
 
 REF = Path(__file__).parents[2] / "examples" / "figure_eight.mp4"
 PROMPT = 'a star </script><script>document.title = "x"</script> <b>&amp;</b>'
-QUICK = {"steps": 4, "guidance_steps": 2, "height": 64, "width": 64}
+QUICK = {"steps": 2, "guidance_steps": 1, "height": 64, "width": 64}
 CLIP_NAME = "my_clip  \"it's\" <b>_x.mp4"
 PATHS = {"reference": f"/home/user/{CLIP_NAME}", "weights": "user/m.safetensors",
          "loras": [("/home/user/l.safetensors", 0.5)], "images": [],
@@ -60,7 +60,7 @@ def report(tmp_path_factory, embedded):
         patch.setattr(html_report, "write_page", lambda *a: (calls.append(a), write_page(*a)))
         page, config, reference, clip = write_report(
             folder / "maps", embedded, top_k=2, ref_prompt="a circle", subject=("circle", "star"),
-            record=PATHS | {"report": MEASURED})
+            record=PATHS | {"report": MEASURED}, steps=4, guidance_steps=2)
     assert sorted(p.name for p in (folder / "maps").iterdir()) == [FOLDER_MARKER, "index.html"]
     _, views, motion, masks, *_ = calls[0]
     expected = subject_masks(embedded, PROMPT, reference, config).masks(config.extraction_timestep)

@@ -25,8 +25,6 @@ from tests.evaluation.conftest import (
     write_report,
 )
 
-FEW = {"steps": 2, "guidance_steps": 1}
-
 
 @pytest.fixture(autouse=True)
 def still_tracks(monkeypatch):
@@ -87,7 +85,7 @@ def test_page_holds_the_steps_the_masks_and_the_record_without_folders(report):
     {"num_frames": 1}, {"num_frames": 20, "height": 32, "width": 32, "closed_loop": True},
     {"num_frames": 3, "height": 32, "width": 32}], ids=lambda settings: " ".join(settings))
 def test_page_is_complete_for_every_way_of_sampling(settings, tmp_path, embedded):
-    page, *_ = write_report(tmp_path / "maps", embedded, **FEW | settings)
+    page, *_ = write_report(tmp_path / "maps", embedded, **settings)
     data, maps = data_of(page)
     assert all(clip["sprite"] for clip in data["clips"])
     assert np.allclose(maps[:-1].sum(axis=-1) / 255, 1, atol=0.05)
@@ -97,7 +95,7 @@ def test_page_is_complete_for_every_way_of_sampling(settings, tmp_path, embedded
 def test_page_has_a_result_if_the_clips_were_measured(tmp_path, embedded):
     for report in ({}, MEASURED):
         page, *_ = write_report(tmp_path / "maps", embedded, record={"report": report},
-                                **FEW, num_frames=2, height=32, width=32)
+                                num_frames=2, height=32, width=32)
         assert bool(data_of(page)[0]["result"]) == bool(report)
 
 
@@ -105,7 +103,7 @@ def test_page_of_a_motion_file_shows_the_values_in_the_file(tmp_path, embedded):
     config = build_config(embedded.config.sample, **QUICK, top_k=3, num_frames=6)
     motion = read_reference(embedded, REF, config).motion
     page, *_ = write_report(tmp_path / "maps", embedded, source=motion, top_k=3,
-                            num_frames=6, **FEW)
+                            num_frames=6)
     data, maps = data_of(page)
     assert data["clips"][0]["sprite"] == "" and data["clips"][1]["sprite"]
     assert ((maps[-1] > 0).sum(axis=-1) == 3).all() and not maps[0][maps[-1] == 0].any()

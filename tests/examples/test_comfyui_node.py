@@ -53,13 +53,17 @@ def call(module, **inputs):
     return frames, result[0]
 
 
-def test_node_returns_the_frames_of_clone_and_reports_each_step(progress):
-    frames, images = call(import_node(), steps=3, seed=3, motion_weight=9000.0)
-    assert images.shape == (16, 128, 128, 3) and 0 <= images.min() < images.max() <= 1
-    assert progress == [3, 1, 1, 1]
+def test_node_returns_the_frames_of_clone_and_reports_each_step(progress, small, monkeypatch):
+    module = import_node()
+    monkeypatch.setattr(module, "load_model", {"small.safetensors": small}.get)
+    frames, images = call(module, steps=8, seed=3, motion_weight=9000.0,
+                          weights="small.safetensors")
+    assert images.shape == (4, 32, 32, 3) and 0 <= images.min() < images.max() <= 1
+    assert progress == [8, *[1] * 8]
     clip = mcl.clone(rearrange(frames, "f h w c -> f c h w") * 2 - 1,
-                     "a red star on a navy background", seed=3, steps=3, guidance_steps=2,
-                     guidance_warmup_steps=1, guidance_cooldown_steps=1, motion_weight=9000.0)
+                     "a red star on a navy background", seed=3, steps=8, guidance_steps=6,
+                     guidance_warmup_steps=4, guidance_cooldown_steps=4, motion_weight=9000.0,
+                     model=small)
     expected = rearrange(clip.frames.clamp(-1, 1), "f c h w -> f h w c") / 2 + 0.5
     assert torch.equal(images, expected)
 
@@ -67,7 +71,7 @@ def test_node_returns_the_frames_of_clone_and_reports_each_step(progress):
 def test_node_works_without_comfyui_and_keeps_the_model_of_a_path(tmp_path):
     module = import_node()
     _, images = call(module, steps=1)
-    assert images.isfinite().all()
+    assert images.shape == (16, 128, 128, 3) and images.isfinite().all()
     assert module.load_model("") is module.load_model("")
     with pytest.raises(mcl.InputError, match="missing"):
         call(module, weights=str(tmp_path / "missing.safetensors"))

@@ -14,7 +14,7 @@ from mcl.video.read import resize_frames
 from tests.conftest import randn
 
 PROMPT = "a red star"
-FEW = {"steps": 3, "guidance_steps": 2, "motion_weight": 3e5}
+FEW = {"steps": 2, "guidance_steps": 1, "motion_weight": 3e5}
 
 
 def frames(num_frames=4, h=32, w=32, seed=0):
@@ -43,8 +43,8 @@ def test_clip_has_frames_latents_and_a_state_for_each_step(small, expected):
     assert isinstance(expected, Clip) and expected.fps == small.config.fps
     assert expected.frames.shape == (4, 3, 32, 32) and expected.frames.abs().max() <= 1
     assert torch.equal(expected.frames, small.vae.decode(expected.latents))
-    assert [s.step for s in expected.steps] == [0, 1, 2]
-    assert [s.loss is not None for s in expected.steps] == [True, True, False]
+    assert [s.step for s in expected.steps] == [0, 1]
+    assert [s.loss is not None for s in expected.steps] == [True, False]
 
 
 def test_clone_equals_its_parts(small, expected):
@@ -73,7 +73,7 @@ def test_only_the_unet_stays_on_the_device_while_it_samples(small, monkeypatch):
 
     monkeypatch.setattr("mcl.device.offload_to_cpu", offload)
     clone_small(small, callback=lambda step: while_sampling.append(tuple(offloaded)))
-    assert while_sampling == [("AutoencoderKL", "TextEncoder")] * 3 and not offloaded
+    assert while_sampling == [("AutoencoderKL", "TextEncoder")] * 2 and not offloaded
 
 
 def test_saved_clips_of_one_seed_have_the_same_bytes(small, expected, tmp_path):
@@ -214,7 +214,7 @@ def test_inversion_with_a_subject_gives_a_clip(small):
     options = {"method": "inversion", "inversion_steps": 4, "ref_prompt": "a ball",
                "subject": ("ball", "star"), "semantic_scale": 50.0}
     clip = clone_small(small, **options)
-    assert isinstance(clip.motion, InvertedReference) and len(clip.motion.latents) == 2
+    assert isinstance(clip.motion, InvertedReference) and len(clip.motion.latents) == 1
     plain = clone_small(small, **options | {"subject": (), "semantic_scale": 0.0})
     assert not torch.equal(clip.latents, plain.latents)
 
@@ -236,7 +236,7 @@ def test_progress_wraps_the_steps(small):
         bars.append((desc, total))
         return iterable
     clone_small(small, progress=progress, seed=7, method="inversion", inversion_steps=4)
-    assert [desc for desc, _ in bars] == ["inversion", "seed 7"] and bars[1][1] == 3
+    assert [desc for desc, _ in bars] == ["inversion", "seed 7"] and bars[1][1] == 2
 
 
 def test_seeds_have_64_bits():

@@ -38,8 +38,8 @@ load_model = mcl.load_model
 
 def load_quick_model(path=None, **_):
     model = load_model(path, "cpu", {dtype!r})
-    settings = dataclasses.replace(model.config.sample, steps=2, guidance_steps=1, height=64,
-                                   width=64)
+    settings = dataclasses.replace(model.config.sample, steps=2, guidance_steps=1, num_frames=4,
+                                   height=64, width=64)
     model.config = dataclasses.replace(model.config, sample=settings)
     return model
 
@@ -78,7 +78,7 @@ def test_all_commands_of_the_readme_are_tested():
 @pytest.mark.parametrize("argv", DEMO, ids=range(len(DEMO)))
 def test_command_for_the_demo_model_runs(folder, capsys, argv):
     few = ["--inversion-steps", "2"] if "inversion" in argv else []
-    few += [] if "--num-frames" in argv else ["--num-frames", "8"]
+    few += [] if "--num-frames" in argv else ["--num-frames", "4"]
     few += ["--steps", "2", "--guidance-steps", "1", "--size", "64x64"]
     assert sample.main(argv + few) == 0
     assert Path(capsys.readouterr().out.splitlines()[-1]).exists()
@@ -137,7 +137,7 @@ dist_info, = site.glob("*.dist-info")
 scripts = {script.name: script for script in PathDistribution(dist_info).entry_points}
 print(mcl.__file__, mcl.__version__)
 run_command("mcl-sample", "--ref", "examples/zigzag.mp4", "--prompt", "a red star", "--steps", "1",
-            "--guidance-steps", "0", "--size", "64x64")
+            "--guidance-steps", "0", "--num-frames", "4", "--size", "64x64")
 run_command("mcl-convert", "--check", str(site / "mcl" / "weights" / "tiny.safetensors"))
 run_command("mcl", "--list-words")
 """

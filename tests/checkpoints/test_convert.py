@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     """Return a folder with a base and a motion module."""
     folder = tmp_path_factory.mktemp("files")
     save(folder / "base.safetensors", ldm())
-    save(folder / "mm.ckpt", motion("v3"))
+    save(folder / "mm.safetensors", motion("v3"))
     return folder
 
 
@@ -90,7 +90,7 @@ BASES = {
 def test_single_files_give_the_same_model(name, folder, tmp_path):
     base = save(tmp_path / name, BASES[name]())
     out = tmp_path / "out.safetensors"
-    assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
+    assert convert("--base", base, "--motion-module", folder / "mm.safetensors", "--out", out,
                    "--dtype", "fp32") == 0
     assert equal(out, expected_weights())
 
@@ -101,7 +101,7 @@ def test_half_precision_is_written_unchanged(dtype, folder, tmp_path):
     base = save(tmp_path / "base.ckpt", {key: t.to(kind) for key, t in ldm().items()})
     out = tmp_path / "out.safetensors"
     short = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
-    assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
+    assert convert("--base", base, "--motion-module", folder / "mm.safetensors", "--out", out,
                    "--dtype", short) == 0
     assert equal(out, expected_weights(kind))
     assert header(out)["dtype"] == dtype
@@ -110,7 +110,7 @@ def test_half_precision_is_written_unchanged(dtype, folder, tmp_path):
 def test_mixed_precision_is_converted_to_one(folder, tmp_path):
     base = save(tmp_path / "base.safetensors", half_of(ldm()))
     out = tmp_path / "out.safetensors"
-    assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out) == 0
+    assert convert("--base", base, "--motion-module", folder / "mm.safetensors", "--out", out) == 0
     assert equal(out, expected_weights(torch.float16))
 
 
@@ -126,7 +126,7 @@ def test_legacy_pickles_with_foreign_objects(folder, tmp_path, monkeypatch):
         base = tmp_path / f"base{new}.ckpt"
         torch.save(content, base, _use_new_zipfile_serialization=new)
         out = tmp_path / "out.safetensors"
-        assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
+        assert convert("--base", base, "--motion-module", folder / "mm.safetensors", "--out", out,
                        "--dtype", "fp32") == 0
         assert equal(out, expected_weights())
 
@@ -137,7 +137,7 @@ def test_moving_averages_are_used_with_ema(folder, tmp_path, capsys):
     averages |= {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3)}
     base = save(tmp_path / "base.safetensors", ldm() | averages)
     out = tmp_path / "out.safetensors"
-    argv = ["--base", base, "--motion-module", folder / "mm.ckpt", "--out", out, "--dtype", "fp32"]
+    argv = ["--base", base, "--motion-module", folder / "mm.safetensors", "--out", out, "--dtype", "fp32"]
     assert convert(*argv) == 0
     assert equal(out, expected_weights())
     assert "688 moving averages" in capsys.readouterr().err
@@ -154,7 +154,7 @@ def test_moving_averages_are_used_with_ema(folder, tmp_path, capsys):
 def test_diffusers_folders_give_the_same_model(options, folder, tmp_path):
     base = diffusers_folder(tmp_path / "sd15", **options)
     out = tmp_path / "out.safetensors"
-    assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out,
+    assert convert("--base", base, "--motion-module", folder / "mm.safetensors", "--out", out,
                    "--dtype", "fp16" if "variant" in options else "fp32") == 0
     assert equal(out, expected_weights(torch.float16 if "variant" in options else torch.float32))
 
@@ -166,7 +166,7 @@ def test_missing_parts_come_from_other_files(folder, tmp_path, capsys):
         | {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}})
     text = diffusers_folder(tmp_path / "sd15") / "text_encoder"
     out = tmp_path / "out.safetensors"
-    argv = ["--base", unet, "--motion-module", folder / "mm.ckpt", "--out", out, "--dtype", "fp32"]
+    argv = ["--base", unet, "--motion-module", folder / "mm.safetensors", "--out", out, "--dtype", "fp32"]
     assert convert(*argv) == 2
     assert capsys.readouterr().err == ("error: out: the model is not complete. Add the VAE "
                                        "(--vae), the text encoder (--text-encoder)\n")
@@ -247,7 +247,7 @@ def test_a_motion_adapter_keeps_its_number_of_heads(folder, tmp_path):
 
 def test_a_converted_file_describes_itself_and_loads(folder, tmp_path, capsys):
     out = tmp_path / "my.safetensors"
-    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.safetensors",
                    "--out", out) == 0
     captured = capsys.readouterr()
     assert captured.out == f"{out}\n"
@@ -255,7 +255,7 @@ def test_a_converted_file_describes_itself_and_loads(folder, tmp_path, capsys):
     assert "520 tensors used, 40 ignored (40 positional encodings" in captured.err
     assert "1650 tensors, 0 of them changed by LoRAs" in captured.err
     sources = json.loads(header(out)["sources"])
-    assert list(sources) == ["--base base.safetensors", "--motion-module mm.ckpt"]
+    assert list(sources) == ["--base base.safetensors", "--motion-module mm.safetensors"]
     assert all(len(sha256) == 64 for sha256 in sources.values())
     model = load_model(out, device="cpu")
     assert model.config.name == "my"
@@ -266,7 +266,7 @@ def test_a_converted_file_describes_itself_and_loads(folder, tmp_path, capsys):
 
 def test_a_converted_model_clones_a_motion(folder, tmp_path):
     out = tmp_path / "my.safetensors"
-    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.safetensors",
                    "--out", out, "--name", "mine") == 0
     clip = clone(REF, "a cat", model=out, width=64, height=64, num_frames=4, steps=2,
                  guidance_steps=1)
@@ -279,7 +279,7 @@ def test_a_model_with_sparsectrl_takes_images(kind, form, folder, tmp_path, monk
     control = save(tmp_path / "control.ckpt", state if form == "diffusers" else {
         "controlnet": {f"module.{name}": t for name, t in state.items()}})
     out, image = tmp_path / "my.safetensors", tmp_path / "image.png"
-    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.safetensors",
                    "--sparsectrl", control, "--out", out, "--dtype", "fp32") == 0
     assert equal(out, expected_weights() | {
         f"sparsectrl.{name}": t for name, t in sparsectrl(kind).items()
@@ -330,17 +330,17 @@ def test_an_incomplete_or_damaged_base_is_rejected(change, message, folder, tmp_
     change(state)
     base = save(tmp_path / "base.safetensors", state)
     out = tmp_path / "out.safetensors"
-    assert convert("--base", base, "--motion-module", folder / "mm.ckpt", "--out", out) == 2
+    assert convert("--base", base, "--motion-module", folder / "mm.safetensors", "--out", out) == 2
     line, = [x for x in capsys.readouterr().err.splitlines() if "error: " in x]
     assert re.search(message, line)
     assert not out.exists() and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("option, file, message", [
-    ("--base", "mm.ckpt", "an AnimateDiff motion module, v3, not for --base. Pass it with "
+    ("--base", "mm.safetensors", "an AnimateDiff motion module, v3, not for --base. Pass it with "
      "--motion-module"),
     ("--sparsectrl", "base.safetensors", "not for --sparsectrl. Pass it with --base"),
-    ("--lora", "mm.ckpt", "not for --lora. Pass it with --motion-module"),
+    ("--lora", "mm.safetensors", "not for --lora. Pass it with --motion-module"),
     ("--vae", "unet.safetensors", "diffusers file (UNet), not for --vae. Pass it with --base")])
 def test_a_file_with_the_wrong_option_is_rejected(option, file, message, folder, tmp_path, capsys):
     if file == "unet.safetensors":
@@ -353,7 +353,7 @@ def test_a_file_with_the_wrong_option_is_rejected(option, file, message, folder,
 
 def test_a_converted_model_is_not_converted_again(folder, tmp_path, capsys):
     done = tmp_path / "done.safetensors"
-    argv = ["--motion-module", folder / "mm.ckpt", "--out", done, "--base"]
+    argv = ["--motion-module", folder / "mm.safetensors", "--out", done, "--base"]
     assert convert(*argv, folder / "base.safetensors") == 0
     capsys.readouterr()
     assert convert(*argv, done) == 2
@@ -365,7 +365,7 @@ def test_a_whole_model_may_be_given_for_its_vae(folder, tmp_path):
     base = folder / "base.safetensors"
     other = save(tmp_path / "other.safetensors", {key: t + 1 for key, t in ldm().items()})
     for vae, offset in ((base, 0), (other, 1)):
-        assert convert("--base", base, "--vae", vae, "--motion-module", folder / "mm.ckpt",
+        assert convert("--base", base, "--vae", vae, "--motion-module", folder / "mm.safetensors",
                        "--out", out, "--dtype", "fp32") == 0
         assert equal(out, {name: t + offset if name.startswith("vae.") else t
                            for name, t in expected_weights().items()})
@@ -381,7 +381,7 @@ def test_a_whole_model_may_be_given_for_its_vae(folder, tmp_path):
     (["--bass", "{base}"], "unrecognized arguments"),
 ])
 def test_wrong_usage_is_one_line(argv, message, folder, tmp_path, capsys):
-    places = {"mm": folder / "mm.ckpt", "base": folder / "base.safetensors", "out": tmp_path}
+    places = {"mm": folder / "mm.safetensors", "base": folder / "base.safetensors", "out": tmp_path}
     argv = [a.format(**places) for a in argv]
     assert convert(*argv, *["--out", tmp_path / "o.safetensors"] * ("--out" not in argv)) == 2
     error = capsys.readouterr().err
@@ -390,7 +390,7 @@ def test_wrong_usage_is_one_line(argv, message, folder, tmp_path, capsys):
 
 def test_an_input_is_not_overwritten(folder, capsys):
     base = folder / "base.safetensors"
-    before, argv = base.read_bytes(), ("--base", base, "--motion-module", folder / "mm.ckpt")
+    before, argv = base.read_bytes(), ("--base", base, "--motion-module", folder / "mm.safetensors")
     assert convert(*argv, "--out", base) == 2
     assert "base.safetensors: is read by --base. Give --out another" in capsys.readouterr().err
     assert base.read_bytes() == before
@@ -406,7 +406,7 @@ def test_an_interrupted_conversion_leaves_no_file(error, code, line, folder, tmp
     def stop(*_):
         raise error
     monkeypatch.setattr("mcl.checkpoints.convert.apply_deltas", stop)
-    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.ckpt",
+    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.safetensors",
                    "--out", tmp_path / "o.safetensors") == code
     assert capsys.readouterr().err.endswith(f"{line}\n")
     assert list(tmp_path.iterdir()) == []

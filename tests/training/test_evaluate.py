@@ -56,7 +56,7 @@ def test_suitability_summary_counts_references_that_pass_and_clones_that_follow(
 
 
 def test_right_emoji_is_recognized_and_another_one_is_not(drawn_words):
-    for case in emoji_cases(2, 4, 40):
+    for case in emoji_cases(1, 4, 40):
         background = BACKGROUNDS[case.background]
         right, wrong = (render(dataclasses.replace(
             case.scene, shape=word, sprite=drawn_words(word), background=background), 128)

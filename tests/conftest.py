@@ -20,8 +20,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:     # several workers share the cores
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"     # for the programs that tests start
 
-gc.set_threshold(100_000, 20, 100)      # the libraries have many objects, which are slow to search
-
 
 def pytest_sessionfinish():
     """Do not search what is left for garbage while the process ends."""

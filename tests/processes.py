@@ -11,9 +11,12 @@ ROOT = Path(__file__).parents[1]
 # with its arguments and the environment as JSON, and the files for stdout and stderr. It sends the
 # process ID, and in the end the exit code.
 SERVER = """
-import json, os, runpy, signal, socket, sys
+import gc, json, os, runpy, signal, socket, sys
 import mcl.cli.convert, mcl.cli.sample
+from mcl.networks.tokenizer import Tokenizer
 
+Tokenizer()         # reads the vocabulary
+gc.freeze()         # so that the copies share this memory
 connection = socket.socket(fileno=int(sys.argv[1]))
 while True:
     message, files, _, _ = socket.recv_fds(connection, 1 << 16, 2)

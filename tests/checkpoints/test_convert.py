@@ -137,7 +137,8 @@ def test_moving_averages_are_used_with_ema(folder, tmp_path, capsys):
     averages |= {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3)}
     base = save(tmp_path / "base.safetensors", ldm() | averages)
     out = tmp_path / "out.safetensors"
-    argv = ["--base", base, "--motion-module", folder / "mm.safetensors", "--out", out, "--dtype", "fp32"]
+    argv = ["--base", base, "--motion-module", folder / "mm.safetensors",
+            "--out", out, "--dtype", "fp32"]
     assert convert(*argv) == 0
     assert equal(out, expected_weights())
     assert "688 moving averages" in capsys.readouterr().err
@@ -166,7 +167,8 @@ def test_missing_parts_come_from_other_files(folder, tmp_path, capsys):
         | {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}})
     text = diffusers_folder(tmp_path / "sd15") / "text_encoder"
     out = tmp_path / "out.safetensors"
-    argv = ["--base", unet, "--motion-module", folder / "mm.safetensors", "--out", out, "--dtype", "fp32"]
+    argv = ["--base", unet, "--motion-module", folder / "mm.safetensors",
+            "--out", out, "--dtype", "fp32"]
     assert convert(*argv) == 2
     assert capsys.readouterr().err == ("error: out: the model is not complete. Add the VAE "
                                        "(--vae), the text encoder (--text-encoder)\n")
@@ -247,8 +249,8 @@ def test_a_motion_adapter_keeps_its_number_of_heads(folder, tmp_path):
 
 def test_a_converted_file_describes_itself_and_loads(folder, tmp_path, capsys):
     out = tmp_path / "my.safetensors"
-    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.safetensors",
-                   "--out", out) == 0
+    assert convert("--base", folder / "base.safetensors",
+                   "--motion-module", folder / "mm.safetensors", "--out", out) == 0
     captured = capsys.readouterr()
     assert captured.out == f"{out}\n"
     assert "1130 tensors used, 0 ignored" in captured.err
@@ -266,7 +268,8 @@ def test_a_converted_file_describes_itself_and_loads(folder, tmp_path, capsys):
 
 def test_a_converted_model_clones_a_motion(folder, tmp_path):
     out = tmp_path / "my.safetensors"
-    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.safetensors",
+    assert convert("--base", folder / "base.safetensors",
+                   "--motion-module", folder / "mm.safetensors",
                    "--out", out, "--name", "mine") == 0
     clip = clone(REF, "a cat", model=out, width=64, height=64, num_frames=4, steps=2,
                  guidance_steps=1)
@@ -279,7 +282,8 @@ def test_a_model_with_sparsectrl_takes_images(kind, form, folder, tmp_path, monk
     control = save(tmp_path / "control.ckpt", state if form == "diffusers" else {
         "controlnet": {f"module.{name}": t for name, t in state.items()}})
     out, image = tmp_path / "my.safetensors", tmp_path / "image.png"
-    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.safetensors",
+    assert convert("--base", folder / "base.safetensors",
+                   "--motion-module", folder / "mm.safetensors",
                    "--sparsectrl", control, "--out", out, "--dtype", "fp32") == 0
     assert equal(out, expected_weights() | {
         f"sparsectrl.{name}": t for name, t in sparsectrl(kind).items()
@@ -406,7 +410,8 @@ def test_an_interrupted_conversion_leaves_no_file(error, code, line, folder, tmp
     def stop(*_):
         raise error
     monkeypatch.setattr("mcl.checkpoints.convert.apply_deltas", stop)
-    assert convert("--base", folder / "base.safetensors", "--motion-module", folder / "mm.safetensors",
+    assert convert("--base", folder / "base.safetensors",
+                   "--motion-module", folder / "mm.safetensors",
                    "--out", tmp_path / "o.safetensors") == code
     assert capsys.readouterr().err.endswith(f"{line}\n")
     assert list(tmp_path.iterdir()) == []

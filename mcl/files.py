@@ -123,7 +123,7 @@ def nonfinite_to_none(value: Any) -> Any:
 
 @contextmanager
 def report_corruption(path: Path) -> Iterator[None]:
-    """Return a context, or decorator, in which every exception means that a file is damaged.
+    """Return a context in which every exception means that a file is damaged.
 
     Raises:
         InputError: In place of any other exception. Reading a damaged file may cause any.

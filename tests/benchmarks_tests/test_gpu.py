@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -146,7 +147,11 @@ def test_a_failed_measurement_loses_no_other(tmp_path, monkeypatch, capsys):
     assert lines[-3].startswith("| | forward pass, s |") and lines[-1].startswith(f"| {name} | ")
 
 
-def test_a_measurement_without_time_is_left_out():
+def test_a_measurement_without_time_is_left_out(monkeypatch):
+    def run(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
     assert run_alone("64, float32, high memory", argv(), -5) == {"error": "no time was left"}
 
 

@@ -109,7 +109,7 @@ BOMBS = {
     "names that are joined":
         b"\x80\x04" + text(1 << 22) + b"\x94" + b"h\0h\0\x93" * 200000 + b".",
     "a list as a length":
-        b"\x80\x02(" + b"N" * (1 << 20) + b"lq\0" + persid(b"h\0") * 100000 + b".",
+        b"\x80\x02(" + b"N" * (1 << 18) + b"lq\0" + persid(b"h\0") * 100000 + b".",
     "a text as a stride": tensor(b"K\x01", b"J\xff\xff\xff\x7f\x85", text(1 << 20) + b"\x85"),
     "a negative stride": tensor(b"K\x09", b"K\x02\x85", b"J\xff\xff\xff\xff\x85"),
     "a tensor that repeats one number":
@@ -122,8 +122,8 @@ BOMBS = {
     "tuples as a shape":
         b"\x80\x04" + pairs(b"t", b")") + tensor(b"K\x01", b"hd", b"hd")[2:],
     "many dimensions, many times": b"".join((
-        b"\x80\x02(", b"K\x01" * (1 << 20), b"tq\1(", persid(b"K\x01"), b"K\0h\1h\1tq\2",
-        b"ctorch._utils\n_rebuild_tensor_v2\nq\3", b"h\3h\2R" * 2000, b"."))}
+        b"\x80\x02(", b"K\x01" * (1 << 18), b"tq\1(", persid(b"K\x01"), b"K\0h\1h\1tq\2",
+        b"ctorch._utils\n_rebuild_tensor_v2\nq\3", b"h\3h\2R" * 8000, b"."))}
 
 
 @pytest.mark.parametrize("what", BOMBS)

@@ -122,7 +122,8 @@ def test_finished_inversion_is_used_again(first, clone, tmp_path):
 
 
 def test_long_clip_has_a_report_and_a_page_of_its_attention(clone, weights, tmp_path, capsys):
-    motion, argv = tmp_path / "m.safetensors", ["--num-frames", 6, "--context-length", 4]
+    motion, argv = tmp_path / "m.safetensors", ["--num-frames", 6, "--context-length", 4,
+                                                 "--steps", 2, "--guidance-steps", 1]
     out = clone(tmp_path / "a.mp4", *argv, "--closed-loop", "--save-motion", motion, "--maps",
                 tmp_path / "maps", "--report", "--fps", 5)
     *table, last = capsys.readouterr().out.splitlines()

@@ -65,7 +65,7 @@ def test_every_step_yields_its_state(small, motion):
 
 @pytest.mark.parametrize("ramps", [{}, {"guidance_warmup_steps": 0, "guidance_cooldown_steps": 0}],
                          ids=["ramps", "no ramps"])
-@pytest.mark.parametrize("guidance_steps", [0, 3, 6])
+@pytest.mark.parametrize("guidance_steps", [0, 1, 3, 6])
 def test_only_the_first_guidance_steps_are_guided(small, motion, guidance_steps, ramps):
     steps = states(small, motion, guidance_steps=guidance_steps, **ramps)
     for guided in ([s.loss is not None for s in steps], [s.grad_norm is not None for s in steps],

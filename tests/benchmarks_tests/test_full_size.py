@@ -19,4 +19,4 @@ def test_files_are_written_converted_and_cloned_with(tmp_path, capfd, monkeypatc
     assert "1130 tensors used" in output.err and "264 of them changed by LoRAs" in output.err
     titles = re.findall(r"^(.*): \d+ s, \d\.\d\d GB$", output.out, re.MULTILINE)
     assert titles == ["convert", "24 frames in bfloat16"]
-    assert full_size.main(["--folder", str(tmp_path / "files"), "--tiny"]) == 2    # is not replaced
+    assert full_size.main(["--folder", str(tmp_path / "files"), "--tiny"]) == 2     # not replaced

@@ -149,6 +149,7 @@ def test_a_failed_measurement_loses_no_other(tmp_path, monkeypatch, capsys):
 
 def test_a_measurement_without_time_is_left_out(monkeypatch):
     def run(command, timeout, **options):
+        assert timeout == 1
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", run)
